@@ -1,0 +1,1 @@
+"""One stem per op: declaration, reference, CPU and Triton kernels."""

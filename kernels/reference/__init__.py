@@ -1,0 +1,1 @@
+"""Plain torch references of every op."""

@@ -1,0 +1,1 @@
+"""The artifact format and the executors; imports neither the compiler nor torch."""

@@ -1,0 +1,1 @@
+"""Strategies over Session.forward, one per file."""
