@@ -1,0 +1,147 @@
+"""Number formats of weights, as values.
+
+A `Scheme` says how one weight matrix [n, k] is stored: a format, how many consecutive columns share a scale
+(0: the whole row), and whether zero is fixed at the middle of the range (symmetric) or stored per group.
+Formats are rows of one table; a new one is a row here, a layout in `pack` and a kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from gristmill.runtime.errors import GristmillError
+
+GROUP_SIZES = (32, 64, 128)  # legal group sizes besides 0, the whole row
+SCALE_BITS = 16  # f16 scales; the rare tensor that needs f32 scales is counted where its bytes are
+
+
+@dataclass(frozen=True)
+class Format:
+    """One number format: integers hold q in low..high, and a symmetric weight is scale * (q - zero_point)."""
+
+    name: str
+    bits: int
+    integer: bool
+    low: int = 0
+    high: int = 0
+    zero_point: int = 0
+    default_group: int = 0
+
+    @property
+    def dtype(self) -> str:
+        """The numpy type that holds one unpacked integer."""
+        return "uint8" if self.low == 0 else "int8"
+
+    @property
+    def levels(self) -> int:
+        """Steps between the smallest and the largest integer."""
+        return self.high - self.low
+
+
+FORMATS = {
+    f.name: f
+    for f in (
+        Format("f32", 32, integer=False),
+        Format("bf16", 16, integer=False),
+        Format("f16", 16, integer=False),
+        Format("int8", 8, integer=True, low=-128, high=127, zero_point=0),
+        Format("int4", 4, integer=True, low=0, high=15, zero_point=8, default_group=128),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a weight matrix is stored: format name, group size in columns (0: the whole row), symmetric or not."""
+
+    format: str
+    group_size: int = 0
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise GristmillError(
+                f"unknown weight format {self.format!r}: expected one of {', '.join(FORMATS)}"
+            )
+        if self.group_size not in (0, *GROUP_SIZES):
+            raise GristmillError(
+                f"group size {self.group_size!r}: expected 32, 64, 128, or 0 for the whole row"
+            )
+        if not self.is_integer and (self.group_size or not self.symmetric):
+            raise GristmillError(
+                f"{self.format} weights have no groups and no zero points: leave group size and asymmetric out"
+            )
+
+    @property
+    def numbers(self) -> Format:
+        return FORMATS[self.format]
+
+    @property
+    def is_integer(self) -> bool:
+        return self.numbers.integer
+
+    def __str__(self) -> str:
+        """The text that `parse` reads back: `int4-g128`, `int4-g32-asym`, `int8`, `bf16`."""
+        group = f"-g{self.group_size}" if self.group_size else "-row" if self.numbers.default_group else ""
+        return self.format + group + ("" if self.symmetric else "-asym")
+
+    def normalize(self, k: int) -> Scheme:
+        """The scheme of a matrix with k columns: a group at least as wide as the row is the row."""
+        return replace(self, group_size=0) if self.group_size >= k else self
+
+    def groups(self, k: int) -> int:
+        """Scales per row of k columns; the last group may be short; floats have none."""
+        if not self.is_integer:
+            return 0
+        return -(-k // self.group_size) if self.group_size else 1
+
+    def bits_per_weight(self, k: int) -> float:
+        """Bits per weight of a row of k columns with its scales and zero points, without padding."""
+        zero_bits = 0 if self.symmetric else self.numbers.bits
+        return self.numbers.bits + self.groups(k) * (SCALE_BITS + zero_bits) / k
+
+
+def parse(text: str, group_size: int | None = None, symmetric: bool | None = None) -> Scheme:
+    """Read a scheme from `int4`, `int4-g64`, `int4-g32-asym`, `int8-row`, `bf16`...
+
+    The two options mean what the text leaves unsaid; where they are None too, the format's own default holds.
+
+    >>> parse("int4"), str(parse("int4", group_size=32, symmetric=False))
+    (Scheme(format='int4', group_size=128, symmetric=True), 'int4-g32-asym')
+    """
+    name, *words = str(text).strip().lower().split("-")
+    if name not in FORMATS:
+        raise GristmillError(f"unknown weight format {text!r}: expected one of {', '.join(FORMATS)}")
+    for word in words:
+        if word in ("sym", "asym"):
+            symmetric = word == "sym"
+        elif word == "row":
+            group_size = 0
+        elif word[:1] == "g" and word[1:].isdecimal():
+            group_size = int(word[1:])
+        else:
+            raise GristmillError(f"weight format {text!r}: {word!r} is not g32, g64, g128, row, sym or asym")
+    group_size = FORMATS[name].default_group if group_size is None else group_size
+    return Scheme(name, group_size, True if symmetric is None else symmetric)
+
+
+def activation_group(schemes: Iterable[Scheme], k: int) -> int:
+    """Columns that share one int8 activation scale in a linear with these weight segments; 0: f32 activations.
+
+    Float weights keep f32 activations. Else the activation group divides every segment's weight group, so that
+    a product group has one weight scale and one activation scale: it is the smallest weight group, and 64 beside
+    whole rows.
+    """
+    normal = [scheme.normalize(k) for scheme in schemes]
+    families = {scheme.is_integer for scheme in normal}
+    if len(families) != 1:
+        raise GristmillError(
+            "one linear needs segments that are all integer or all float, got a mixture or none"
+        )
+    if families == {False}:
+        return 0
+    return min(scheme.group_size or ROW_ACTIVATION_GROUP for scheme in normal)
+
+
+ROW_ACTIVATION_GROUP = 64

@@ -1,0 +1,177 @@
+"""A weight matrix in the form an artifact stores it, made row chunk by row chunk.
+
+Whole models pass through here, so memory and time count: a chunk stays in the processor's cache through all its
+steps, chunks are shared out over threads (numpy releases the interpreter), and only the packed result is kept.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gristmill.quant import pack, rtn
+from gristmill.quant.scheme import Scheme
+from gristmill.runtime.errors import GristmillError
+
+CHUNK_WEIGHTS = 1 << 17  # 512 KiB of f32: stays in a core's second-level cache
+
+DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16", "int8": "I8", "uint8": "U8"}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor for the safetensors writer. BF16 values are the bits in a uint16 array."""
+
+    name: str
+    array: NDArray[Any]
+
+    @property
+    def dtype(self) -> str:
+        """safetensors' name of the type: F32, F16, BF16, I8 or U8."""
+        return DTYPES[str(self.array.dtype)]
+
+    @property
+    def nbytes(self) -> int:
+        return self.array.nbytes
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight matrix [n, k] as stored: `name.weight` and, where the scheme has them, `name.scale`, `name.zero`."""
+
+    name: str
+    scheme: Scheme  # normalized for k
+    n: int
+    k: int
+    tensors: tuple[StoredTensor, ...]
+    relative_error: float  # sum((w - stored)^2) / sum(w^2)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def segment(self) -> dict[str, Any]:
+        """This matrix as a weight segment of program.json."""
+        return {
+            "name": self.name,
+            "format": self.scheme.format,
+            "n": self.n,
+            "k": self.k,
+            "group": self.scheme.group_size,
+            "symmetric": self.scheme.symmetric,
+        }
+
+
+def quantize_tensor(name: str, w: Any, scheme: Scheme) -> QuantizedTensor:
+    """Quantize w [n, k] (a torch tensor or an array, f32, f16 or bf16) round to nearest, or cast it to a float format.
+
+    Raises GristmillError for weights that are NaN or infinite, or that f16 cannot hold.
+    """
+    scheme = scheme.normalize(w.shape[1])
+    stored = _encode_all(name, w, scheme, np.float16)
+    if "scale" in stored.arrays and not rtn.scales_fit(stored.arrays["scale"]):
+        stored = _encode_all(name, w, scheme, np.float32)
+    return store(name, stored.arrays, scheme, w.shape[1], stored.relative_error())
+
+
+def store(
+    name: str, arrays: dict[str, NDArray[Any]], scheme: Scheme, k: int, relative_error: float
+) -> QuantizedTensor:
+    """Name the arrays (of `pack.stored_arrays`, say) of one matrix with k columns."""
+    tensors = tuple(StoredTensor(f"{name}.{suffix}", array) for suffix, array in arrays.items())
+    return QuantizedTensor(name, scheme.normalize(k), len(arrays["weight"]), k, tensors, relative_error)
+
+
+def dequantize_tensor(tensor: QuantizedTensor) -> NDArray[np.float32]:
+    """The weights [n, k] f32 that the stored bytes mean."""
+    arrays = {t.name.removeprefix(tensor.name + "."): t.array for t in tensor.tensors}
+    return _decode(arrays, tensor.scheme, tensor.k)
+
+
+@dataclass
+class _Stored:
+    """Arrays being filled row by row, with each row's squared error and squared norm."""
+
+    arrays: dict[str, NDArray[Any]]
+    error: NDArray[np.float64]
+    norm: NDArray[np.float64]
+
+    def relative_error(self) -> float:
+        return float(self.error.sum() / max(self.norm.sum(), np.finfo(np.float64).tiny))
+
+
+def _encode_all(name: str, w: Any, scheme: Scheme, scale_dtype: type) -> _Stored:
+    """Encode every row chunk, on as many threads as there are processors; the bytes do not depend on how many."""
+    n, k = w.shape
+    rows = max(1, CHUNK_WEIGHTS // k)
+    first = _encode(_f32_rows(w, 0, 1), scheme, scale_dtype)
+    stored = _Stored(
+        {s: np.empty((n, a.shape[1]), a.dtype) for s, a in first.items()}, np.empty(n), np.empty(n)
+    )
+
+    def encode_chunk(start: int) -> None:
+        chunk = _f32_rows(w, start, start + rows)
+        _refuse_unusable(name, chunk)
+        arrays = _encode(chunk, scheme, scale_dtype)
+        for suffix, array in arrays.items():
+            stored.arrays[suffix][start : start + rows] = array
+        if "scale" in arrays and not rtn.scales_fit(arrays["scale"]):
+            return  # the caller sees it too, and begins again with f32 scales
+        _record_errors(name, stored, start, chunk, _decode(arrays, scheme, k))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(encode_chunk, range(0, n, rows)))
+    return stored
+
+
+def _encode(w: NDArray[np.float32], scheme: Scheme, scale_dtype: type) -> dict[str, NDArray[Any]]:
+    if not scheme.is_integer:
+        return {"weight": pack.encode_float(w, scheme.format)}
+    return pack.stored_arrays(rtn.quantize_rows(w, scheme, scale_dtype), scheme)
+
+
+def _decode(arrays: dict[str, NDArray[Any]], scheme: Scheme, k: int) -> NDArray[np.float32]:
+    if not scheme.is_integer:
+        return pack.decode_float(arrays["weight"])
+    return rtn.dequantize(pack.unpack(arrays, scheme, k), scheme)
+
+
+def _f32_rows(w: Any, start: int, stop: int) -> NDArray[np.float32]:
+    """Rows of a torch tensor or an array as f32. (numpy has no bf16: its bits are widened here.)"""
+    rows = w[start:stop]
+    if isinstance(rows, np.ndarray):
+        return rows.astype(np.float32)
+    if rows.dtype == torch.bfloat16:
+        return pack.decode_float(rows.detach().contiguous().view(torch.int16).numpy().view(np.uint16))
+    return rows.detach().numpy().astype(np.float32)
+
+
+def _refuse_unusable(name: str, w: NDArray[np.float32]) -> None:
+    if not np.isfinite(w).all():
+        raise GristmillError(
+            f"{name} holds NaN or infinite weights: the checkpoint is damaged, fetch it again"
+        )
+
+
+def _record_errors(
+    name: str, stored: _Stored, start: int, w: NDArray[np.float32], decoded: NDArray[np.float32]
+) -> None:
+    """Each row's squared error and norm, which do not depend on how the rows were split."""
+    if not np.isfinite(decoded).all():
+        raise GristmillError(f"{name} holds weights beyond f16's range (65504): store it as bf16 or f32")
+    rows = slice(start, start + len(w))
+    decoded -= w
+    stored.error[rows] = _squared_norms(decoded)
+    stored.norm[rows] = _squared_norms(w)
+
+
+def _squared_norms(w: NDArray[np.float32]) -> NDArray[np.floating]:
+    """Squared norm of every row, in f64 only where f32 overflows."""
+    norms = np.einsum("nk,nk->n", w, w)
+    return norms if np.isfinite(norms).all() else np.square(w, dtype=np.float64).sum(1)
