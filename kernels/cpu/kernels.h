@@ -1,7 +1,9 @@
-// The CPU kernels: pure functions over raw pointers and ranges. No threads, no allocation, no state; the executor owns all of that.
+// The CPU kernels: pure functions over raw pointers and ranges. No threads, no allocation, no state; the
+// executor owns all of that.
 //
-// One table of functions per instruction set, chosen once at run time. Every table computes the same bits for integer products:
-// a group's dot product is an exact int32, and only then enters `acc = fma(float(dot), s_w * s_a, acc)` in group order.
+// One table of functions per instruction set, chosen once at run time. Every table computes the same bits for
+// integer products: a group's dot product is an exact int32, and only then enters `acc = fma(float(dot), s_w
+// * s_a, acc)` in group order.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -21,15 +23,17 @@ struct Matrix {
   bool symmetric = true;
   bool scale_is_f32 = false;
   int64_t n = 0, k = 0;
-  int64_t group = 0;              // columns per scale; 0 = whole row
-  const void* data = nullptr;     // [n, k] floats; [n, kp] int8; [n, kp / 2] nibbles (byte i of 32: column i low, i + 32 high)
-  const void* scale = nullptr;    // [n, G] f16 or f32
-  const void* zero = nullptr;     // asymmetric: int8 [n, G] or packed nibbles [n, ceil(G / 2)]
+  int64_t group = 0;  // columns per scale; 0 = whole row
+  // [n, k] floats; [n, kp] int8; [n, kp / 2] nibbles (byte i of 32: column i low, i + 32 high)
+  const void* data = nullptr;
+  const void* scale = nullptr;  // [n, G] f16 or f32
+  const void* zero = nullptr;   // asymmetric: int8 [n, G] or packed nibbles [n, ceil(G / 2)]
   int64_t groups() const { return group ? (k + group - 1) / group : 1; }
   int64_t row_bytes() const {
     switch (format) {
       case Format::f32: return 4 * k;
-      case Format::f16: case Format::bf16: return 2 * k;
+      case Format::f16:
+      case Format::bf16: return 2 * k;
       case Format::int8: return padded_columns(k);
       case Format::int4: return padded_columns(k) / 2;
     }
@@ -50,21 +54,24 @@ struct QuantizedRows {
 struct Rope {
   const float* cos = nullptr;  // [rows, dims / 2] of this batch
   const float* sin = nullptr;
-  int64_t dims = 0;            // leading columns of a head that rotate; 0 = none
+  int64_t dims = 0;  // leading columns of a head that rotate; 0 = none
   bool interleaved = false;
 };
 
-// One layer's cache. Row (slot, head, position) of K starts at k + ((slot * kv_heads + head) * ring + position % ring) * k_dim elements.
+// One layer's cache. Row (slot, head, position) of K starts at k + ((slot * kv_heads + head) * ring +
+// position % ring) * k_dim elements.
 struct Cache {
   CacheType type = CacheType::f16;
   int64_t kv_heads = 0, k_dim = 0, v_dim = 0;
-  int64_t ring = 0;        // rows per (slot, head): max_len, or window + max_tokens when that is smaller
-  int64_t window = 0;      // 0 = whole context
+  int64_t ring = 0;    // rows per (slot, head): max_len, or window + max_tokens when that is smaller
+  int64_t window = 0;  // 0 = whole context
   void* k = nullptr;
   void* v = nullptr;
   float* k_scale = nullptr;  // int8: [slots, kv_heads, ring]
   float* v_scale = nullptr;
-  int64_t row(int64_t slot, int64_t head, int64_t position) const { return (slot * kv_heads + head) * ring + position % ring; }
+  int64_t row(int64_t slot, int64_t head, int64_t position) const {
+    return (slot * kv_heads + head) * ring + position % ring;
+  }
 };
 
 struct AttentionShape {
@@ -73,7 +80,8 @@ struct AttentionShape {
   const float* sinks = nullptr;  // [heads] or null
 };
 
-// Splits of the context: fixed by absolute position, so that a row's bits do not depend on who shares the work.
+// Splits of the context: fixed by absolute position, so that a row's bits do not depend on who shares the
+// work.
 constexpr int64_t kSplit = 512;
 
 struct Kernels {
@@ -82,42 +90,55 @@ struct Kernels {
   // x [rows, k] with leading dimension ldx -> out.
   void (*quantize_rows)(const float* x, int64_t ldx, int64_t rows, QuantizedRows out);
 
-  // y[t * ldy + (n - n0)] = sum_k W[n, k] x[t, k] for n in [n0, n1), t in [0, rows). `scratch`: product_scratch_bytes(), 64-byte aligned.
-  void (*product_int)(const Matrix& w, const QuantizedRows& x, int64_t rows, int64_t n0, int64_t n1, float* y, int64_t ldy, void* scratch);
-  void (*product_float)(const Matrix& w, const float* x, int64_t ldx, int64_t rows, int64_t n0, int64_t n1, float* y, int64_t ldy,
-                        void* scratch);
+  // y[t * ldy + (n - n0)] = sum_k W[n, k] x[t, k] for n in [n0, n1), t in [0, rows). `scratch`:
+  // product_scratch_bytes(), 64-byte aligned.
+  void (*product_int)(const Matrix& w, const QuantizedRows& x, int64_t rows, int64_t n0, int64_t n1, float* y,
+                      int64_t ldy, void* scratch);
+  void (*product_float)(const Matrix& w, const float* x, int64_t ldx, int64_t rows, int64_t n0, int64_t n1,
+                        float* y, int64_t ldy, void* scratch);
   size_t (*product_scratch_bytes)(int64_t k);  // per thread, for the widest k of the program
   int64_t tile;                                // n ranges should start at multiples of this
 
   // out[0..k) = scale * W[row, :]
   void (*dequantize_row)(const Matrix& w, int64_t row, float scale, float* out);
 
-  // out = x / sqrt(mean(x^2) + eps) * weight (+ residual); weight and residual may be null; out may be residual.
-  void (*rms_norm)(const float* x, const float* weight, const float* residual, int64_t width, float eps, float* out);
-  void (*layer_norm)(const float* x, const float* weight, const float* bias, const float* residual, int64_t width, float eps, float* out);
+  // out = x / sqrt(mean(x^2) + eps) * weight (+ residual); weight and residual may be null; out may be
+  // residual.
+  void (*rms_norm)(const float* x, const float* weight, const float* residual, int64_t width, float eps,
+                   float* out);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, const float* residual,
+                     int64_t width, float eps, float* out);
 
-  // out[i] = finish(act(y[i] + bias[i]) [* (up[i] + up_bias[i])]) with finish(z) = softcap(scale * z) + residual[i]; null = absent.
-  void (*epilogue)(const float* y, const float* bias, const float* up, const float* up_bias, Activation activation, float scale,
-                   float softcap, const float* residual, int64_t count, float* out);
+  // out[i] = finish(act(y[i] + bias[i]) [* (up[i] + up_bias[i])]) with finish(z) = softcap(scale * z) +
+  // residual[i]; null = absent.
+  void (*epilogue)(const float* y, const float* bias, const float* up, const float* up_bias,
+                   Activation activation, float scale, float softcap, const float* residual, int64_t count,
+                   float* out);
 
   // Rotates one head in place: x [dims_of_head], cos/sin of its row.
   void (*rotate)(float* x, const Rope& rope, int64_t row);
 
-  // Writes one head's k [k_dim] and v [v_dim] (already normed and rotated) at (slot, head, position), quantizing as the cache asks.
-  void (*append)(const Cache& cache, int64_t slot, int64_t head, int64_t position, const float* k, const float* v);
+  // Writes one head's k [k_dim] and v [v_dim] (already normed and rotated) at (slot, head, position),
+  // quantizing as the cache asks.
+  void (*append)(const Cache& cache, int64_t slot, int64_t head, int64_t position, const float* k,
+                 const float* v);
 
-  // One split of attention for `rows` consecutive query rows (positions first_position ... ascending by one, same slot) and all query heads
-  // of kv head `head`, over positions [512 * split, 512 * split + 512) cut to what each row may see.
-  // q: row t, query head h (of heads / kv_heads) at q + t * ldq + h * k_dim. Partials: m, l [rows, group], acc [rows, group, v_dim];
-  // a row that sees nothing of the split gets m = -inf, l = 0, acc = 0. `scratch`: attention_scratch_bytes().
-  void (*attention_split)(const Cache& cache, const AttentionShape& shape, const float* q, int64_t ldq, int64_t rows, int64_t slot,
-                          int64_t head, int64_t first_position, int64_t split, float* m, float* l, float* acc, void* scratch);
-  size_t (*attention_scratch_bytes)(int64_t group, int64_t k_dim, int64_t v_dim);  // for up to attention_rows rows
-  int64_t attention_rows;                                                          // most query rows of one call
+  // One split of attention for `rows` consecutive query rows (positions first_position ... ascending by one,
+  // same slot) and all query heads of kv head `head`, over positions [512 * split, 512 * split + 512) cut to
+  // what each row may see. q: row t, query head h (of heads / kv_heads) at q + t * ldq + h * k_dim. Partials:
+  // m, l [rows, group], acc [rows, group, v_dim]; a row that sees nothing of the split gets m = -inf, l = 0,
+  // acc = 0. `scratch`: attention_scratch_bytes().
+  void (*attention_split)(const Cache& cache, const AttentionShape& shape, const float* q, int64_t ldq,
+                          int64_t rows, int64_t slot, int64_t head, int64_t first_position, int64_t split,
+                          float* m, float* l, float* acc, void* scratch);
+  size_t (*attention_scratch_bytes)(int64_t group, int64_t k_dim,
+                                    int64_t v_dim);  // for up to attention_rows rows
+  int64_t attention_rows;                            // most query rows of one call
 
-  // Combines `splits` partials (m, l: [splits] with stride ld_ml; acc: stride ld_acc) in order into out [v_dim]; sink: null or one logit.
-  void (*attention_combine)(const float* m, const float* l, int64_t ld_ml, const float* acc, int64_t ld_acc, int64_t splits,
-                            const float* sink, int64_t v_dim, float* out);
+  // Combines `splits` partials (m, l: [splits] with stride ld_ml; acc: stride ld_acc) in order into out
+  // [v_dim]; sink: null or one logit.
+  void (*attention_combine)(const float* m, const float* l, int64_t ld_ml, const float* acc, int64_t ld_acc,
+                            int64_t splits, const float* sink, int64_t v_dim, float* out);
 };
 
 // Best first; only those this CPU can execute.
@@ -126,7 +147,7 @@ const Kernels* find_kernels(const char* name);  // "auto" = best; null when unkn
 
 extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels;
-extern const Kernels avx512_kernels;      // AVX-512 F/BW/DQ/VL without VNNI
+extern const Kernels avx512_kernels;  // AVX-512 F/BW/DQ/VL without VNNI
 extern const Kernels avx512vnni_kernels;
 
 }  // namespace gristmill

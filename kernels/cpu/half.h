@@ -1,0 +1,54 @@
+// 16-bit floats: storage types and exact conversions in plain C++. Vector code converts with instructions
+// that give the same bits.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace gristmill {
+
+struct f16 {
+  uint16_t bits;
+};
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float to_float(bf16 h) { return float_of(static_cast<uint32_t>(h.bits) << 16); }
+
+inline float to_float(f16 h) {
+  const uint32_t sign = static_cast<uint32_t>(h.bits & 0x8000) << 16;
+  const uint32_t exponent = h.bits >> 10 & 31, mantissa = h.bits & 1023;
+  if (exponent == 0) {  // zero and subnormals: mantissa * 2^-24, exact in float32
+    return float_of(bits_of(static_cast<float>(mantissa) * 5.9604644775390625e-8f) | sign);
+  }
+  if (exponent == 31) {  // a signaling NaN comes back quiet, as the conversion instruction does it
+    return float_of(sign | 0x7f800000 | mantissa << 13 | (mantissa ? 0x400000 : 0));
+  }
+  return float_of(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+
+// Round to nearest even; overflow gives infinity.
+inline f16 to_f16(float value) {
+  const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00 | (magnitude >> 13 & 1023))};
+  if (magnitude >= 0x47800000) return {static_cast<uint16_t>(sign | 0x7c00)};
+  if (magnitude < 0x38800000) {  // subnormal: adding 0.5 lines the mantissa up with the 2^-24 grid and rounds
+    return {static_cast<uint16_t>(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000))};
+  }
+  const uint32_t odd = magnitude >> 13 & 1;
+  return {static_cast<uint16_t>(sign | ((magnitude - 0x38000000 + 0xfff + odd) >> 13))};
+}
+
+}  // namespace gristmill
