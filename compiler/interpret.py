@@ -1,0 +1,71 @@
+"""Runs a graph with plain torch, one weight in memory at a time: the float reference of the gate and of pass checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..passes.graph import Traced, is_op, ours
+
+
+def run(traced: Traced, inputs: dict[str, Tensor]) -> Tensor:
+    """The graph's output. ``inputs``: tokens, positions, slots [1, T] and rows [R], whichever the graph has."""
+    env: dict[fx.Node, Any] = {}
+    with torch.inference_mode():
+        for step in _steps(traced):
+            _execute(traced, step, env, inputs)
+    return env[_result(traced)]  # type: ignore[no-any-return]
+
+
+def logits_by_group(traced: Traced, inputs: dict[str, Tensor], groups: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Like ``run`` for several ``rows`` inputs in turn: the body runs once, what follows gather_rows once per group.
+
+    groups: row numbers [R_i] each; yields [R_i, V].
+    """
+    steps = _steps(traced)
+    cut = next(i for i, (node, _) in enumerate(steps) if is_op(node, ours.gather_rows.default))
+    env: dict[fx.Node, Any] = {}
+    with torch.inference_mode():
+        for step in steps[:cut]:
+            _execute(traced, step, env, inputs)
+        for rows in groups:
+            tail = dict(env)
+            for step in steps[cut:]:
+                _execute(traced, step, tail, inputs | {"rows": rows})
+            yield tail[_result(traced)][0]
+
+
+Step = tuple[fx.Node, list[fx.Node]]
+
+
+def _steps(traced: Traced) -> list[Step]:
+    """Calls in order, each with the values that nobody needs afterwards."""
+    calls = [n for n in traced.graph.nodes if n.op == "call_function"]
+    last: dict[fx.Node, fx.Node] = {}
+    for node in calls:
+        for source in node.all_input_nodes:
+            last[source] = node
+    kept = _result(traced)
+    return [(n, [s for s in n.all_input_nodes if last[s] is n and s is not kept]) for n in calls]
+
+
+def _result(traced: Traced) -> fx.Node:
+    output = next(n for n in reversed(traced.graph.nodes) if n.op == "output")
+    return output.args[0][0]  # type: ignore[index, return-value]
+
+
+def _execute(traced: Traced, step: Step, env: dict[fx.Node, Any], inputs: dict[str, Tensor]) -> None:
+    node, finished = step
+
+    def value(source: fx.Node) -> Any:
+        if source.op != "placeholder":
+            return env[source]
+        lazy = traced.weights.get(source.name)
+        return inputs[source.name] if lazy is None else lazy.load()
+
+    env[node] = node.target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))  # type: ignore[operator]
+    for source in finished:
+        env.pop(source, None)

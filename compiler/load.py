@@ -1,0 +1,82 @@
+"""A Hugging Face directory (or hub name) → its config, its weights and the files that travel along."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..runtime.errors import GristmillError
+from .checkpoint import Checkpoint
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "generation_config.json",
+)  # fmt: skip
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "pytorch_model*.bin"]
+
+
+@dataclass
+class Source:
+    """What the compiler starts from. ``config`` is a transformers PretrainedConfig."""
+
+    name: str
+    directory: Path
+    config: Any
+    checkpoint: Checkpoint
+
+
+def load_source(model: str) -> Source:
+    """Open ``model``: a directory, or a name on the Hugging Face hub. Raises GristmillError for anything unusable."""
+    directory = _resolve(model)
+    return Source(directory.name if os.path.isdir(model) else model, directory, load_config(directory), Checkpoint(directory))
+
+
+def load_config(directory: Path) -> Any:
+    """The transformers config of a directory; custom code and already quantized checkpoints are refused."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise GristmillError(f"{directory}: no config.json; expected a Hugging Face model directory")
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise GristmillError(f"{path}: not valid JSON ({error}); download the model again") from None
+    if not isinstance(raw, dict) or "model_type" not in raw:
+        raise GristmillError(f"{path}: no model_type; expected a Hugging Face model configuration")
+    if raw.get("auto_map"):
+        raise GristmillError(f"{path}: the model brings its own code (trust_remote_code), which is never run; use a built-in one")
+    if raw.get("quantization_config"):
+        method = (raw["quantization_config"] or {}).get("quant_method", "unknown")
+        raise GristmillError(f"{path}: already quantized ({method}); give the original float model")
+    return _transformers_config(directory, raw["model_type"])
+
+
+def _transformers_config(directory: Path, model_type: str) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise GristmillError(f"{directory}: model_type {model_type!r} is not a decoder that transformers knows; see the README's list")
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # validation errors of transformers are of many types
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise GristmillError(f"{directory}/config.json: transformers refuses it ({reason})") from None
+
+
+def _resolve(model: str) -> Path:
+    if os.path.isdir(model):
+        return Path(model).resolve()
+    if os.path.exists(model):
+        raise GristmillError(f"{model}: is a file; expected a Hugging Face model directory or a hub name")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise GristmillError(f"{model}: no such directory; expected a Hugging Face model directory or a hub name like owner/model")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
+    except Exception as error:  # network and hub errors are of many types
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise GristmillError(f"{model}: no such directory, and the hub download failed ({reason})") from None

@@ -1,0 +1,187 @@
+"""From a transformers config to a graph over rows, without reading a weight.
+
+The model is built with parameters that are allocated and never touched. Attention leaves it as one opaque op,
+``gristmill::attention_heads``; everything else works row by row, so the rows of a batch may belong to different sequences.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..passes.graph import EXAMPLE_ROWS, Lazy, Traced
+from ..runtime.errors import GristmillError
+
+NAME = "gristmill"
+# transformers' builders of masks that our attention implements; "packed" says that sequences of a batch do not see each other
+KNOWN_MASKS = {
+    "causal_mask_function", "sliding_window_overlay", "and_masks", "packed_sequence_mask_function",
+    "remap_positions_for_packed_sequence",
+}  # fmt: skip
+
+
+class _Wrapper(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def trace(config: Any, read: Callable[[tuple[str, ...]], Tensor], max_len: int) -> Traced:
+    """Export the decoder of ``config`` over [1, T] rows.
+
+    ``read`` loads a parameter given all the names it may have in the checkpoint (tied parameters have several). Raises
+    GristmillError when the model cannot be traced.
+    """
+    masks: list[Any] = []
+    _register(masks)
+    model = _build(config)
+    _freeze_ropes(model, max_len)
+    program = _export(model)
+    _refuse_masks(masks)
+    return _lift(program, model, config, read)
+
+
+def _register(masks: list[Any]) -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    def no_mask(*args: Any, mask_function: Any = None, **kwargs: Any) -> None:
+        masks.append(mask_function)
+
+    AttentionInterface.register(NAME, _attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, no_mask)
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None,
+    sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    layer = int(getattr(module, "layer_idx", 0) or 0)
+    out = torch.ops.gristmill.attention_heads(
+        query, key, value, layer, scale, int(sliding_window or 0), float(softcap or 0.0), s_aux
+    )
+    return out, None
+
+
+def _build(config: Any) -> torch.nn.Module:
+    """The model with allocated, untouched float32 parameters. transformers writes into configs, hence the deep copy."""
+    import transformers
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    transformers.logging.set_verbosity_error()
+    config = copy.deepcopy(config)
+    config.dtype = torch.float32
+    try:
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=torch.float32)
+        model.tie_weights()
+    except Exception as error:  # any part of a model's construction may refuse its configuration
+        raise GristmillError(f"the model cannot be built from its config ({_first_line(error)})") from error
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _freeze_ropes(model: torch.nn.Module, max_len: int) -> None:
+    """Rotary frequencies that depend on the longest position of a batch are fixed to what max_len asks for.
+
+    longrope has two sets (arXiv 2402.13753); dynamic scaling leaves the original set up to the trained length.
+    """
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, dict):
+            if any(k in ("longrope", "dynamic") for k in kind.values()):
+                raise GristmillError(f"rope types {sorted(set(kind.values()))} per layer type are not supported; expected fixed ones")
+            continue
+        if kind == "longrope":
+            _freeze_longrope(module, max_len)
+        elif kind is not None and "dynamic" in kind:
+            limit = int(module.max_seq_len_cached)  # type: ignore[arg-type]
+            if max_len > limit:
+                raise GristmillError(f"dynamic rope scaling beyond {limit} positions is not supported; give --max-len {limit} or less")
+            module.rope_type = "default"  # type: ignore[assignment]
+
+
+def _freeze_longrope(module: Any, max_len: int) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    original = int(module.config.rope_parameters["original_max_position_embeddings"])
+    if max_len > original:
+        inv_freq, module.attention_scaling = ROPE_INIT_FUNCTIONS["longrope"](module.config, None, seq_len=original + 1)
+        module.inv_freq = inv_freq.float()
+    module.rope_type = "default"
+
+
+def _export(model: torch.nn.Module) -> torch.export.ExportedProgram:
+    rows = torch.export.Dim("T", min=2, max=1 << 20)
+    example = (torch.ones(1, EXAMPLE_ROWS, dtype=torch.long), torch.arange(EXAMPLE_ROWS)[None])
+    shapes = {"tokens": {1: rows}, "positions": {1: rows}}
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(_Wrapper(model), example, dynamic_shapes=shapes, strict=False)
+            return exported.run_decompositions({})
+    except Exception as error:  # the exporter raises whatever the model's code raises
+        raise GristmillError(f"{type(model).__name__} cannot be traced ({_first_line(error)}); see the README for the families") from error
+
+
+def _refuse_masks(masks: list[Any]) -> None:
+    for mask in masks:
+        strange = _mask_names(mask) - KNOWN_MASKS
+        if strange:
+            raise GristmillError(f"attention mask {sorted(strange)[0]!r} is not supported; expected causal or sliding window")
+
+
+def _mask_names(function: Any) -> set[str]:
+    """The names of the mask functions that a transformers mask closure is made of."""
+    names = {function.__qualname__.split(".")[0]}
+    for cell in function.__closure__ or ():
+        parts = cell.cell_contents if isinstance(cell.cell_contents, tuple | list) else (cell.cell_contents,)
+        for part in parts:
+            if callable(part) and hasattr(part, "__qualname__"):
+                names |= _mask_names(part)
+    return names
+
+
+def _lift(program: torch.export.ExportedProgram, model: torch.nn.Module, config: Any, read: Any) -> Traced:
+    """Placeholders of the exported graph → weights by name; buffers are small and kept."""
+    graph = program.graph_module.graph
+    signature = program.graph_signature
+    aliases = _aliases(model)
+    weights: dict[str, Lazy] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        if node.name in signature.inputs_to_parameters:
+            name = signature.inputs_to_parameters[node.name].removeprefix("model.")
+            names = aliases[name]
+            weights[node.name] = Lazy(tuple(node.meta["val"].shape), names, lambda names=names: read(names))  # type: ignore[misc]
+        elif node.name in signature.inputs_to_buffers or node.name in signature.inputs_to_lifted_tensor_constants:
+            weights[node.name] = _constant(program, signature, node)
+    return Traced(graph, weights, config)
+
+
+def _constant(program: torch.export.ExportedProgram, signature: Any, node: fx.Node) -> Lazy:
+    name = signature.inputs_to_buffers.get(node.name) or signature.inputs_to_lifted_tensor_constants[node.name]
+    stored = program.state_dict.get(name)
+    value = (program.constants[name] if stored is None else stored).detach().clone()
+    return Lazy(tuple(value.shape), (name.removeprefix("model."),), lambda: value)
+
+
+def _aliases(model: torch.nn.Module) -> dict[str, tuple[str, ...]]:
+    """Every parameter name → all names of the same (tied) parameter, that one first."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {n: (n, *(o for o in group if o != n)) for group in groups.values() for n in group}
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200]

@@ -1,0 +1,176 @@
+"""One spelling for everything: no asserts, no no-ops, linears and embeddings as our ops, constants folded into weights."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .graph import EXAMPLE_ROWS, Lazy, Traced, aten, call, is_op, ours, shape, swap
+from .rule import Report, Rule
+
+ASSERTS = ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "_guards_fn")
+NO_OPS = (aten.alias.default, aten.clone.default, aten.detach.default, aten.contiguous.default, aten.dropout.default)
+CASTS = (aten._to_copy.default, aten.type_as.default, aten.to.dtype)
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
+
+
+def run(traced: Traced, report: Report) -> None:
+    """Rewrites until nothing changes any more."""
+    while any([_sweep(traced, report), _fold_constants(traced, report)]):
+        traced.graph.eliminate_dead_code()
+    GELU_TANH.apply(traced, report)
+    _drop_asserts(traced)
+    traced.clean()
+
+
+def _drop_asserts(traced: Traced) -> None:
+    for node in reversed(list(traced.graph.nodes)):
+        name = str(node.target)
+        if not node.users and node.op in ("call_function", "call_module") and any(a in name for a in ASSERTS):
+            traced.graph.erase_node(node)
+
+
+def _sweep(traced: Traced, report: Report) -> bool:
+    _drop_asserts(traced)
+    before = report.hits
+    for node in list(traced.graph.nodes):
+        if node.op != "call_function":
+            continue
+        same = _same_value(node)
+        if same is not None:
+            node.replace_all_uses_with(same)
+            traced.graph.erase_node(node)
+            report.hits += 1
+            continue
+        rewrite = REWRITES.get(node.target)
+        new = rewrite(traced, node) if rewrite else None
+        if new is not None:
+            swap(node, new)
+            report.hits += 1
+    return report.hits > before
+
+
+def _same_value(node: fx.Node) -> fx.Node | None:
+    """The input that this node only renames, or None."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return _cat_of_one(node)
+    first = node.args[0]
+    if node.target in NO_OPS:
+        return first
+    if node.target in CASTS and node.meta["val"].dtype == first.meta["val"].dtype:
+        return first
+    if node.target in VIEWS and shape(node) == shape(first):
+        return first
+    if is_op(node, aten.mul.Tensor, aten.div.Tensor) and node.args[1] == 1:
+        return first
+    if is_op(node, aten.slice.Tensor) and shape(node) == shape(first):
+        return first
+    return None
+
+
+def _cat_of_one(node: fx.Node) -> fx.Node | None:
+    """torch.cat whose other parts are empty."""
+    if not is_op(node, aten.cat.default):
+        return None
+    parts = [p for p in node.args[0] if math.prod(shape(p))]  # type: ignore[union-attr]
+    return parts[0] if len(parts) == 1 else None
+
+
+def _linear(traced: Traced, node: fx.Node) -> fx.Node:
+    x, weight = node.args[0], node.args[1]
+    bias = node.args[2] if len(node.args) > 2 else None
+    return call(traced, node, ours.linear.default, (x, [weight], [bias]))
+
+
+def _addmm(traced: Traced, node: fx.Node) -> fx.Node | None:
+    """addmm(bias, view(x), W), then view: GPT-2's Conv1D. The weight is turned once, lazily."""
+    bias, rows, weight = node.args[:3]
+    source = traced.weight(weight)
+    if source is None or not is_op(rows, aten.view.default) or len(shape(rows.args[0])) != 3:  # type: ignore[union-attr, arg-type]
+        return None
+    views = list(node.users)
+    if not all(is_op(v, aten.view.default) and shape(v)[:2] == (1, EXAMPLE_ROWS) and len(shape(v)) == 3 for v in views):
+        return None
+    turned = Lazy(tuple(reversed(source.shape)), source.names, lambda: source.load().t().contiguous())
+    name = f"{weight.name}_transposed"  # type: ignore[union-attr]
+    new = call(traced, node, ours.linear.default, (rows.args[0], [traced.add_weight(name, turned)], [bias]))  # type: ignore[union-attr]
+    new.meta["val"] = views[0].meta["val"]
+    return new
+
+
+def _embedding(traced: Traced, node: fx.Node) -> fx.Node:
+    weight, ids = node.args[0], node.args[1]
+    offset = 0
+    if is_op(ids, aten.add.Tensor) and isinstance(ids.args[1], int):  # type: ignore[union-attr]
+        ids, offset = ids.args[0], ids.args[1]  # type: ignore[union-attr]
+    return call(traced, node, ours.embedding.default, (ids, weight, None, 1.0, offset))
+
+
+def _layer_norm(traced: Traced, node: fx.Node) -> fx.Node:
+    x, _, weight, bias = (list(node.args) + [None, None])[:4]
+    eps = node.args[4] if len(node.args) > 4 else 1e-5
+    return call(traced, node, ours.layer_norm.default, (x, weight, bias, None, eps))
+
+
+def _scalar_operand(traced: Traced, node: fx.Node) -> fx.Node | None:
+    """A constant tensor with one element, as a second operand, becomes a literal."""
+    lazy = traced.weight(node.args[1]) if len(node.args) > 1 else None
+    if lazy is None or math.prod(lazy.shape) != 1 or not isinstance(node.args[0], fx.Node):
+        return None
+    return call(traced, node, node.target, (node.args[0], float(lazy.load().reshape(()).item())))
+
+
+REWRITES: dict[Any, Any] = {
+    aten.linear.default: _linear,
+    aten.addmm.default: _addmm,
+    aten.embedding.default: _embedding,
+    aten.layer_norm.default: _layer_norm,
+    aten.mul.Tensor: _scalar_operand,
+    aten.div.Tensor: _scalar_operand,
+    aten.add.Tensor: _scalar_operand,
+}
+
+
+def _fold_constants(traced: Traced, report: Report) -> bool:
+    """A call over weights and literals alone becomes a weight itself, computed when it is read."""
+    changed = False
+    for node in list(traced.graph.nodes):
+        sources = [traced.weight(a) for a in node.all_input_nodes]
+        if node.op != "call_function" or node.target is operator.getitem or not sources or None in sources:
+            continue
+        if not isinstance(node.meta.get("val"), Tensor) or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        swap(node, traced.add_weight(f"{node.name}_folded", _folded(traced, node)))
+        report.hits += 1
+        changed = True
+    return changed
+
+
+def _folded(traced: Traced, node: fx.Node) -> Lazy:
+    lazies = {n: traced.weights[n.name] for n in node.all_input_nodes}
+    args, kwargs, target = node.args, node.kwargs, node.target
+
+    def load() -> Tensor:
+        def value(a: fx.Node) -> Tensor:
+            return lazies[a].load()
+
+        return target(*fx.map_arg(args, value), **fx.map_arg(kwargs, value))  # type: ignore[operator, no-any-return]
+
+    names = tuple(dict.fromkeys(n for lazy in lazies.values() for n in lazy.names))
+    return Lazy(shape(node), names, load)
+
+
+def _gelu_new(x: Any) -> Any:
+    inner = aten.add.Tensor(x, aten.mul.Tensor(aten.pow.Tensor_Scalar(x, 3.0), 0.044715))
+    tanh = aten.tanh.default(aten.mul.Tensor(inner, math.sqrt(2.0 / math.pi)))
+    return aten.mul.Tensor(aten.mul.Tensor(x, 0.5), aten.add.Tensor(tanh, 1.0))
+
+
+GELU_TANH = Rule(
+    patterns=(_gelu_new,),
+    replace=lambda traced, out, found: call(traced, out, aten.gelu.default, (found["x"],), {"approximate": "tanh"}),
+)

@@ -1,0 +1,130 @@
+"""The graph that passes rewrite, and the few questions they ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..kernels import ops as _ops  # noqa: F401  (registers the gristmill ops)
+
+aten = torch.ops.aten
+ours = torch.ops.gristmill
+EXAMPLE_ROWS = 13  # T while tracing: a number no model has as a width
+
+
+@dataclass
+class Lazy:
+    """A weight that is read when asked for: shape, the checkpoint names it comes from, how to load it (float32)."""
+
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    load: Callable[[], Tensor]
+
+
+@dataclass
+class Traced:
+    """A graph whose placeholders are weights (keys of ``weights``, by node name) and inputs (``tokens``, ``positions`` ...: [1, T])."""
+
+    graph: fx.Graph
+    weights: dict[str, Lazy]
+    config: Any
+
+    def weight(self, node: Any) -> Lazy | None:
+        """The weight a node stands for, or None."""
+        return self.weights.get(node.name) if isinstance(node, fx.Node) and node.op == "placeholder" else None
+
+    def add_weight(self, name: str, lazy: Lazy) -> fx.Node:
+        """A new placeholder for ``lazy``, or the one of that name made earlier."""
+        for node in self.graph.find_nodes(op="placeholder"):
+            if node.name == name:
+                return node
+        first = next(iter(self.graph.nodes))
+        with self.graph.inserting_before(first):
+            node = self.graph.placeholder(name)
+        self.weights[node.name] = lazy
+        return node
+
+    def input(self, name: str) -> fx.Node:
+        """The placeholder of an input; made when the graph has none yet."""
+        found = [n for n in self.graph.find_nodes(op="placeholder") if n.name == name]
+        if found:
+            return found[0]
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            return self.graph.placeholder(name)
+
+    def clean(self) -> None:
+        """Drop dead nodes and weights that nothing uses."""
+        self.graph.eliminate_dead_code()
+        for node in list(self.graph.find_nodes(op="placeholder")):
+            if node.name in self.weights and not node.users:
+                del self.weights[node.name]
+                self.graph.erase_node(node)
+        self.graph.lint()
+
+
+def is_op(node: Any, *targets: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    """The node's shape with T = EXAMPLE_ROWS."""
+    return tuple(int(s) if isinstance(s, int) else int(s.node.hint) for s in node.meta["val"].shape)
+
+
+def width(node: fx.Node) -> int:
+    return shape(node)[-1]
+
+
+def call(traced: Traced, before: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+    """A new call placed before ``before``, with its meta: the caller replaces ``before`` by it, or sets meta itself."""
+    with traced.graph.inserting_before(before):
+        node = traced.graph.call_function(target, args, kwargs or {})
+    node.meta = dict(before.meta)
+    return node
+
+
+def swap(old: fx.Node, new: fx.Node) -> None:
+    """Every use of ``old`` becomes a use of ``new``; ``old`` is erased."""
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """A call's arguments by the names of the op's schema, defaults included."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    out = {}
+    for n, argument in enumerate(schema.arguments):
+        if n < len(node.args):
+            out[argument.name] = node.args[n]
+        else:
+            out[argument.name] = node.kwargs.get(argument.name, argument.default_value if argument.has_default_value() else None)
+    return out
+
+
+def with_arguments(traced: Traced, node: fx.Node, before: fx.Node, **changes: Any) -> fx.Node:
+    """A copy of a call with some arguments changed, placed before ``before`` and carrying its meta."""
+    given = arguments(node) | changes
+    return call(traced, before, node.target, tuple(given.values()))
+
+
+def place(node: fx.Node) -> str:
+    """Where a node comes from in the model, for messages: its module path when the tracer knew it."""
+    stack = node.meta.get("nn_module_stack")
+    if isinstance(stack, dict) and stack:
+        path = str(list(stack.values())[-1][0])
+        return f"{node.target} in {path.removeprefix('L__self___').replace('model.', '', 1)}"
+    return str(node.target)
+
+
+def only_user(node: fx.Node) -> bool:
+    return len(node.users) == 1
+
+
+def dead(nodes: Iterable[fx.Node]) -> None:
+    for node in nodes:
+        if not node.users:
+            node.graph.erase_node(node)

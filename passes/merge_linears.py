@@ -1,0 +1,41 @@
+"""Linears of one input become one list of segments, whose outputs are columns of one result: the input is read and quantized once."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from .graph import Traced, arguments, aten, call, is_op, ours, shape
+from .rule import Report
+
+
+def run(traced: Traced, report: Report) -> None:
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node in traced.graph.find_nodes(op="call_function", target=ours.linear.default):
+        if _plain(node):
+            groups.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
+    for group in groups.values():
+        if len(group) > 1:
+            _merge(traced, group)
+            report.hits += 1
+    traced.clean()
+
+
+def _plain(node: fx.Node) -> bool:
+    a = arguments(node)
+    return a["activation"] == "none" and not a["glu"] and a["residual"] is None and a["scale"] == 1.0 and a["softcap"] == 0.0
+
+
+def _merge(traced: Traced, group: list[fx.Node]) -> None:
+    order = {n: i for i, n in enumerate(traced.graph.nodes)}
+    first = min(group, key=lambda n: order[n])
+    weights = [w for n in group for w in arguments(n)["weights"]]
+    biases = [b for n in group for b in arguments(n)["biases"]]
+    merged = call(traced, first, ours.linear.default, (first.args[0], weights, biases))
+    total = sum(shape(n)[-1] for n in group)
+    merged.meta["val"] = first.meta["val"].new_empty(*first.meta["val"].shape[:2], total)
+    start = 0
+    for node in group:
+        stop = start + shape(node)[-1]
+        part = call(traced, node, aten.slice.Tensor, (merged, 2, start, stop))
+        node.replace_all_uses_with(part)
+        start = stop
