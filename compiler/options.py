@@ -1,0 +1,123 @@
+"""What a compile may be asked for. Read by the command line and by Python alike; imports nothing heavy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from gristmill.runtime.decoding.options import refuse_unknown
+from gristmill.runtime.errors import GristmillError
+
+FLOAT_WEIGHTS = ("f32", "bf16", "f16")
+WEIGHTS = (*FLOAT_WEIGHTS, "int8", "int4")
+GROUP_SIZES = (32, 64, 128)
+KV_TYPES = ("f32", "f16", "int8")
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """None means: chosen from the others, see the properties below; `of` checks that they go together.
+
+    weights: format of the linear layers. group_size: columns per scale, 32, 64, 128 or "row". asymmetric: zero points.
+    embedding, head: formats of the two ends (a tied pair is one matrix). kv: type of the cache.
+    max_len, max_slots, max_tokens: positions per slot, sequences, and rows of one forward that the artifact is planned for.
+    text: file of held text for the gate; gate_tokens: how many of its tokens; max_ppl_increase (0.02 is 2 %) and max_kl (nats):
+    what the gate lets pass. explain: keep the pass ledger in the result; check_passes: run each pass's before and after.
+    """
+
+    weights: str = "int4"
+    group_size: int | str | None = None
+    asymmetric: bool = False
+    embedding: str | None = None
+    head: str | None = None
+    kv: str | None = None
+    max_len: int | None = None
+    max_slots: int = 8
+    max_tokens: int = 512
+    text: str | None = None
+    gate: bool = True
+    gate_tokens: int | None = None
+    max_ppl_increase: float | None = None
+    max_kl: float | None = None
+    explain: bool = False
+    check_passes: bool = False
+    force: bool = False
+
+    @staticmethod
+    def of(**values: Any) -> CompileOptions:
+        """Options from keywords. Raises GristmillError that says which one does not fit and what does."""
+        refuse_unknown(values, [field.name for field in fields(CompileOptions)], "compile")
+        for name in ("text",):
+            if values.get(name) is not None:
+                values[name] = str(values[name])
+        options = CompileOptions(**values)
+        options._check_formats()
+        options._check_numbers()
+        options._check_gate()
+        return options
+
+    @property
+    def group(self) -> int:
+        """Columns per scale of integer weights; 0 = the whole row."""
+        if self.group_size == "row":
+            return 0
+        return 128 if self.group_size is None else int(self.group_size)
+
+    @property
+    def embedding_format(self) -> str:
+        """int8 unless asked otherwise; float models stay as they are."""
+        return self.embedding or (self.weights if self.weights in FLOAT_WEIGHTS else "int8")
+
+    @property
+    def head_format(self) -> str:
+        return self.head or (self.weights if self.weights in FLOAT_WEIGHTS else "int8")
+
+    @property
+    def kv_type(self) -> str:
+        """f32 for f32 weights, whose numbers are then those of the reference; otherwise f16."""
+        return self.kv or ("f32" if self.weights == "f32" else "f16")
+
+    def _check_formats(self) -> None:
+        _one_of("weights", self.weights, WEIGHTS)
+        for name in ("embedding", "head"):
+            if getattr(self, name) is not None:
+                _one_of(name, getattr(self, name), WEIGHTS)
+        if self.kv is not None:
+            _one_of("kv", self.kv, KV_TYPES)
+        if self.group_size is not None:
+            _one_of("group_size", self.group_size, (*GROUP_SIZES, "row"))
+        integers = {self.weights, self.embedding_format, self.head_format} - set(FLOAT_WEIGHTS)
+        if not integers and (self.asymmetric or self.group_size is not None):
+            what = "asymmetric" if self.asymmetric else "group_size"
+            raise GristmillError(f"{what} needs integer weights, got weights {self.weights}; use weights int8 or int4")
+
+    def _check_numbers(self) -> None:
+        _count("max_len", self.max_len, 1, optional=True)
+        _count("max_slots", self.max_slots, 1)
+        _count("max_tokens", self.max_tokens, 1)
+        _count("gate_tokens", self.gate_tokens, 2, optional=True)
+        for name in ("max_ppl_increase", "max_kl"):
+            bound = getattr(self, name)
+            if bound is not None and (isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 <= bound < math.inf):
+                raise GristmillError(f"{name} is {bound!r}, expected a number from 0")
+        for name in ("asymmetric", "gate", "explain", "check_passes", "force"):
+            if not isinstance(getattr(self, name), bool):
+                raise GristmillError(f"{name} is {getattr(self, name)!r}, expected True or False")
+
+    def _check_gate(self) -> None:
+        asked = [name for name in ("text", "gate_tokens", "max_ppl_increase", "max_kl") if getattr(self, name) is not None]
+        if asked and not self.gate:
+            raise GristmillError(f"{asked[0]} is for the gate, which is off; leave out one of the two")
+
+
+def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:
+    if isinstance(value, bool) or value not in known:
+        raise GristmillError(f"{name} is {value!r}, expected one of {', '.join(map(str, known))}")
+
+
+def _count(name: str, value: Any, least: int, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if type(value) is not int or not least <= value < 2**31:
+        raise GristmillError(f"{name} is {value!r}, expected an integer from {least}")

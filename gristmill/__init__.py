@@ -1,0 +1,55 @@
+"""gristmill: compile a decoder language model to a small artifact and run it.
+
+    import gristmill
+    gristmill.compile("path/to/model", "story.grist", weights="int4", group_size=128)
+    session = gristmill.load("story.grist")
+    print(session.generate("Once upon a time", max_new_tokens=100).text)
+
+Importing this module loads neither numpy nor torch; the names below are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gristmill.compiler.pipeline import CompileResult
+    from gristmill.runtime.errors import GristmillError as GristmillError
+    from gristmill.runtime.session import Session as Session
+    from gristmill.runtime.session import load as load
+
+__version__ = "0.1.0"
+__all__ = ["GristmillError", "Session", "__version__", "compile", "load"]
+
+_HOMES = {
+    "load": "gristmill.runtime.session",
+    "Session": "gristmill.runtime.session",
+    "GristmillError": "gristmill.runtime.errors",
+}
+
+
+def compile(model: str | PathLike[str], out: str | PathLike[str], **options: Any) -> CompileResult:
+    """Compiles the Hugging Face model at `model` (a directory or a hub name) to the artifact directory `out`.
+
+    options: the fields of gristmill.compiler.options.CompileOptions, such as weights="int4", group_size=128, kv="int8",
+    text="held_out.txt", force=True. Needs the extra [compile]. Raises GristmillError for what cannot be compiled.
+    """
+    from gristmill.compiler.options import CompileOptions
+    from gristmill.compiler.pipeline import compile_model
+
+    progress = options.pop("progress", None)
+    return compile_model(str(model), str(out), CompileOptions.of(**options), progress=progress)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gristmill' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

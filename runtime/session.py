@@ -1,0 +1,265 @@
+"""A Session runs one artifact: rows in, logits out, and text generation on top of that.
+
+    session = gristmill.load("story.grist")
+    print(session.generate("Once upon a time", max_new_tokens=100).text)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from gristmill.runtime import machine
+from gristmill.runtime.artifact import GENERATION_CONFIG, PROGRAM, TOKENIZER, Artifact, open_artifact, parse_json
+from gristmill.runtime.decoding.generate import Generation, Prompt, generate_all, stream_one
+from gristmill.runtime.decoding.options import GenerationOptions, refuse_unknown
+from gristmill.runtime.errors import GristmillError
+from gristmill.runtime.program import CacheSpec, Program
+from gristmill.runtime.slots import Slots
+from gristmill.runtime.tokenizer import Tokenizer
+
+
+class Executor(Protocol):
+    """What a Session needs of the machinery below it; see runtime/cpu."""
+
+    max_tokens: int
+    max_slots: int
+    max_len: int
+    vocabulary: int
+    threads: int
+    kv_bytes: int
+    arena_bytes: int
+    weight_bytes: int
+
+    def forward(self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray) -> np.ndarray: ...
+
+    def copy_slot(self, source: int, target: int, length: int) -> None: ...
+
+
+def load(
+    path: str | Path,
+    device: str = "cpu",
+    threads: int | None = None,
+    max_len: int | None = None,
+    max_slots: int | None = None,
+    **unknown: Any,
+) -> Session:
+    """Opens the artifact in directory `path`.
+
+    threads: default every processor this process may use. max_len: positions per slot, default what the artifact was compiled for,
+    at most what its model can address. max_slots: sequences at once, default 8 unless compiled otherwise.
+    Raises GristmillError for a damaged artifact and for what this machine or model cannot do.
+    """
+    refuse_unknown(unknown, ("device", "threads", "max_len", "max_slots"), "load")
+    if device != "cpu":
+        raise GristmillError(f"device {device!r} is not supported, expected 'cpu'")
+    artifact = open_artifact(path)
+    program_json = artifact.read(PROGRAM)
+    program = Program.from_json(parse_json(program_json, PROGRAM))
+    limits = program.limits
+    max_len = _within("max_len", max_len, limits.max_len, limits.max_position)
+    max_slots = _within("max_slots", max_slots, limits.max_slots, 65536)
+    threads = _within("threads", threads, machine.usable_cpus(), 1024)
+    _refuse_too_large(program, max_len, max_slots)
+    executor = _native().Executor(
+        program_json, str(artifact.weights_path), threads=threads, max_len=max_len, max_slots=max_slots
+    )
+    return Session(artifact, program, executor)
+
+
+class Session:
+    """An opened artifact with room for `max_slots` sequences of `max_len` tokens. Safe to use from several threads."""
+
+    def __init__(self, artifact: Artifact | None, program: Program, executor: Executor, tokenizer: Tokenizer | None = None):
+        self.artifact, self.program, self.executor = artifact, program, executor
+        self._given_tokenizer = tokenizer
+        self._lock = threading.Lock()
+        ring = smallest_ring(program, executor.max_len)
+        self._slots = Slots(executor.max_slots, executor.max_len, ring, program.limits.max_tokens)
+
+    @property
+    def max_len(self) -> int:
+        return self.executor.max_len
+
+    @property
+    def max_slots(self) -> int:
+        return self.executor.max_slots
+
+    @property
+    def max_tokens(self) -> int:
+        """The most rows of one forward."""
+        return self.executor.max_tokens
+
+    @property
+    def vocabulary(self) -> int:
+        """The width of the logits."""
+        return self.executor.vocabulary
+
+    @property
+    def threads(self) -> int:
+        return self.executor.threads
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes by use: weights are mapped from the file and shared between processes, the rest is this session's own."""
+        executor = self.executor
+        return {"weight_bytes": executor.weight_bytes, "kv_bytes": executor.kv_bytes, "arena_bytes": executor.arena_bytes}
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether text can be used; without a tokenizer prompts and results are token ids."""
+        return self._given_tokenizer is not None or (self.artifact is not None and TOKENIZER in self.artifact.files)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, loaded at first use."""
+        if self._given_tokenizer is not None:
+            return self._given_tokenizer
+        if self.artifact is None:
+            raise GristmillError("this session has no tokenizer; give prompts as token ids")
+        return Tokenizer.of(self.artifact)
+
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        """The ids that end a text, from the model's generation_config.json."""
+        if self.artifact is None or GENERATION_CONFIG not in self.artifact.files:
+            return frozenset()
+        found = self.artifact.json(GENERATION_CONFIG).get("eos_token_id")
+        ids = found if isinstance(found, list) else [found]
+        return frozenset(i for i in ids if type(i) is int)
+
+    def forward(self, tokens: Any, positions: Any, slots: Any, rows: Any = None) -> np.ndarray:
+        """Runs a batch of rows and returns logits [R, vocabulary] f32 of the rows named by `rows` (default: all of them).
+
+        tokens, positions, slots: [T] int32, T <= max_tokens: row t is token tokens[t] at positions[t] of slots[t]. A slot's rows
+        continue it without gap or duplicate; a position before its end rolls it back. rows: [R] int32 indices of rows.
+        """
+        arrays = [_int32(name, value) for name, value in (("tokens", tokens), ("positions", positions), ("slots", slots))]
+        chosen = np.arange(len(arrays[0]), dtype=np.int32) if rows is None else _int32("rows", rows)
+        return self._run(*arrays, chosen, held=False)
+
+    def reset(self, slot: int) -> None:
+        """Forgets the sequence that `forward` put into `slot`."""
+        self._slots.check(np.zeros(1, np.int32), np.array([slot], np.int32), held=True)
+        with self._lock:
+            self._slots.reset(slot)
+
+    def generate(self, prompt: str | Sequence[Any], **options: Any) -> Any:
+        """Continues `prompt`: text or token ids gives a Generation, a list of those gives a list of Generations.
+
+        A list runs as one batch over the slots, in turn where there are more prompts than slots.
+        Options: see GenerationOptions. Raises GristmillError for an empty or too long prompt and for unknown options.
+        """
+        chosen = GenerationOptions.of(**options)
+        if _is_batch(prompt):
+            return generate_all(self, [Prompt(self._prompt_ids(one), chosen) for one in prompt])
+        return generate_all(self, [Prompt(self._prompt_ids(prompt), chosen)])[0]
+
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:
+        """Continues one prompt and yields its text in pieces that never split a character or a stop string.
+
+        The iterator returned has the attribute `result`, the Generation so far.
+        """
+        return stream_one(self, Prompt(self._prompt_ids(prompt), GenerationOptions.of(**options)))
+
+    def _prompt_ids(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = _int32("a prompt", prompt).tolist()
+        if not ids:
+            raise GristmillError("the prompt is empty and the tokenizer adds no BOS; give text or token ids")
+        if len(ids) > self.max_len:
+            raise GristmillError(f"the prompt has {len(ids)} tokens, max_len is {self.max_len}; shorten it or load with more")
+        outside = [i for i in ids if not 0 <= i < self.vocabulary]
+        if outside:
+            raise GristmillError(f"the prompt holds token id {outside[0]}, expected 0 to {self.vocabulary - 1}")
+        return ids
+
+    def _run(
+        self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray, held: bool = True
+    ) -> np.ndarray:
+        """`forward` after its arguments became arrays; `held`: on slots taken from self._slots."""
+        self._check_batch(tokens, positions, slots, rows)
+        with self._lock:
+            ids, first, ends = self._slots.check(positions, slots, held)
+            self._slots.lengths[ids] = first  # what a failure leaves: the rows before this batch
+            logits = self.executor.forward(tokens, positions, slots, rows)
+            self._slots.advance(ids, first, ends)
+        return logits
+
+    def _check_batch(self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray) -> None:
+        count = len(tokens)
+        if not len(positions) == len(slots) == count:
+            raise GristmillError(f"got {count} tokens, {len(positions)} positions and {len(slots)} slots, expected equally many")
+        if not 0 < count <= self.max_tokens:
+            raise GristmillError(f"got {count} rows, expected 1 to max_tokens = {self.max_tokens}; split the batch")
+        if tokens.min() < 0 or tokens.max() >= self.vocabulary:
+            bad = tokens[(tokens < 0) | (tokens >= self.vocabulary)][0]
+            raise GristmillError(f"token id {bad} is outside 0 to {self.vocabulary - 1}")
+        if len(rows) > self.max_tokens or (len(rows) and (rows.min() < 0 or rows.max() >= count)):
+            raise GristmillError(f"rows must be at most {self.max_tokens} indices from 0 to {count - 1}")
+
+
+def kv_rows(cache: CacheSpec, max_len: int, max_tokens: int) -> int:
+    """Positions that one slot of `cache` holds: all, or a sliding window's ring."""
+    return min(max_len, cache.window + max_tokens) if cache.window else max_len
+
+
+def kv_bytes(program: Program, max_len: int, max_slots: int) -> int:
+    """Bytes of all caches for `max_slots` slots of `max_len` positions."""
+    return max_slots * sum(c.row_bytes() * kv_rows(c, max_len, program.limits.max_tokens) for c in program.caches)
+
+
+def smallest_ring(program: Program, max_len: int) -> int:
+    """The fewest rows a windowed cache keeps of a slot, or 0 where every cache keeps all."""
+    rows = [kv_rows(cache, max_len, program.limits.max_tokens) for cache in program.caches]
+    return min((n for n in rows if n < max_len), default=0)
+
+
+def _native() -> Any:
+    try:
+        from gristmill.runtime.cpu import _native
+    except ImportError as error:
+        raise GristmillError(f"the CPU executor is not built ({error}); install with `pip install .`") from error
+    return _native
+
+
+def _refuse_too_large(program: Program, max_len: int, max_slots: int) -> None:
+    needed = kv_bytes(program, max_len, max_slots) + program.arena_bytes
+    available = machine.available_memory_bytes()
+    if available is not None and needed > available:
+        raise GristmillError(
+            f"{max_slots} slots of {max_len} positions need {needed >> 20} MiB, {available >> 20} MiB are free; "
+            "load with a smaller max_len or max_slots"
+        )
+
+
+def _within(name: str, value: int | None, default: int, limit: int) -> int:
+    chosen = default if value is None else value
+    if type(chosen) is not int or not 1 <= chosen <= limit:
+        raise GristmillError(f"{name} is {chosen!r}, expected an integer from 1 to {limit}")
+    return chosen
+
+
+def _int32(name: str, values: Any) -> np.ndarray:
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError) as error:
+        raise GristmillError(f"{name}: expected a list of integers ({error})") from error
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise GristmillError(f"{name}: got {array.dtype} of shape {list(array.shape)}, expected one list of integers")
+    if array.size and (int(array.min()) < -(2**31) or int(array.max()) >= 2**31):
+        raise GristmillError(f"{name}: an entry does not fit 32 bits")
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def _is_batch(prompt: Any) -> bool:
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
+        return False
+    return len(prompt) > 0 and not isinstance(prompt[0], (int, np.integer))
