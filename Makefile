@@ -1,0 +1,57 @@
+# make compile [MODEL=directory] [OUT=directory] [ARGS="--weights int8"]: everything else is installed on the way.
+PYTHON ?= python3
+MODEL ?= examples/py7m
+OUT ?= artifacts/$(notdir $(MODEL:%/=%))
+PROMPT ?= def read_lines(path):
+ARGS ?=
+BIN := .venv/bin
+FOLDERS := $(wildcard gristmill compiler passes quant kernels runtime report export integrations)
+FILES := $(shell find $(FOLDERS) -type f -not -name '*.pyc' | sort)
+NATIVE := $(filter %.cpp %.h %.inc,$(FILES))
+INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
+EDITABLE := --no-build-isolation --config-settings editable_mode=strict --editable
+
+.PHONY: compile run test check sanitize bench report wheel clean install force
+
+compile: install
+	$(BIN)/gristmill compile $(MODEL) -o $(OUT) --force $(ARGS)
+	$(BIN)/gristmill run $(OUT) --prompt "$(PROMPT)" --max-new-tokens 64 && $(BIN)/gristmill bench $(OUT)
+
+run: install
+	$(BIN)/gristmill run $(OUT) --prompt "$(PROMPT)" $(ARGS)
+
+test: .venv/.dev
+	$(BIN)/pytest -n 2 tests $(ARGS)
+
+check: .venv/.dev
+	$(BIN)/ruff check . && $(BIN)/mypy -p gristmill && $(BIN)/mypy setup.py tests benchmarks examples
+
+sanitize: install
+	tests/cpp/sanitize $(ARGS)
+
+bench: install
+	$(BIN)/gristmill bench $(OUT) $(ARGS)
+
+report: install
+	$(BIN)/gristmill inspect $(OUT) && $(BIN)/python -m json.tool $(OUT)/evaluation.json
+
+wheel: .venv/.dev
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean:
+	rm -rf build dist artifacts *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+install: .venv/.compile
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# An editable install links every file, so it is repeated when the list of files changes and when C++ changes.
+.venv/.compile: build/files $(NATIVE) setup.py pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) setuptools pybind11 && $(INSTALL) $(EDITABLE) '.[compile]' && touch $@
+
+.venv/.dev: pyproject.toml constraints.txt | .venv/.compile
+	$(INSTALL) $(EDITABLE) '.[dev]' && touch $@
+
+build/files: force
+	@mkdir -p build && echo $(FILES) | cmp -s - $@ || echo $(FILES) > $@
