@@ -47,7 +47,7 @@ inline void store(f16* p, Vec a) {
 // Rounds to nearest even; lanes are within +-127, or not a number (then any value).
 inline void store(int8_t* p, Vec a) {
   for (int i = 0; i < kLanes; i++) {
-    p[i] = a.lane[i] >= -128.f && a.lane[i] <= 127.f ? static_cast<int8_t>(__builtin_nearbyintf(a.lane[i]))
+    p[i] = a.lane[i] > -127.5f && a.lane[i] < 127.5f ? static_cast<int8_t>(__builtin_nearbyintf(a.lane[i]))
                                                      : int8_t{-128};
   }
 }
