@@ -1,11 +1,12 @@
 """Integers, scales and zero points as the bytes of an artifact, and back.
 
-The layouts are the artifact's, for every device: rows of whole 64-column blocks, so that a kernel never meets a
-ragged end; padded columns are read by kernels but their activations are 0.
+The layouts are the artifact's, for every device: rows of whole 64-column blocks, so that a kernel never
+meets a ragged end; padded columns are read by kernels but their activations are 0.
 
 int8: weight [n, kp] I8, zero [n, G] I8.
-int4: weight [n, kp/2] U8, in each 64 columns byte i holds column i in the low nibble and column i+32 in the high
-one (one load, one mask, one shift give 64 columns in order); zero [n, ceil(G/2)] U8, even groups in low nibbles.
+int4: weight [n, kp/2] U8, in each 64 columns byte i holds column i in the low nibble and column i+32 in the
+high one (one load, one mask, one shift give 64 columns in order); zero [n, ceil(G/2)] U8, even groups in
+low nibbles.
 Both: scale [n, G] F16, or F32. Float formats: weight [n, k], bf16 as its bits in uint16.
 """
 
@@ -23,21 +24,20 @@ from gristmill.quant.scheme import Scheme
 
 BLOCK = 64
 
-U8 = NDArray[np.uint8]
-Integers = NDArray[np.integer]
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one integer format lies in memory: weights by blocks, zero points by rows; each with its inverse."""
+    """How one integer format lies in memory: weights by blocks, zeros by rows; each with its inverse."""
 
-    pack: Callable[[Integers], Integers]  # q [N, kp] -> stored [N, bytes]
-    unpack: Callable[[Integers], Integers]
-    pack_zero: Callable[[Integers], Integers]  # zero [N, G] -> stored
-    unpack_zero: Callable[[Integers], Integers]  # may return one group too many
+    pack: Callable[[Array], Array]  # q [N, kp] -> stored [N, bytes]
+    unpack: Callable[[Array], Array]
+    pack_zero: Callable[[Array], Array]  # zero [N, G] -> stored
+    unpack_zero: Callable[[Array], Array]  # may return one group too many
 
 
-def stored_arrays(quantized: Quantized, scheme: Scheme) -> dict[str, NDArray[np.generic]]:
+def stored_arrays(quantized: Quantized, scheme: Scheme) -> dict[str, Array]:
     """The arrays of one quantized matrix by their suffix: weight, scale and, when asymmetric, zero."""
     arrays = {"weight": pack_weight(quantized, scheme), "scale": quantized.scale}
     if quantized.zero is not None:
@@ -45,22 +45,22 @@ def stored_arrays(quantized: Quantized, scheme: Scheme) -> dict[str, NDArray[np.
     return arrays
 
 
-def pack_weight(quantized: Quantized, scheme: Scheme) -> Integers:
-    """The stored weight array of q [N, K]: padded to whole blocks with the format's zero point, then packed."""
+def pack_weight(quantized: Quantized, scheme: Scheme) -> Array:
+    """The stored weight array of q [N, K], padded to whole blocks with the format's zero point."""
     q = quantized.q
     if q.shape[1] % BLOCK:
         q = np.pad(q, ((0, 0), (0, -q.shape[1] % BLOCK)), constant_values=scheme.numbers.zero_point)
     return LAYOUTS[scheme.format].pack(q)
 
 
-def unpack(arrays: Mapping[str, NDArray[Any]], scheme: Scheme, k: int) -> Quantized:
+def unpack(arrays: Mapping[str, Array], scheme: Scheme, k: int) -> Quantized:
     """The inverse of `stored_arrays`: q [N, k], scale [N, G], zero [N, G]."""
     layout, scale, zero = LAYOUTS[scheme.format], arrays["scale"], arrays.get("zero")
     zeros = None if zero is None else layout.unpack_zero(zero)[:, : scale.shape[1]]
     return Quantized(layout.unpack(arrays["weight"])[:, :k], scale, zeros)
 
 
-def encode_float(w: NDArray[np.float32], format_name: str) -> NDArray[np.generic]:
+def encode_float(w: NDArray[np.float32], format_name: str) -> Array:
     """w rounded to nearest even in f32, f16, or bf16 (as the bits in uint16)."""
     if format_name != "bf16":
         with np.errstate(over="ignore"):
@@ -69,37 +69,39 @@ def encode_float(w: NDArray[np.float32], format_name: str) -> NDArray[np.generic
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def decode_float(stored: NDArray[np.generic]) -> NDArray[np.float32]:
+def decode_float(stored: Array) -> NDArray[np.float32]:
     """The f32 values of an array from `encode_float`."""
     if stored.dtype == np.uint16:
         return (stored.astype(np.uint32) << 16).view(np.float32)
     return stored.astype(np.float32)
 
 
-def pack_nibble_blocks(q: Integers) -> U8:
+def pack_nibble_blocks(q: Array) -> Array:
     """q [N, kp] of 0..15 to [N, kp/2]: columns i and i+32 of a block share byte i."""
     halves = q.reshape(len(q), -1, 2, BLOCK // 2)
-    return (halves[:, :, 0] | (halves[:, :, 1] << 4)).reshape(len(q), -1)
+    packed: Array = halves[:, :, 0] | (halves[:, :, 1] << 4)
+    return packed.reshape(len(q), -1)
 
 
-def unpack_nibble_blocks(packed: Integers) -> U8:
+def unpack_nibble_blocks(packed: Array) -> Array:
     """[N, kp/2] to q [N, kp] of 0..15."""
     blocks = packed.reshape(len(packed), -1, BLOCK // 2)
     return np.stack([blocks & 15, blocks >> 4], axis=2).reshape(len(packed), -1)
 
 
-def pack_nibble_pairs(zero: Integers) -> U8:
+def pack_nibble_pairs(zero: Array) -> Array:
     """zero [N, G] of 0..15 to [N, ceil(G/2)]: groups 2i and 2i+1 share byte i, the even one low."""
     padded = np.pad(zero, ((0, 0), (0, zero.shape[1] % 2)))
-    return padded[:, ::2] | (padded[:, 1::2] << 4)
+    packed: Array = padded[:, ::2] | (padded[:, 1::2] << 4)
+    return packed
 
 
-def unpack_nibble_pairs(packed: Integers) -> U8:
+def unpack_nibble_pairs(packed: Array) -> Array:
     """[N, P] to zero [N, 2P] of 0..15."""
     return np.stack([packed & 15, packed >> 4], axis=2).reshape(len(packed), -1)
 
 
-def _as_is(values: Integers) -> Integers:
+def _as_is(values: Array) -> Array:
     return values
 
 

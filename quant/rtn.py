@@ -1,23 +1,25 @@
 """Round to nearest: each group of columns gets a scale (and a zero point), each weight its nearest level.
 
-The scale is first rounded to the type it is stored in, so the integers are the nearest ones for the scale that
-the kernels will use. Pure functions over f32 arrays, none of which looks at more than one row's group at a time:
-any split of the rows gives the same bytes.
+The scale is first rounded to the type it is stored in, so the integers are the nearest ones for the scale
+that the kernels will use. Pure functions over f32 arrays, none of which looks at more than one row's group
+at a time: any split of the rows gives the same bytes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gristmill.quant.scheme import Format, Scheme
 
+Array = NDArray[Any]
 F32 = NDArray[np.float32]
 
-# An f16 scale below this is so deep among the subnormals that its rounding could move the largest int8 weight by
-# half a step (127 * 2**-9 / 2 < 0.5): a tensor with such a group keeps f32 scales.
+# An f16 scale below this is so deep among the subnormals that its rounding could move the largest int8
+# weight by half a step (127 * 2**-9 / 2 < 0.5): a tensor with such a group keeps f32 scales.
 SMALLEST_F16_SCALE = 2.0**-16
 LARGEST_F16_SCALE = 65504.0
 
@@ -29,13 +31,13 @@ class Quantized:
     q: [N, K] uint8 (int4: 0..15) or int8; scale: [N, G] f16 or f32; zero: [N, G] of q's dtype, or None.
     """
 
-    q: NDArray[np.integer]
-    scale: NDArray[np.floating]
-    zero: NDArray[np.integer] | None
+    q: Array
+    scale: Array
+    zero: Array | None
 
 
 def quantize(w: F32, scheme: Scheme) -> Quantized:
-    """Round w [N, K] to the nearest levels of an integer scheme; scales are f16 unless their range asks for f32."""
+    """Round w [N, K] to the nearest levels of an integer scheme; scales are f16 if they fit, else f32."""
     quantized = quantize_rows(w, scheme, np.float16)
     return quantized if scales_fit(quantized.scale) else quantize_rows(w, scheme, np.float32)
 
@@ -51,7 +53,7 @@ def quantize_rows(w: F32, scheme: Scheme, scale_dtype: type) -> Quantized:
         return Quantized(q, scale, None if scheme.symmetric else zero.astype(numbers.dtype))
 
 
-def scales_fit(scale: NDArray[np.floating]) -> bool:
+def scales_fit(scale: Array) -> bool:
     """Whether stored scales kept the precision that the integers need; f32 always does."""
     size = np.abs(scale)
     low, high = (SMALLEST_F16_SCALE, LARGEST_F16_SCALE) if scale.dtype == np.float16 else (0, np.inf)
@@ -76,8 +78,8 @@ def grouped(w: F32, group: int) -> F32:
     return w.reshape(n, -1, width)
 
 
-def group_scales(groups: F32, scheme: Scheme, scale_dtype: type) -> tuple[NDArray[np.floating], F32]:
-    """Scale and zero point [N, G] of groups [N, G, width], the scale as stored. A group of zeros has scale 1."""
+def group_scales(groups: F32, scheme: Scheme, scale_dtype: type) -> tuple[Array, F32]:
+    """Scale (as stored) and zero point [N, G] of groups [N, G, width]; a group of zeros has scale 1."""
     # Zero is always within the range: a padded column, and a weight of exactly 0, must stay exactly 0.
     low = np.minimum(groups.min(-1), 0)
     high = np.maximum(groups.max(-1), 0)
@@ -98,14 +100,13 @@ def round_to_levels(groups: F32, scale: F32, zero: F32, numbers: Format) -> F32:
     return np.clip(q, numbers.low, numbers.high, out=q)
 
 
-def _symmetric_scale(
-    groups: F32, low: F32, high: F32, numbers: Format, scale_dtype: type
-) -> NDArray[np.floating]:
+def _symmetric_scale(groups: F32, low: F32, high: F32, numbers: Format, scale_dtype: type) -> Array:
     """The better of two scales per group, by squared error.
 
-    Plain: the largest magnitude meets the shorter side of the range (7 of -8..7). Signed: it meets the longer side
-    (-8), with a negative scale when that weight is positive; the step is an eighth smaller, and a few weights near
-    the other extreme may be clipped. Eight bits gain nothing from this and take the plain scale.
+    Plain: the largest magnitude meets the shorter side of the range (7 of -8..7). Signed: it meets the
+    longer side (-8), with a negative scale when that weight is positive; the step is an eighth smaller, and
+    a few weights near the other extreme may be clipped. Eight bits gain nothing from this and take the
+    plain scale.
     """
     below, above = numbers.zero_point - numbers.low, numbers.high - numbers.zero_point
     size = np.maximum(-low, high)
@@ -113,25 +114,25 @@ def _symmetric_scale(
     if numbers.levels > 15:
         return plain
     signed = _stored(np.where(-low >= high, size, -size) / np.float32(below), scale_dtype)
-    zero = np.full_like(low, numbers.zero_point)
-    better = _squared_error(groups, signed, zero, numbers) < _squared_error(groups, plain, zero, numbers)
+    better = _squared_error(groups, signed, -below, above) < _squared_error(groups, plain, -below, above)
     return np.where(better, signed, plain)
 
 
-def _squared_error(groups: F32, scale: NDArray[np.floating], zero: F32, numbers: Format) -> F32:
-    """Squared error [N, G] of rounding groups [N, G, width] with these scales."""
+def _squared_error(groups: F32, scale: Array, low: int, high: int) -> Array:
+    """Squared error [N, G] of rounding groups [N, G, width] to low..high times these scales."""
     step = scale.astype(np.float32)
     offset = groups / step[..., None]
     q = np.rint(offset)
-    np.clip(q, (numbers.low - zero)[..., None], (numbers.high - zero)[..., None], out=q)
+    np.clip(q, low, high, out=q)
     offset -= q
-    return np.einsum("ngk,ngk->ng", offset, offset) * step * step
+    error: Array = np.einsum("ngk,ngk->ng", offset, offset) * step * step
+    return error
 
 
-def _stored(scale: F32, scale_dtype: type) -> NDArray[np.floating]:
-    """The scale as stored; where it is 0 the group is all zeros, and 1 spares every reader a division by 0."""
+def _stored(scale: Array, scale_dtype: type) -> Array:
+    """The scale as stored. Where it is 0 the group is all zeros; 1 spares readers a division by 0."""
     return np.where(scale == 0, np.float32(1), scale).astype(scale_dtype)
 
 
-def _over_columns(values: NDArray[np.generic]) -> F32:
+def _over_columns(values: Array) -> Array:
     return values.astype(np.float32)[..., None]

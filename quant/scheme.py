@@ -53,7 +53,7 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a weight matrix is stored: format name, group size in columns (0: the whole row), symmetric or not."""
+    """How a weight matrix is stored: format, columns per group (0: the whole row), symmetric or not."""
 
     format: str
     group_size: int = 0
@@ -70,7 +70,7 @@ class Scheme:
             )
         if not self.is_integer and (self.group_size or not self.symmetric):
             raise GristmillError(
-                f"{self.format} weights have no groups and no zero points: leave group size and asymmetric out"
+                f"{self.format} weights have no groups, no zero points: leave out group size and asymmetric"
             )
 
     @property
@@ -127,11 +127,11 @@ def parse(text: str, group_size: int | None = None, symmetric: bool | None = Non
 
 
 def activation_group(schemes: Iterable[Scheme], k: int) -> int:
-    """Columns that share one int8 activation scale in a linear with these weight segments; 0: f32 activations.
+    """Columns that share one int8 activation scale beside these weight segments; 0: f32 activations.
 
-    Float weights keep f32 activations. Else the activation group divides every segment's weight group, so that
-    a product group has one weight scale and one activation scale: it is the smallest weight group, and 64 beside
-    whole rows.
+    Float weights keep f32 activations. Else the activation group divides every segment's weight group, so
+    that a product group has one weight scale and one activation scale: it is the smallest weight group, and
+    64 beside whole rows.
     """
     normal = [scheme.normalize(k) for scheme in schemes]
     families = {scheme.is_integer for scheme in normal}

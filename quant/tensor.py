@@ -1,7 +1,8 @@
 """A weight matrix in the form an artifact stores it, made row chunk by row chunk.
 
-Whole models pass through here, so memory and time count: a chunk stays in the processor's cache through all its
-steps, chunks are shared out over threads (numpy releases the interpreter), and only the packed result is kept.
+Whole models pass through here, so memory and time count: a chunk stays in the processor's cache through all
+its steps, chunks are shared out over threads (numpy releases the interpreter), and only the packed result
+is kept.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from gristmill.quant import pack, rtn
 from gristmill.quant.scheme import Scheme
 from gristmill.runtime.errors import GristmillError
 
+Array = NDArray[Any]
+F32 = NDArray[np.float32]
+
 CHUNK_WEIGHTS = 1 << 17  # 512 KiB of f32: stays in a core's second-level cache
 
 DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16", "int8": "I8", "uint8": "U8"}
@@ -29,7 +33,7 @@ class StoredTensor:
     """One tensor for the safetensors writer. BF16 values are the bits in a uint16 array."""
 
     name: str
-    array: NDArray[Any]
+    array: Array
 
     @property
     def dtype(self) -> str:
@@ -43,7 +47,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A weight matrix [n, k] as stored: `name.weight` and, where the scheme has them, `name.scale`, `name.zero`."""
+    """A weight matrix [n, k] as stored: `name.weight` and, for integers, `name.scale` and `name.zero`."""
 
     name: str
     scheme: Scheme  # normalized for k
@@ -69,8 +73,9 @@ class QuantizedTensor:
 
 
 def quantize_tensor(name: str, w: Any, scheme: Scheme) -> QuantizedTensor:
-    """Quantize w [n, k] (a torch tensor or an array, f32, f16 or bf16) round to nearest, or cast it to a float format.
+    """Round w [n, k] to nearest in any scheme, float formats too.
 
+    w is a torch tensor or an array of f32, f16 or bf16.
     Raises GristmillError for weights that are NaN or infinite, or that f16 cannot hold.
     """
     scheme = scheme.normalize(w.shape[1])
@@ -81,14 +86,14 @@ def quantize_tensor(name: str, w: Any, scheme: Scheme) -> QuantizedTensor:
 
 
 def store(
-    name: str, arrays: dict[str, NDArray[Any]], scheme: Scheme, k: int, relative_error: float
+    name: str, arrays: dict[str, Array], scheme: Scheme, k: int, relative_error: float
 ) -> QuantizedTensor:
     """Name the arrays (of `pack.stored_arrays`, say) of one matrix with k columns."""
     tensors = tuple(StoredTensor(f"{name}.{suffix}", array) for suffix, array in arrays.items())
     return QuantizedTensor(name, scheme.normalize(k), len(arrays["weight"]), k, tensors, relative_error)
 
 
-def dequantize_tensor(tensor: QuantizedTensor) -> NDArray[np.float32]:
+def dequantize_tensor(tensor: QuantizedTensor) -> F32:
     """The weights [n, k] f32 that the stored bytes mean."""
     arrays = {t.name.removeprefix(tensor.name + "."): t.array for t in tensor.tensors}
     return _decode(arrays, tensor.scheme, tensor.k)
@@ -98,7 +103,7 @@ def dequantize_tensor(tensor: QuantizedTensor) -> NDArray[np.float32]:
 class _Stored:
     """Arrays being filled row by row, with each row's squared error and squared norm."""
 
-    arrays: dict[str, NDArray[Any]]
+    arrays: dict[str, Array]
     error: NDArray[np.float64]
     norm: NDArray[np.float64]
 
@@ -107,7 +112,7 @@ class _Stored:
 
 
 def _encode_all(name: str, w: Any, scheme: Scheme, scale_dtype: type) -> _Stored:
-    """Encode every row chunk, on as many threads as there are processors; the bytes do not depend on how many."""
+    """Encode every row chunk, a thread to a processor; the bytes do not depend on how many there are."""
     n, k = w.shape
     rows = max(1, CHUNK_WEIGHTS // k)
     first = _encode(_f32_rows(w, 0, 1), scheme, scale_dtype)
@@ -130,38 +135,37 @@ def _encode_all(name: str, w: Any, scheme: Scheme, scale_dtype: type) -> _Stored
     return stored
 
 
-def _encode(w: NDArray[np.float32], scheme: Scheme, scale_dtype: type) -> dict[str, NDArray[Any]]:
+def _encode(w: F32, scheme: Scheme, scale_dtype: type) -> dict[str, Array]:
     if not scheme.is_integer:
         return {"weight": pack.encode_float(w, scheme.format)}
     return pack.stored_arrays(rtn.quantize_rows(w, scheme, scale_dtype), scheme)
 
 
-def _decode(arrays: dict[str, NDArray[Any]], scheme: Scheme, k: int) -> NDArray[np.float32]:
+def _decode(arrays: dict[str, Array], scheme: Scheme, k: int) -> F32:
     if not scheme.is_integer:
         return pack.decode_float(arrays["weight"])
     return rtn.dequantize(pack.unpack(arrays, scheme, k), scheme)
 
 
-def _f32_rows(w: Any, start: int, stop: int) -> NDArray[np.float32]:
+def _f32_rows(w: Any, start: int, stop: int) -> Array:
     """Rows of a torch tensor or an array as f32. (numpy has no bf16: its bits are widened here.)"""
     rows = w[start:stop]
     if isinstance(rows, np.ndarray):
-        return rows.astype(np.float32)
+        return rows.astype(np.float32, copy=False)
     if rows.dtype == torch.bfloat16:
         return pack.decode_float(rows.detach().contiguous().view(torch.int16).numpy().view(np.uint16))
-    return rows.detach().numpy().astype(np.float32)
+    values: Array = rows.detach().numpy()
+    return values.astype(np.float32, copy=False)
 
 
-def _refuse_unusable(name: str, w: NDArray[np.float32]) -> None:
+def _refuse_unusable(name: str, w: F32) -> None:
     if not np.isfinite(w).all():
         raise GristmillError(
             f"{name} holds NaN or infinite weights: the checkpoint is damaged, fetch it again"
         )
 
 
-def _record_errors(
-    name: str, stored: _Stored, start: int, w: NDArray[np.float32], decoded: NDArray[np.float32]
-) -> None:
+def _record_errors(name: str, stored: _Stored, start: int, w: F32, decoded: F32) -> None:
     """Each row's squared error and norm, which do not depend on how the rows were split."""
     if not np.isfinite(decoded).all():
         raise GristmillError(f"{name} holds weights beyond f16's range (65504): store it as bf16 or f32")
@@ -171,7 +175,9 @@ def _record_errors(
     stored.norm[rows] = _squared_norms(w)
 
 
-def _squared_norms(w: NDArray[np.float32]) -> NDArray[np.floating]:
+def _squared_norms(w: F32) -> Array:
     """Squared norm of every row, in f64 only where f32 overflows."""
-    norms = np.einsum("nk,nk->n", w, w)
-    return norms if np.isfinite(norms).all() else np.square(w, dtype=np.float64).sum(1)
+    norms: Array = np.einsum("nk,nk->n", w, w)
+    if not np.isfinite(norms).all():
+        norms = np.square(w, dtype=np.float64).sum(1)
+    return norms

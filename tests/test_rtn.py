@@ -32,8 +32,8 @@ def test_every_weight_is_within_half_a_step(n: int, k: int, scheme: Scheme, seed
     quantized = rtn.quantize(w, scheme)
     error = np.abs(rtn.dequantize(quantized, scheme) - w)
     step = steps(quantized.scale, scheme.normalize(k).group_size, k)
-    # Rounding the scale to f16 moves the ends of the range by levels * 2**-11 steps; the eighth-smaller signed
-    # int4 scale may clip by up to one step, where q is at the end of its range.
+    # Rounding the scale to f16 moves the ends of the range by levels * 2**-11 steps; the eighth-smaller
+    # signed int4 scale may clip by up to one step, where q is at the end of its range.
     slack = scheme.numbers.levels * 2.0**-11
     ends = (quantized.q == scheme.numbers.low) | (quantized.q == scheme.numbers.high)
     clipped = ends if scheme.symmetric and scheme.format == "int4" else np.zeros_like(ends)
