@@ -16,6 +16,16 @@ struct Available {
 
 Available detect() {
   Available found;
+#if defined(__x86_64__)
+  // __builtin_cpu_supports also asks whether the operating system saves the wide registers
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  found.add(avx512 && __builtin_cpu_supports("avx512vnni"), avx512vnni_kernels);
+  found.add(avx512, avx512_kernels);
+  found.add(avx2, avx2_kernels);
+#endif
   found.add(true, portable_kernels);
   return found;
 }

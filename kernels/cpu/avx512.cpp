@@ -1,0 +1,46 @@
+// Kernels for AVX-512 (F, BW, DQ, VL). Everything from here on is compiled for that instruction set, whatever
+// the flags, and lives in an anonymous namespace, so that no inline function of it can stand in for another
+// file's.
+#if defined(__x86_64__)
+// GCC's own headers start from a register "undefined on purpose" and then warn about it (GCC bug 105593)
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "half.h"
+#include "kernels.h"
+
+#define GRISTMILL_VNNI 0
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+
+namespace gristmill {
+namespace {
+
+constexpr const char* kName = "avx512";
+constexpr bool kVnni = GRISTMILL_VNNI;
+
+#include "vec_avx512.h"
+#include "x86_lanes_avx512.h"
+#include "x86_kernels.inc"
+
+}  // namespace
+
+extern const Kernels avx512_kernels = make_table(32);
+
+}  // namespace gristmill
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
