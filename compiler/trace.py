@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from torch import Tensor
 
 from ..passes.graph import EXAMPLE_ROWS, Lazy, Traced
 from ..runtime.errors import GristmillError
+from .checkpoint import Checkpoint
+from .names import parameter_sources, require
 
 NAME = "gristmill"
 # transformers' builders of masks that our attention implements; "packed" says that sequences of a batch do not see each other
@@ -34,19 +35,20 @@ class _Wrapper(torch.nn.Module):
         return self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits  # type: ignore[no-any-return]
 
 
-def trace(config: Any, read: Callable[[tuple[str, ...]], Tensor], max_len: int) -> Traced:
-    """Export the decoder of ``config`` over [1, T] rows.
+def trace(config: Any, checkpoint: Checkpoint, max_len: int) -> Traced:
+    """Export the decoder of ``config`` over [1, T] rows; its weights stay in ``checkpoint`` until they are asked for.
 
-    ``read`` loads a parameter given all the names it may have in the checkpoint (tied parameters have several). Raises
-    GristmillError when the model cannot be traced.
+    Raises GristmillError when the model cannot be traced or the checkpoint lacks one of its weights.
     """
     masks: list[Any] = []
     _register(masks)
     model = _build(config)
-    _freeze_ropes(model, max_len)
+    limit = _freeze_ropes(model, max_len)
     program = _export(model)
     _refuse_masks(masks)
-    return _lift(program, model, config, read)
+    traced = _lift(program, model, config, checkpoint)
+    traced.max_position = limit
+    return traced
 
 
 def _register(masks: list[Any]) -> None:
@@ -90,34 +92,38 @@ def _build(config: Any) -> torch.nn.Module:
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _freeze_ropes(model: torch.nn.Module, max_len: int) -> None:
+def _freeze_ropes(model: torch.nn.Module, max_len: int) -> int | None:
     """Rotary frequencies that depend on the longest position of a batch are fixed to what max_len asks for.
 
-    longrope has two sets (arXiv 2402.13753); dynamic scaling leaves the original set up to the trained length.
+    longrope has two sets (arXiv 2402.13753); dynamic scaling leaves the original set up to the trained length. Returns the number
+    of positions that the choice holds for, None when there was none to make.
     """
+    limits = []
     for module in model.modules():
         kind = getattr(module, "rope_type", None)
         if isinstance(kind, dict):
             if any(k in ("longrope", "dynamic") for k in kind.values()):
                 raise GristmillError(f"rope types {sorted(set(kind.values()))} per layer type are not supported; expected fixed ones")
-            continue
-        if kind == "longrope":
-            _freeze_longrope(module, max_len)
+        elif kind == "longrope":
+            limits.append(_freeze_longrope(module, max_len))
         elif kind is not None and "dynamic" in kind:
-            limit = int(module.max_seq_len_cached)  # type: ignore[arg-type]
-            if max_len > limit:
-                raise GristmillError(f"dynamic rope scaling beyond {limit} positions is not supported; give --max-len {limit} or less")
+            limits.append(int(module.max_seq_len_cached))  # type: ignore[arg-type]
+            if max_len > limits[-1]:
+                raise GristmillError(f"dynamic rope scaling beyond {limits[-1]} positions is not supported; give --max-len {limits[-1]}")
             module.rope_type = "default"  # type: ignore[assignment]
+    return min((n for n in limits if n is not None), default=None)
 
 
-def _freeze_longrope(module: Any, max_len: int) -> None:
+def _freeze_longrope(module: Any, max_len: int) -> int | None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     original = int(module.config.rope_parameters["original_max_position_embeddings"])
-    if max_len > original:
-        inv_freq, module.attention_scaling = ROPE_INIT_FUNCTIONS["longrope"](module.config, None, seq_len=original + 1)
-        module.inv_freq = inv_freq.float()
     module.rope_type = "default"
+    if max_len <= original:
+        return original
+    inv_freq, module.attention_scaling = ROPE_INIT_FUNCTIONS["longrope"](module.config, None, seq_len=original + 1)
+    module.inv_freq = inv_freq.float()
+    return None
 
 
 def _export(model: torch.nn.Module) -> torch.export.ExportedProgram:
@@ -151,20 +157,30 @@ def _mask_names(function: Any) -> set[str]:
     return names
 
 
-def _lift(program: torch.export.ExportedProgram, model: torch.nn.Module, config: Any, read: Any) -> Traced:
+def _lift(program: torch.export.ExportedProgram, model: torch.nn.Module, config: Any, checkpoint: Checkpoint) -> Traced:
     """Placeholders of the exported graph → weights by name; buffers are small and kept."""
     graph = program.graph_module.graph
     signature = program.graph_signature
     aliases = _aliases(model)
+    sources = parameter_sources(model, checkpoint)
     weights: dict[str, Lazy] = {}
     for node in graph.find_nodes(op="placeholder"):
         if node.name in signature.inputs_to_parameters:
             name = signature.inputs_to_parameters[node.name].removeprefix("model.")
-            names = aliases[name]
-            weights[node.name] = Lazy(tuple(node.meta["val"].shape), names, lambda names=names: read(names))  # type: ignore[misc]
+            source = require(sources, aliases[name])
+            weights[node.name] = _stored(checkpoint, source, tuple(node.meta["val"].shape))
         elif node.name in signature.inputs_to_buffers or node.name in signature.inputs_to_lifted_tensor_constants:
             weights[node.name] = _constant(program, signature, node)
     return Traced(graph, weights, config)
+
+
+def _stored(checkpoint: Checkpoint, source: str, shape: tuple[int, ...]) -> Lazy:
+    if checkpoint.shape(source) != shape:
+        raise GristmillError(
+            f"tensor {source!r} has shape {list(checkpoint.shape(source))}, the config asks for {list(shape)}; "
+            "config.json and weights do not belong together"
+        )
+    return Lazy(shape, (source,), lambda: checkpoint.read(source))
 
 
 def _constant(program: torch.export.ExportedProgram, signature: Any, node: fx.Node) -> Lazy:

@@ -32,6 +32,7 @@ class Traced:
     graph: fx.Graph
     weights: dict[str, Lazy]
     config: Any
+    max_position: int | None = None  # positions that frozen rotary frequencies hold for
 
     def weight(self, node: Any) -> Lazy | None:
         """The weight a node stands for, or None."""

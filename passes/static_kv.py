@@ -85,7 +85,7 @@ def _rows(traced: Traced, node: fx.Node, heads: Iterable[Heads]) -> list[fx.Node
             base = _reorder(traced, base, wanted)
             start = 0
             for h in mine:
-                h.columns = torch.arange(start, start + h.columns.numel())
+                h.columns = torch.arange(start, start + h.columns.numel()).view_as(h.columns)
                 h.base = base
                 start += h.columns.numel()
     for h in heads:

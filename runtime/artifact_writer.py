@@ -1,15 +1,15 @@
-"""Writing an artifact: everything goes to a temporary sibling directory, which is renamed when it is complete.
+"""Writing an artifact: everything goes to a temporary sibling directory, which is renamed when it is
+complete.
 
-An exception, Ctrl-C, SIGTERM or a full disk removes that directory. After SIGKILL it stays under a name that nothing opens by
-accident, and the next compile to the same place clears it away: the directory is held by an flock while its writer lives.
+An exception, Ctrl-C, SIGTERM or a full disk removes that directory. After SIGKILL it stays under a name that
+nothing opens by accident, and the next compile to the same place clears it away: the directory is held by an
+flock while its writer lives.
 
     with ArtifactWriter(out) as writer:
-        weights = writer.declare_weights(specs)
-        weights.write("embed.weight", array)          # in the declared order, in as many pieces as wanted
-        writer.write_json("program.json", program)
-        writer.seal(manifest)                         # from here on writer.path opens as an artifact: for the gate
-        writer.write_json("evaluation.json", result)
-        writer.commit(manifest)
+        weights = writer.declare_weights(specs) weights.write("embed.weight", array)          # in the
+        declared order, in as many pieces as wanted writer.write_json("program.json", program)
+        writer.seal(manifest)                         # from here on writer.path opens as an artifact: for the
+        gate writer.write_json("evaluation.json", result) writer.commit(manifest)
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class ArtifactWriter:
         except BaseException as error:
             self._signals.remove()
             if isinstance(error, FileExistsError):
-                raise GristmillError(f"{self.out} is being written by another compile; wait for it to end") from error
+                raise GristmillError(
+                    f"{self.out} is being written by another compile; wait for it to end"
+                ) from error
             raise
         return self
 
@@ -89,9 +91,13 @@ class ArtifactWriter:
                 os.close(self._lock)
             self._signals.remove()
 
-    def declare_weights(self, specs: Iterable[TensorSpec], metadata: dict[str, str] | None = None) -> WeightsWriter:
-        """Opens the weights file for exactly these tensors; `metadata` goes into its header (whose weights they are)."""
-        assert self._weights is None, "the weights were declared before"
+    def declare_weights(
+        self, specs: Iterable[TensorSpec], metadata: dict[str, str] | None = None
+    ) -> WeightsWriter:
+        """Opens the weights file for exactly these tensors; `metadata` goes into its header."""
+        assert WEIGHTS not in self._files, "the weights are complete"
+        if self._weights_file is not None:
+            self._weights_file.close()
         self._weights_file = (self.path / WEIGHTS).open("wb", buffering=1 << 20)
         self._weights = WeightsWriter(self._weights_file, specs, metadata)
         return self._weights
@@ -102,7 +108,9 @@ class ArtifactWriter:
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Writes file `name`, over an earlier one of that name."""
-        assert is_plain_name(name) and name not in (MANIFEST, WEIGHTS), f"{name!r} cannot be a file of an artifact"
+        assert is_plain_name(name) and name not in (MANIFEST, WEIGHTS), (
+            f"{name!r} cannot be a file of an artifact"
+        )
         (self.path / name).write_bytes(data)
         self._files[name] = FileEntry(len(data), hashlib.sha256(data).hexdigest())
 
@@ -116,11 +124,15 @@ class ArtifactWriter:
         return sum(entry.size for entry in self._files.values())
 
     def seal(self, manifest: dict[str, Any]) -> Path:
-        """Closes the weights and writes the manifest: `path` is then an artifact, though not yet at its place.
+        """Closes the weights and writes the manifest: `path` is then an artifact, though not yet at its
+        place.
 
-        `manifest` holds the fields that are not the format's own: quantization (required), source, tools, limits, ...
+        `manifest` holds the fields that are not the format's own: quantization (required), source, tools,
+        limits, ...
         """
-        assert not set(manifest) & set(_FORMAT_KEYS), f"these manifest fields are the format's own: {_FORMAT_KEYS}"
+        assert not set(manifest) & set(_FORMAT_KEYS), (
+            f"these manifest fields are the format's own: {_FORMAT_KEYS}"
+        )
         assert isinstance(manifest.get("quantization"), dict), "the manifest needs the quantization record"
         assert PROGRAM in self._files and self._weights is not None, "an artifact needs a program and weights"
         self._close_weights(self._weights)
@@ -160,7 +172,7 @@ class ArtifactWriter:
 
 
 class _TerminationAsExit:
-    """Turns SIGTERM and SIGHUP into SystemExit while an artifact is written, so that the temporary directory is removed."""
+    """Makes SIGTERM and SIGHUP an exit that cleans up, while an artifact is written."""
 
     def __init__(self) -> None:
         self._previous: dict[int, Any] = {}
@@ -203,7 +215,7 @@ def _check_target(out: Path, force: bool) -> None:
 
 
 def _clear_leftovers(out: Path) -> None:
-    """Removes what killed compiles to `out` left, and puts back an artifact that one of them had moved aside."""
+    """Removes what killed compiles to `out` left, and puts back what one had moved aside."""
     for kind in ("old", "tmp"):
         for path in out.parent.glob(f".{_escape(out.name)}.{kind}-*"):
             if _is_alive(path):
@@ -219,7 +231,7 @@ def _escape(name: str) -> str:
 
 
 def _is_alive(path: Path) -> bool:
-    """True while the writer of `path` lives: its process exists here, or it holds the lock (from another container)."""
+    """True while the writer of `path` lives, here or (by its lock) in another container."""
     pid = path.name.rpartition("-")[2]
     if not pid.isdigit():
         return True  # not one of ours

@@ -1,0 +1,79 @@
+"""Quantize the weights one matrix at a time and stream them into the artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from ..quant.tensor import QuantizedTensor, quantize_tensor
+from ..runtime.artifact_writer import ArtifactWriter
+from ..runtime.errors import GristmillError
+from ..runtime.program import FLOAT_FORMATS
+from ..runtime.weights_file import TensorSpec
+from .lower import Lowered, Matrix
+
+Progress = Callable[[str, float], None]
+STORED = {"f32": "F32", "f16": "F16", "bf16": "BF16", "int8": "I8", "int4": "U8"}
+
+
+def write_weights(writer: ArtifactWriter, lowered: Lowered, metadata: dict[str, str], progress: Progress) -> dict[str, float]:
+    """Write weights.safetensors; returns the relative squared error of every quantized matrix by name.
+
+    The file's header comes first and names every dtype. Scales are f16; a matrix whose scales need f32 is found while it is
+    quantized, and the file is begun again with that known: rare, and cheaper than looking at every weight twice.
+    """
+    wide: set[str] = set()
+    while True:
+        found = _write_once(writer, lowered, metadata, wide, progress)
+        if isinstance(found, dict):
+            return found
+        wide.add(found)
+
+
+def _write_once(
+    writer: ArtifactWriter, lowered: Lowered, metadata: dict[str, str], wide: set[str], progress: Progress
+) -> dict[str, float] | str:
+    """The errors, or the name of a matrix that needs f32 scales and was declared with f16 ones."""
+    weights = writer.declare_weights(_specs(lowered, wide), metadata)
+    errors: dict[str, float] = {}
+    for count, matrix in enumerate(lowered.matrices.values()):
+        tensor = quantize_tensor(matrix.name, matrix.lazy.load(), matrix.scheme)
+        if _scale_dtype(tensor) == "F32" and matrix.name not in wide:
+            return matrix.name
+        for stored in tensor.tensors:
+            weights.write(stored.name, np.ascontiguousarray(stored.array))
+        errors[matrix.name] = tensor.relative_error
+        progress("weights", (count + 1) / len(lowered.matrices))
+    for name, lazy in lowered.vectors.items():
+        vector = lazy.load().numpy().astype(np.float32)
+        if not np.isfinite(vector).all():
+            raise GristmillError(f"weight {name!r} has values that are not finite; the checkpoint is damaged")
+        weights.write(name, np.ascontiguousarray(vector))
+    return errors
+
+
+def _scale_dtype(tensor: QuantizedTensor) -> str | None:
+    return next((t.dtype for t in tensor.tensors if t.name.endswith(".scale")), None)
+
+
+def _specs(lowered: Lowered, wide: set[str]) -> Iterator[TensorSpec]:
+    for matrix in lowered.matrices.values():
+        yield from _matrix_specs(matrix, "F32" if matrix.name in wide else "F16")
+    for name, lazy in lowered.vectors.items():
+        yield TensorSpec(name, "F32", tuple(lazy.shape))
+
+
+def _matrix_specs(matrix: Matrix, scale_dtype: str) -> Iterator[TensorSpec]:
+    """The tensors of one matrix [n, k], in the layouts of the artifact format."""
+    (n, k), scheme = matrix.lazy.shape, matrix.scheme
+    padded = -(-k // 64) * 64
+    columns = {"int8": padded, "int4": padded // 2}.get(scheme.format, k)
+    yield TensorSpec(f"{matrix.name}.weight", STORED[scheme.format], (n, columns))
+    if scheme.format in FLOAT_FORMATS:
+        return
+    groups = scheme.groups(k)
+    yield TensorSpec(f"{matrix.name}.scale", scale_dtype, (n, groups))
+    if not scheme.symmetric:
+        packed = -(-groups // 2) if scheme.format == "int4" else groups
+        yield TensorSpec(f"{matrix.name}.zero", "U8" if scheme.format == "int4" else "I8", (n, packed))

@@ -1,0 +1,236 @@
+"""A fused graph → a Program and the list of tensors it needs.
+
+Every node becomes an instruction, except column slices, which become views. Weights are named after the checkpoint tensors they
+come from; a tied embedding and head are one matrix.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..passes.graph import Lazy, Traced, arguments, aten, is_op, ours, shape
+from ..quant.scheme import Scheme, activation_group
+from ..runtime.errors import GristmillError
+from ..runtime.program import LOGITS, CacheSpec, Instruction, Limits, Program, RopeSpec, Segment, Value, View
+
+
+@dataclass
+class Matrix:
+    """A weight matrix [n, k] to be stored under ``name`` with ``scheme``."""
+
+    name: str
+    lazy: Lazy
+    scheme: Scheme
+
+
+@dataclass
+class Lowered:
+    """``matrices`` and ``vectors`` (float32) are what the program refers to, in the order in which it first needs them."""
+
+    program: Program
+    matrices: dict[str, Matrix] = field(default_factory=dict)
+    vectors: dict[str, Lazy] = field(default_factory=dict)
+
+
+Assign = Callable[[str], Scheme]  # role ("embedding", "head", "linear") → scheme
+
+
+def lower(traced: Traced, assign: Assign, kv_type: str, limits: Limits) -> Lowered:
+    """Walk the graph once. ``kv_type``: f32, f16 or int8 for every cache."""
+    return _Lowering(traced, assign, kv_type, limits).run()
+
+
+class _Lowering:
+    def __init__(self, traced: Traced, assign: Assign, kv_type: str, limits: Limits) -> None:
+        self.traced = traced
+        self.assign = assign
+        self.kv_type = kv_type
+        self.result = Lowered(Program(vocabulary=0, limits=limits))
+        self.program = self.result.program
+        self.views: dict[fx.Node, View] = {}
+        self.names: dict[str, str] = {}  # placeholder → stored name
+        self.roles = _roles(traced)
+
+    def run(self) -> Lowered:
+        output = next(n for n in reversed(self.traced.graph.nodes) if n.op == "output")
+        self.head = output.args[0][0]  # type: ignore[index]
+        for node in self._calls():
+            if is_op(node, aten.slice.Tensor):
+                self.views[node] = self._slice(node)
+            else:
+                LOWERINGS[node.target](self, node, arguments(node))
+        self.program.vocabulary = shape(self.head)[-1]  # type: ignore[arg-type]
+        return self.result
+
+    def _calls(self) -> list[fx.Node]:
+        return [n for n in self.traced.graph.nodes if n.op == "call_function"]
+
+    def emit(self, node: fx.Node, op: str, views: dict[str, Any], vectors: dict[str, Any], weight: str | None = None, **attributes: Any) -> None:
+        """Append an instruction whose result is ``node``."""
+        named = {k: v if isinstance(v, list) else self.views[v] for k, v in views.items() if v is not None}
+        rows = self._rows(named, op)
+        out = self._output(node, rows)
+        held = {k: self.vector(v) for k, v in vectors.items() if v is not None}
+        self.program.instructions.append(Instruction(op, out, named, held, attributes, weight))
+        self.views[node] = out
+
+    def _rows(self, views: dict[str, Any], op: str) -> str:
+        if op == "gather_rows":
+            return "R"
+        first = next((v[0] if isinstance(v, list) else v for v in views.values()), None)
+        return "T" if first is None else self.program.values[first.value].rows
+
+    def _output(self, node: fx.Node, rows: str) -> View:
+        width = shape(node)[-1]
+        if node is self.head:
+            return View(LOGITS, 0, width)
+        self.program.values.append(Value(rows, width))
+        return View(len(self.program.values) - 1, 0, width)
+
+    def _slice(self, node: fx.Node) -> View:
+        a = arguments(node)
+        if a["dim"] not in (2, -1) or a["step"] != 1:
+            raise GristmillError(f"a slice over dimension {a['dim']} with step {a['step']} cannot be lowered; expected columns of a row")
+        whole = self.views[a["self"]]
+        return View(whole.value, whole.column + int(a["start"] or 0), shape(node)[-1])
+
+    def vector(self, node: fx.Node) -> str:
+        """The stored name of a vector weight."""
+        lazy = self.traced.weights[node.name]
+        if node.name not in self.names:
+            self.names[node.name] = self._fresh(lazy)
+            self.result.vectors[self.names[node.name]] = lazy
+        return self.names[node.name]
+
+    def matrix(self, node: fx.Node) -> Segment:
+        """The segment of a matrix weight; asked for twice, it is stored once."""
+        lazy = self.traced.weights[node.name]
+        if node.name not in self.names:
+            name = self._fresh(lazy).removesuffix(".weight")
+            self.names[node.name] = name
+            scheme = self.assign(self.roles[node]).normalize(lazy.shape[1])
+            self.result.matrices[name] = Matrix(name, lazy, scheme)
+        made = self.result.matrices[self.names[node.name]]
+        n, k = lazy.shape
+        return Segment(made.name, made.scheme.format, n, k, made.scheme.group_size, made.scheme.symmetric)
+
+    def _fresh(self, lazy: Lazy) -> str:
+        name = base = lazy.names[0]
+        taken = set(self.names.values())
+        count = 1
+        while name in taken or name.removesuffix(".weight") in taken:
+            count += 1
+            name = f"{base}.{count}"
+        return name
+
+    def weight_list(self, segments: list[Segment]) -> str:
+        key = _joined([s.name for s in segments])
+        self.program.weights[key] = segments
+        return key
+
+
+def _roles(traced: Traced) -> dict[fx.Node, str]:
+    """What each matrix is used for. A tied pair is the head's."""
+    roles: dict[fx.Node, str] = {}
+    for node in traced.graph.nodes:
+        if is_op(node, ours.embedding.default):
+            roles.setdefault(node.args[1], "embedding")  # type: ignore[arg-type]
+        elif is_op(node, ours.linear.default):
+            head = any(user.op == "output" for user in node.users)
+            for weight in arguments(node)["weights"]:
+                roles[weight] = "head" if head else "linear"
+    return roles
+
+
+def _joined(names: list[str]) -> str:
+    """model.layers.0.self_attn.q_proj and ...k_proj → model.layers.0.self_attn.q_proj+k_proj."""
+    prefix = names[0].rpartition(".")[0]
+    same = all(n.rpartition(".")[0] == prefix for n in names)
+    return "+".join([names[0], *(n.rpartition(".")[2] if same else n for n in names[1:])])
+
+
+def _embedding(low: _Lowering, node: fx.Node, a: dict[str, Any]) -> None:
+    key = low.weight_list([low.matrix(a["weight"])])
+    extra = {"offset": a["offset"]} if a["offset"] else {}
+    low.emit(node, "embedding", {"residual": a["residual"]}, {}, key, ids=a["ids"].name, scale=float(a["scale"]), **extra)
+
+
+def _norm(op: str) -> Callable[[_Lowering, fx.Node, dict[str, Any]], None]:
+    def lower_norm(low: _Lowering, node: fx.Node, a: dict[str, Any]) -> None:
+        vectors = {k: a[k] for k in ("weight", "bias") if k in a}
+        low.emit(node, op, {"in": a["x"], "residual": a["residual"]}, vectors, eps=float(a["eps"]))
+
+    return lower_norm
+
+
+def _linear(low: _Lowering, node: fx.Node, a: dict[str, Any]) -> None:
+    segments = [low.matrix(w) for w in a["weights"]]
+    schemes = [low.result.matrices[s.name].scheme for s in segments]
+    group = activation_group(schemes, segments[0].k)
+    bias = _bias(low, a["biases"], segments)
+    low.emit(
+        node, "linear", {"in": a["x"], "residual": a["residual"]}, {"bias": bias}, low.weight_list(segments),
+        activation=a["activation"], glu=a["glu"], scale=float(a["scale"]), softcap=float(a["softcap"]), act_group=group,
+    )  # fmt: skip
+
+
+def _bias(low: _Lowering, biases: list[Any], segments: list[Segment]) -> fx.Node | None:
+    """One vector for all segments; a segment without a bias has zeros."""
+    if all(b is None for b in biases):
+        return None
+    if len(biases) == 1:
+        return biases[0]  # type: ignore[no-any-return]
+    parts = [None if b is None else low.traced.weights[b.name] for b in biases]
+    names = [p.names[0] for p in parts if p is not None]
+
+    def load() -> torch.Tensor:
+        return torch.cat([torch.zeros(s.n) if p is None else p.load() for p, s in zip(parts, segments, strict=True)])
+
+    lazy = Lazy((sum(s.n for s in segments),), (_joined([n.removesuffix(".bias") for n in names]) + ".bias",), load)
+    return low.traced.add_weight(lazy.names[0].replace(".", "_").replace("+", "_"), lazy)
+
+
+def _attention(low: _Lowering, node: fx.Node, a: dict[str, Any]) -> None:
+    program = low.program
+    k_dim, v_dim = shape(a["k"])[-1] // a["kv_heads"], shape(a["v"])[-1] // a["kv_heads"]
+    program.caches.append(CacheSpec(a["kv_heads"], k_dim, v_dim, low.kv_type, a["window"]))
+    low.emit(
+        node, "attention", {"q": a["q"], "k": a["k"], "v": a["v"]}, {n: a[n] for n in ("q_norm", "k_norm", "sinks")},
+        cache=len(program.caches) - 1, heads=a["heads"], scale=float(a["scale"]), softcap=float(a["softcap"]),
+        rope=_rope(low, a), norm_eps=float(a["norm_eps"]),
+    )  # fmt: skip
+
+
+def _rope(low: _Lowering, a: dict[str, Any]) -> int:
+    if a["inv_freq"] is None:
+        return -1
+    dims = 2 * low.traced.weights[a["inv_freq"].name].shape[0]
+    spec = RopeSpec(low.vector(a["inv_freq"]), dims, a["rope_style"], float(a["rope_scale"]))
+    if spec not in low.program.ropes:
+        low.program.ropes.append(spec)
+    return low.program.ropes.index(spec)
+
+
+def _gather_rows(low: _Lowering, node: fx.Node, a: dict[str, Any]) -> None:
+    low.emit(node, "gather_rows", {"in": a["x"]}, {})
+
+
+def _pointwise(low: _Lowering, node: fx.Node, a: dict[str, Any]) -> None:
+    low.emit(node, "pointwise", {"in": [low.views[x] for x in a["inputs"]]}, {}, steps=json.loads(a["steps"]))
+
+
+LOWERINGS: dict[Any, Callable[[_Lowering, fx.Node, dict[str, Any]], None]] = {
+    ours.embedding.default: _embedding,
+    ours.rms_norm.default: _norm("rms_norm"),
+    ours.layer_norm.default: _norm("layer_norm"),
+    ours.linear.default: _linear,
+    ours.attention.default: _attention,
+    ours.gather_rows.default: _gather_rows,
+    ours.pointwise.default: _pointwise,
+}

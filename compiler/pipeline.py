@@ -1,0 +1,231 @@
+"""The whole compile, one line a stage: load, trace, passes, lower, emit, gate."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..passes import (
+    canonicalize,
+    fuse_epilogue,
+    fuse_glu,
+    fuse_norm,
+    fuse_pointwise,
+    fuse_rope,
+    last_rows,
+    merge_linears,
+    static_kv,
+)
+from ..passes.graph import Traced
+from ..passes.manager import Entry, IllegalGraph, run_passes
+from ..quant.scheme import Scheme
+from ..runtime import selftest
+from ..runtime.artifact_writer import ArtifactWriter
+from ..runtime.errors import GristmillError
+from ..runtime.program import Limits
+from ..runtime.session import load as load_session
+from . import gate, interpret
+from .checkpoint import file_hash
+from .emit import write_weights
+from .load import Source, load_source
+from .lower import Lowered, lower
+from .memory import plan_arena
+from .options import CompileOptions
+from .tokenizer_files import tokenizer_files
+from .trace import trace
+
+PASSES = (
+    canonicalize,
+    fuse_norm,
+    fuse_rope,
+    fuse_glu,
+    fuse_epilogue,  # after GLU, which wants the activation by itself
+    static_kv,  # needs norms and ropes as ops
+    merge_linears,  # needs q, k, v as columns of rows
+    last_rows,
+    fuse_pointwise,  # what nobody wanted
+)
+DEFAULT_MAX_LEN = 4096
+Progress = Callable[[str, float], None]
+
+
+@dataclass
+class CompileResult:
+    """Where the artifact is and what the summary prints."""
+
+    path: Path
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+def compile_model(model: str, out: str, options: CompileOptions, progress: Progress | None = None) -> CompileResult:
+    """Compile ``model`` (directory or hub name) to the artifact directory ``out``.
+
+    ``progress(stage, fraction)`` is called as the work goes on. Raises GristmillError; nothing is left behind then.
+    """
+    report = progress or (lambda stage, fraction: None)
+    start = time.perf_counter()
+    with ArtifactWriter(out, options.force) as writer:
+        report("load", 0.0)
+        source = load_source(model)
+        limits = plan_limits(source.config, options)
+        tokenizer = tokenizer_files(source.directory, [gate.default_text("prose"), gate.default_text("code")])
+        report("trace", 0.0)
+        traced = trace(source.config, source.checkpoint, limits.max_len)
+        limits = _narrow(limits, traced)
+        report("passes", 0.0)
+        ledger = _run_passes(traced, options)
+        lowered = lower(traced, partial(_scheme, options), options.kv_type, limits)
+        plan_arena(lowered.program)
+        errors = _write(writer, lowered, tokenizer, source, report)
+        manifest = _manifest(writer, lowered, source, options, errors)
+        evaluation = _accept(writer, manifest, traced, source, options, report)
+        path = writer.commit(manifest)
+        size = writer.size_bytes
+    summary = _summary(lowered, manifest, size, evaluation, ledger, time.perf_counter() - start)
+    return CompileResult(path, summary)
+
+
+def plan_limits(config: Any, options: CompileOptions) -> Limits:
+    """Shapes of the program: what was asked for, or min(model's positions, 4096). Raises GristmillError beyond the model's."""
+    most = _first_of(config, "max_position_embeddings", "n_positions", "n_ctx") or DEFAULT_MAX_LEN
+    max_len = options.max_len or min(most, DEFAULT_MAX_LEN)
+    if max_len > most:
+        raise GristmillError(f"max_len {max_len} is beyond the {most} positions of the model; give {most} or less")
+    return Limits(options.max_tokens, options.max_slots, max_len, most)
+
+
+def _narrow(limits: Limits, traced: Traced) -> Limits:
+    most = min(limits.max_position, traced.max_position or limits.max_position)
+    return Limits(limits.max_tokens, limits.max_slots, limits.max_len, most)
+
+
+def _first_of(config: Any, *names: str) -> int | None:
+    return next((int(v) for n in names if isinstance(v := getattr(config, n, None), int)), None)
+
+
+def _scheme(options: CompileOptions, role: str) -> Scheme:
+    """The number format of a matrix by its role; int8 embeddings and heads have one scale per row."""
+    name = {"embedding": options.embedding_format, "head": options.head_format, "linear": options.weights}[role]
+    integer = name in ("int8", "int4")
+    group = options.group if integer and (role == "linear" or name == "int4") else 0
+    return Scheme(name, group, symmetric=not (integer and options.asymmetric and role == "linear"))
+
+
+def _run_passes(traced: Traced, options: CompileOptions) -> list[Entry]:
+    evaluate = partial(_example_logits, vocabulary=_vocabulary(traced)) if options.check_passes else None
+    try:
+        return run_passes(traced, PASSES, evaluate)
+    except IllegalGraph as error:
+        kind = getattr(traced.config, "model_type", "model")
+        raise GristmillError(f"{kind}: cannot lower {error}; see the README for the families that compile") from None
+
+
+def _vocabulary(traced: Traced) -> int:
+    output = next(n for n in reversed(traced.graph.nodes) if n.op == "output")
+    return int(output.args[0][0].meta["val"].shape[-1])  # type: ignore[index, union-attr]
+
+
+def _example_logits(traced: Traced, vocabulary: int) -> torch.Tensor:
+    rows = 13
+    tokens = torch.randint(0, vocabulary, (1, rows), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(rows)[None]
+    inputs = {"tokens": tokens, "positions": positions, "slots": torch.zeros_like(positions), "rows": torch.arange(rows)}
+    return interpret.run(traced, inputs)
+
+
+def _write(writer: ArtifactWriter, lowered: Lowered, tokenizer: dict[str, bytes], source: Source, report: Progress) -> dict[str, float]:
+    errors = write_weights(writer, lowered, {"model": source.name}, report)
+    writer.write_bytes("program.json", lowered.program.to_bytes())
+    for name, data in tokenizer.items():
+        writer.write_bytes(name, data)
+    return errors
+
+
+def _manifest(
+    writer: ArtifactWriter, lowered: Lowered, source: Source, options: CompileOptions, errors: dict[str, float]
+) -> dict[str, Any]:
+    hashes = {"config.json": file_hash(source.directory / "config.json"), **source.checkpoint.hashes()}
+    schemes = {name: str(matrix.scheme) for name, matrix in lowered.matrices.items()}
+    return {
+        "source": {"name": source.name, "model_type": source.config.model_type, "sha256": hashes},
+        "tools": tool_versions(),
+        "quantization": {"method": "rtn", "kv": options.kv_type, "schemes": schemes, "relative_error": errors},
+        "bits_per_weight": bits_per_weight(lowered),
+    }
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of what made the artifact."""
+    import transformers
+
+    from gristmill import __version__
+
+    return {
+        "gristmill": __version__, "python": platform.python_version(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "numpy": np.__version__,
+    }  # fmt: skip
+
+
+def bits_per_weight(lowered: Lowered) -> float:
+    """Stored bits of all matrices, scales and zeros included, per weight."""
+    weights = [m.lazy.shape[0] * m.lazy.shape[1] for m in lowered.matrices.values()]
+    bits = [w * m.scheme.bits_per_weight(m.lazy.shape[1]) for w, m in zip(weights, lowered.matrices.values(), strict=True)]
+    return round(sum(bits) / sum(weights), 4)
+
+
+def _accept(
+    writer: ArtifactWriter, manifest: dict[str, Any], traced: Traced, source: Source, options: CompileOptions, report: Progress
+) -> dict[str, Any] | None:
+    """Open the artifact itself: record its self-test and, unless told not to, hold it against the float reference."""
+    path = writer.seal(manifest)
+    session = load_session(path)
+    writer.write_json("selftest.json", selftest.record(session))
+    if not options.gate:
+        return None
+    report("gate", 0.0)
+    evaluation = gate.accept(session, partial(float_reference, traced), source, options, partial(report, "gate"))
+    writer.write_json("evaluation.json", evaluation)
+    return evaluation
+
+
+def float_reference(traced: Traced, windows: list[np.ndarray]) -> Any:
+    """The float32 logits [len, V] of each window in turn; all windows pass through the layers together, weight by weight."""
+    lengths = [len(w) for w in windows]
+    slots = np.repeat(np.arange(len(windows)), lengths)
+    positions = np.concatenate([np.arange(n) for n in lengths])
+    rows = torch.split(torch.arange(len(slots)), lengths)
+    inputs = {k: torch.from_numpy(v.astype(np.int64))[None] for k, v in (("tokens", np.concatenate(windows)), ("positions", positions), ("slots", slots))}
+    for logits in interpret.logits_by_group(traced, inputs, rows):
+        yield logits.numpy()
+
+
+def _summary(
+    lowered: Lowered, manifest: dict[str, Any], size: int, evaluation: dict[str, Any] | None, ledger: list[Entry], seconds: float
+) -> dict[str, Any]:
+    return {
+        "bits_per_weight": manifest["bits_per_weight"],
+        "size_bytes": size,
+        "compile_s": round(seconds, 2),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "instructions": len(lowered.program.instructions),
+        "evaluation": evaluation,
+        "ledger": "\n".join(map(str, ledger)),
+    }
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
