@@ -19,11 +19,12 @@ KV_TYPES = ("f32", "f16", "int8")
 class CompileOptions:
     """None means: chosen from the others, see the properties below; `of` checks that they go together.
 
-    weights: format of the linear layers. group_size: columns per scale, 32, 64, 128 or "row". asymmetric: zero points.
-    embedding, head: formats of the two ends (a tied pair is one matrix). kv: type of the cache.
-    max_len, max_slots, max_tokens: positions per slot, sequences, and rows of one forward that the artifact is planned for.
-    text: file of held text for the gate; gate_tokens: how many of its tokens; max_ppl_increase (0.02 is 2 %) and max_kl (nats):
-    what the gate lets pass. explain: keep the pass ledger in the result; check_passes: run each pass's before and after.
+    weights: format of the linear layers. group_size: columns per scale, 32, 64, 128 or "row". asymmetric:
+    zero points. embedding, head: formats of the two ends (a tied pair is one matrix). kv: type of the cache.
+    max_len, max_slots, max_tokens: positions per slot, sequences, and rows of one forward that the artifact
+    is planned for. text: file of held text for the gate; gate_tokens: how many of its tokens;
+    max_ppl_increase (0.02 or "2%") and max_kl (nats): what the gate lets pass. explain: keep the pass ledger
+    in the result; check_passes: run each pass's before and after.
     """
 
     weights: str = "int4"
@@ -48,9 +49,10 @@ class CompileOptions:
     def of(**values: Any) -> CompileOptions:
         """Options from keywords. Raises GristmillError that says which one does not fit and what does."""
         refuse_unknown(values, [field.name for field in fields(CompileOptions)], "compile")
-        for name in ("text",):
-            if values.get(name) is not None:
-                values[name] = str(values[name])
+        if values.get("text") is not None:
+            values["text"] = str(values["text"])
+        if isinstance(values.get("max_ppl_increase"), str):
+            values["max_ppl_increase"] = parse_percent(values["max_ppl_increase"])
         options = CompileOptions(**values)
         options._check_formats()
         options._check_numbers()
@@ -90,7 +92,9 @@ class CompileOptions:
         integers = {self.weights, self.embedding_format, self.head_format} - set(FLOAT_WEIGHTS)
         if not integers and (self.asymmetric or self.group_size is not None):
             what = "asymmetric" if self.asymmetric else "group_size"
-            raise GristmillError(f"{what} needs integer weights, got weights {self.weights}; use weights int8 or int4")
+            raise GristmillError(
+                f"{what} needs integer weights, got weights {self.weights}; use weights int8 or int4"
+            )
 
     def _check_numbers(self) -> None:
         _count("max_len", self.max_len, 1, optional=True)
@@ -99,16 +103,30 @@ class CompileOptions:
         _count("gate_tokens", self.gate_tokens, 2, optional=True)
         for name in ("max_ppl_increase", "max_kl"):
             bound = getattr(self, name)
-            if bound is not None and (isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 <= bound < math.inf):
+            if bound is not None and (
+                isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 <= bound < math.inf
+            ):
                 raise GristmillError(f"{name} is {bound!r}, expected a number from 0")
         for name in ("asymmetric", "gate", "explain", "check_passes", "force"):
             if not isinstance(getattr(self, name), bool):
                 raise GristmillError(f"{name} is {getattr(self, name)!r}, expected True or False")
 
     def _check_gate(self) -> None:
-        asked = [name for name in ("text", "gate_tokens", "max_ppl_increase", "max_kl") if getattr(self, name) is not None]
+        asked = [
+            name
+            for name in ("text", "gate_tokens", "max_ppl_increase", "max_kl")
+            if getattr(self, name) is not None
+        ]
         if asked and not self.gate:
             raise GristmillError(f"{asked[0]} is for the gate, which is off; leave out one of the two")
+
+
+def parse_percent(text: str) -> float:
+    """ "2%" or "2" -> 0.02."""
+    try:
+        return float(text.strip().removesuffix("%")) / 100
+    except ValueError as error:
+        raise GristmillError(f"max_ppl_increase is {text!r}, expected a percentage such as 2%") from error
 
 
 def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:

@@ -33,8 +33,9 @@ _HOMES = {
 def compile(model: str | PathLike[str], out: str | PathLike[str], **options: Any) -> CompileResult:
     """Compiles the Hugging Face model at `model` (a directory or a hub name) to the artifact directory `out`.
 
-    options: the fields of gristmill.compiler.options.CompileOptions, such as weights="int4", group_size=128, kv="int8",
-    text="held_out.txt", force=True. Needs the extra [compile]. Raises GristmillError for what cannot be compiled.
+    options: the fields of gristmill.compiler.options.CompileOptions, such as weights="int4", group_size=128,
+    kv="int8", text="held_out.txt", force=True. Needs the extra [compile]. Raises GristmillError for what
+    cannot be compiled.
     """
     from gristmill.compiler.options import CompileOptions
     from gristmill.compiler.pipeline import compile_model

@@ -1,8 +1,9 @@
 """Reading an artifact: a directory whose manifest accounts for every byte of every other file.
 
-What is checked when: opening reads the manifest (which carries its own hash), the sizes of all files, the hashes of the JSON
-files and of the weights' header; that costs milliseconds whatever the model's size. The weights' data is hashed by `verify`
-only: between the two a flipped weight may give wrong numbers, and the executor's own checks keep it from doing more.
+What is checked when: opening reads the manifest (which carries its own hash), the sizes of all files, the
+hashes of the JSON files and of the weights' header; that costs milliseconds whatever the model's size. The
+weights' data is hashed by `verify` only: between the two a flipped weight may give wrong numbers, and the
+executor's own checks keep it from doing more.
 """
 
 from __future__ import annotations
@@ -72,11 +73,13 @@ class Artifact:
         """Reads and hashes every file, the weights included."""
         for name, entry in self.files.items():
             if _hash_file(self.path / name) != entry.sha256:
-                raise GristmillError(f"{self.path / name} does not agree with its hash in {MANIFEST}; {_AGAIN}")
+                raise GristmillError(
+                    f"{self.path / name} does not agree with its hash in {MANIFEST}; {_AGAIN}"
+                )
 
 
 def open_artifact(path: str | Path) -> Artifact:
-    """Opens the artifact in directory `path` and checks all that can be checked without reading the weights' data."""
+    """Opens the artifact at `path` and checks all that needs no reading of the weights' data."""
     root = Path(path)
     manifest = read_manifest(root)
     artifact = Artifact(root, manifest, _file_table(root, manifest))
@@ -87,7 +90,10 @@ def open_artifact(path: str | Path) -> Artifact:
     for name in artifact.files:
         if name != WEIGHTS:
             artifact.read(name)
-    if hashlib.sha256(read_header_bytes(artifact.weights_path)).hexdigest() != manifest["weights_header_sha256"]:
+    if (
+        hashlib.sha256(read_header_bytes(artifact.weights_path)).hexdigest()
+        != manifest["weights_header_sha256"]
+    ):
         raise GristmillError(f"{root / WEIGHTS} has another header than {MANIFEST} says; {_AGAIN}")
     return artifact
 
@@ -95,16 +101,22 @@ def open_artifact(path: str | Path) -> Artifact:
 def read_manifest(root: Path) -> dict[str, Any]:
     """The manifest of directory `root`, complete, of a known version and unchanged since it was written."""
     if not root.is_dir():
-        raise GristmillError(f"{root} is {'a file' if root.exists() else 'missing'}; expected an artifact directory")
+        raise GristmillError(
+            f"{root} is {'a file' if root.exists() else 'missing'}; expected an artifact directory"
+        )
     file = root / MANIFEST
     if not file.is_file():
-        raise GristmillError(f"{root} has no {MANIFEST}: not a gristmill artifact; write one with `gristmill compile`")
+        raise GristmillError(
+            f"{root} has no {MANIFEST}: not a gristmill artifact; write one with `gristmill compile`"
+        )
     if file.stat().st_size > MAX_MANIFEST_BYTES:
         raise GristmillError(f"{file} is larger than {MAX_MANIFEST_BYTES} bytes: not a gristmill manifest")
     data = _read_bytes(file)
     manifest = parse_json(data, file)
     if manifest.get("kind") != KIND:
-        raise GristmillError(f"{file} is not the manifest of a gristmill artifact; write one with `gristmill compile`")
+        raise GristmillError(
+            f"{file} is not the manifest of a gristmill artifact; write one with `gristmill compile`"
+        )
     _check_version(manifest.get("format"), file)
     found = _OWN_HASH.findall(data)
     if len(found) != 1 or manifest_hash(data) != found[0].decode():
@@ -131,9 +143,11 @@ def manifest_hash(data: bytes) -> str:
 
 
 def content_id(files: dict[str, FileEntry], quantization: Any) -> str:
-    """The identity of what an artifact computes: program, weights, tokenizer, quantization; not who compiled it when."""
+    """The identity of what an artifact computes: program, weights, tokenizer, quantization."""
     identity = {name: files[name].sha256 for name in IDENTITY_FILES if name in files}
-    text = json.dumps({"files": identity, "quantization": quantization}, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(
+        {"files": identity, "quantization": quantization}, sort_keys=True, separators=(",", ":")
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -147,7 +161,7 @@ def _check_version(version: object, file: Path) -> None:
         raise GristmillError(f"{file}: format is {version!r}, expected a version number; {_AGAIN}")
     if version > FORMAT_VERSION:
         raise GristmillError(
-            f"{file} has format version {version}, this gristmill reads up to {FORMAT_VERSION}; install a newer one"
+            f"{file} has format {version}, this gristmill reads up to {FORMAT_VERSION}; install a newer one"
         )
 
 
@@ -162,7 +176,9 @@ def _file_table(root: Path, manifest: dict[str, Any]) -> dict[str, FileEntry]:
     table = {}
     for name, entry in manifest["files"].items():
         if not is_plain_name(name) or name == MANIFEST:
-            raise GristmillError(f"{root / MANIFEST} names the file {name!r}; only plain names inside the artifact are read")
+            raise GristmillError(
+                f"{root / MANIFEST} names the file {name!r}; only plain names inside the artifact are read"
+            )
         size, digest = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
         if type(size) is not int or not isinstance(digest, str):
             raise GristmillError(f"{root / MANIFEST}: no size and sha256 for {name}; {_AGAIN}")

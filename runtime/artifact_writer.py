@@ -63,17 +63,12 @@ class ArtifactWriter:
         _check_target(self.out, self._force)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(self.out)
-        self._signals.install()
         try:
             self.path.mkdir()
             self._lock = _lock_directory(self.path)
-        except BaseException as error:
-            self._signals.remove()
-            if isinstance(error, FileExistsError):
-                raise GristmillError(
-                    f"{self.out} is being written by another compile; wait for it to end"
-                ) from error
-            raise
+        except FileExistsError as error:
+            raise GristmillError(f"{self.out} is being written by another compile; let it end") from error
+        self._signals.install()
         return self
 
     def __exit__(
@@ -179,7 +174,7 @@ class _TerminationAsExit:
 
     def install(self) -> None:
         if threading.current_thread() is not threading.main_thread():
-            return  # only the main thread may set handlers; what is left behind is cleared by the next compile
+            return  # only the main thread may; the next compile clears what is left
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) == signal.SIG_DFL:
                 self._previous[number] = signal.signal(number, self._exit)

@@ -1,4 +1,4 @@
-"""Chat templates: Jinja from the model's author, so untrusted; rendered in jinja2's immutable sandbox with what transformers offers."""
+"""Chat templates are Jinja from the model's author: untrusted, so rendered in jinja2's sandbox."""
 
 from __future__ import annotations
 
@@ -77,10 +77,16 @@ def _compiled(template: str) -> jinja2.Template:
 
 
 def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
 ) -> str:
     """Unlike Jinja's own filter this one does not escape for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: str) -> None:

@@ -25,7 +25,11 @@ def available_memory_bytes() -> int | None:
             found.append(int(line.split()[1]) * 1024)
     limit, used = _read(_CGROUP / "memory.max").strip(), _read(_CGROUP / "memory.current").strip()
     if limit.isdigit() and used.isdigit():
-        cached = sum(int(line.split()[1]) for line in _read(_CGROUP / "memory.stat").splitlines() if line.startswith("file "))
+        cached = sum(
+            int(line.split()[1])
+            for line in _read(_CGROUP / "memory.stat").splitlines()
+            if line.startswith("file ")
+        )
         found.append(max(0, int(limit) - int(used) + cached))
     return min(found, default=None)
 

@@ -1,13 +1,14 @@
 """A Session runs one artifact: rows in, logits out, and text generation on top of that.
 
-    session = gristmill.load("story.grist")
-    print(session.generate("Once upon a time", max_new_tokens=100).text)
+session = gristmill.load("story.grist")
+print(session.generate("Once upon a time", max_new_tokens=100).text)
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +16,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from gristmill.runtime import machine
-from gristmill.runtime.artifact import GENERATION_CONFIG, PROGRAM, TOKENIZER, Artifact, open_artifact, parse_json
-from gristmill.runtime.decoding.generate import Generation, Prompt, generate_all, stream_one
+from gristmill.runtime.artifact import (
+    GENERATION_CONFIG,
+    PROGRAM,
+    TOKENIZER,
+    Artifact,
+    open_artifact,
+    parse_json,
+)
+from gristmill.runtime.decoding.generate import Prompt, generate_all, stream_one
 from gristmill.runtime.decoding.options import GenerationOptions, refuse_unknown
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.program import CacheSpec, Program
@@ -35,8 +43,11 @@ class Executor(Protocol):
     kv_bytes: int
     arena_bytes: int
     weight_bytes: int
+    weight_bytes_per_token: int
 
-    def forward(self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray) -> np.ndarray: ...
+    def forward(
+        self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray
+    ) -> np.ndarray: ...
 
     def copy_slot(self, source: int, target: int, length: int) -> None: ...
 
@@ -51,9 +62,10 @@ def load(
 ) -> Session:
     """Opens the artifact in directory `path`.
 
-    threads: default every processor this process may use. max_len: positions per slot, default what the artifact was compiled for,
-    at most what its model can address. max_slots: sequences at once, default 8 unless compiled otherwise.
-    Raises GristmillError for a damaged artifact and for what this machine or model cannot do.
+    threads: default every processor this process may use. max_len: positions per slot, default what the
+    artifact was compiled for, at most what its model can address. max_slots: sequences at once, default 8
+    unless compiled otherwise. Raises GristmillError for a damaged artifact and for what this machine or model
+    cannot do.
     """
     refuse_unknown(unknown, ("device", "threads", "max_len", "max_slots"), "load")
     if device != "cpu":
@@ -66,16 +78,22 @@ def load(
     max_slots = _within("max_slots", max_slots, limits.max_slots, 65536)
     threads = _within("threads", threads, machine.usable_cpus(), 1024)
     _refuse_too_large(program, max_len, max_slots)
-    executor = _native().Executor(
+    executor = native().Executor(
         program_json, str(artifact.weights_path), threads=threads, max_len=max_len, max_slots=max_slots
     )
     return Session(artifact, program, executor)
 
 
 class Session:
-    """An opened artifact with room for `max_slots` sequences of `max_len` tokens. Safe to use from several threads."""
+    """An opened artifact with room for `max_slots` sequences; safe to use from several threads."""
 
-    def __init__(self, artifact: Artifact | None, program: Program, executor: Executor, tokenizer: Tokenizer | None = None):
+    def __init__(
+        self,
+        artifact: Artifact | None,
+        program: Program,
+        executor: Executor,
+        tokenizer: Tokenizer | None = None,
+    ):
         self.artifact, self.program, self.executor = artifact, program, executor
         self._given_tokenizer = tokenizer
         self._lock = threading.Lock()
@@ -106,14 +124,20 @@ class Session:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes by use: weights are mapped from the file and shared between processes, the rest is this session's own."""
+        """Bytes by use: weights are mapped and shared between processes, the rest is this session's."""
         executor = self.executor
-        return {"weight_bytes": executor.weight_bytes, "kv_bytes": executor.kv_bytes, "arena_bytes": executor.arena_bytes}
+        return {
+            "weight_bytes": executor.weight_bytes,
+            "kv_bytes": executor.kv_bytes,
+            "arena_bytes": executor.arena_bytes,
+        }
 
     @property
     def has_tokenizer(self) -> bool:
         """Whether text can be used; without a tokenizer prompts and results are token ids."""
-        return self._given_tokenizer is not None or (self.artifact is not None and TOKENIZER in self.artifact.files)
+        return self._given_tokenizer is not None or (
+            self.artifact is not None and TOKENIZER in self.artifact.files
+        )
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -134,12 +158,17 @@ class Session:
         return frozenset(i for i in ids if type(i) is int)
 
     def forward(self, tokens: Any, positions: Any, slots: Any, rows: Any = None) -> np.ndarray:
-        """Runs a batch of rows and returns logits [R, vocabulary] f32 of the rows named by `rows` (default: all of them).
+        """Runs a batch of rows and returns logits [R, vocabulary] f32 of the rows named by `rows` (default:
+        all of them).
 
-        tokens, positions, slots: [T] int32, T <= max_tokens: row t is token tokens[t] at positions[t] of slots[t]. A slot's rows
-        continue it without gap or duplicate; a position before its end rolls it back. rows: [R] int32 indices of rows.
+        tokens, positions, slots: [T] int32, T <= max_tokens: row t is token tokens[t] at positions[t] of
+        slots[t]. A slot's rows continue it without gap or duplicate; a position before its end rolls it back.
+        rows: [R] int32 indices of rows.
         """
-        arrays = [_int32(name, value) for name, value in (("tokens", tokens), ("positions", positions), ("slots", slots))]
+        arrays = [
+            _int32(name, value)
+            for name, value in (("tokens", tokens), ("positions", positions), ("slots", slots))
+        ]
         chosen = np.arange(len(arrays[0]), dtype=np.int32) if rows is None else _int32("rows", rows)
         return self._run(*arrays, chosen, held=False)
 
@@ -149,11 +178,22 @@ class Session:
         with self._lock:
             self._slots.reset(slot)
 
-    def generate(self, prompt: str | Sequence[Any], **options: Any) -> Any:
-        """Continues `prompt`: text or token ids gives a Generation, a list of those gives a list of Generations.
+    @contextmanager
+    def slot(self) -> Iterator[int]:
+        """An empty slot for `forward`; waits for one, and forgets its sequence in the end."""
+        slot = self._slots.take(lend=True)
+        assert slot is not None
+        try:
+            yield slot
+        finally:
+            self._slots.give_back(slot)
 
-        A list runs as one batch over the slots, in turn where there are more prompts than slots.
-        Options: see GenerationOptions. Raises GristmillError for an empty or too long prompt and for unknown options.
+    def generate(self, prompt: str | Sequence[Any], **options: Any) -> Any:
+        """Continues `prompt`: text or token ids gives a Generation, a list of those gives a list of
+        Generations.
+
+        A list runs as one batch over the slots, in turn where there are more prompts than slots. Options: see
+        GenerationOptions. Raises GristmillError for an empty or too long prompt and for unknown options.
         """
         chosen = GenerationOptions.of(**options)
         if _is_batch(prompt):
@@ -175,14 +215,23 @@ class Session:
         if not ids:
             raise GristmillError("the prompt is empty and the tokenizer adds no BOS; give text or token ids")
         if len(ids) > self.max_len:
-            raise GristmillError(f"the prompt has {len(ids)} tokens, max_len is {self.max_len}; shorten it or load with more")
+            raise GristmillError(
+                f"the prompt has {len(ids)} tokens, max_len is {self.max_len}; shorten it or load with more"
+            )
         outside = [i for i in ids if not 0 <= i < self.vocabulary]
         if outside:
-            raise GristmillError(f"the prompt holds token id {outside[0]}, expected 0 to {self.vocabulary - 1}")
+            raise GristmillError(
+                f"the prompt holds token id {outside[0]}, expected 0 to {self.vocabulary - 1}"
+            )
         return ids
 
     def _run(
-        self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray, held: bool = True
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        slots: np.ndarray,
+        rows: np.ndarray,
+        held: bool = True,
     ) -> np.ndarray:
         """`forward` after its arguments became arrays; `held`: on slots taken from self._slots."""
         self._check_batch(tokens, positions, slots, rows)
@@ -193,12 +242,18 @@ class Session:
             self._slots.advance(ids, first, ends)
         return logits
 
-    def _check_batch(self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray) -> None:
+    def _check_batch(
+        self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray
+    ) -> None:
         count = len(tokens)
         if not len(positions) == len(slots) == count:
-            raise GristmillError(f"got {count} tokens, {len(positions)} positions and {len(slots)} slots, expected equally many")
+            raise GristmillError(
+                f"{count} tokens, {len(positions)} positions and {len(slots)} slots, expected equally many"
+            )
         if not 0 < count <= self.max_tokens:
-            raise GristmillError(f"got {count} rows, expected 1 to max_tokens = {self.max_tokens}; split the batch")
+            raise GristmillError(
+                f"got {count} rows, expected 1 to max_tokens = {self.max_tokens}; split the batch"
+            )
         if tokens.min() < 0 or tokens.max() >= self.vocabulary:
             bad = tokens[(tokens < 0) | (tokens >= self.vocabulary)][0]
             raise GristmillError(f"token id {bad} is outside 0 to {self.vocabulary - 1}")
@@ -213,7 +268,9 @@ def kv_rows(cache: CacheSpec, max_len: int, max_tokens: int) -> int:
 
 def kv_bytes(program: Program, max_len: int, max_slots: int) -> int:
     """Bytes of all caches for `max_slots` slots of `max_len` positions."""
-    return max_slots * sum(c.row_bytes() * kv_rows(c, max_len, program.limits.max_tokens) for c in program.caches)
+    return max_slots * sum(
+        c.row_bytes() * kv_rows(c, max_len, program.limits.max_tokens) for c in program.caches
+    )
 
 
 def smallest_ring(program: Program, max_len: int) -> int:
@@ -222,11 +279,14 @@ def smallest_ring(program: Program, max_len: int) -> int:
     return min((n for n in rows if n < max_len), default=0)
 
 
-def _native() -> Any:
+def native() -> Any:
+    """The compiled executor module."""
     try:
         from gristmill.runtime.cpu import _native
     except ImportError as error:
-        raise GristmillError(f"the CPU executor is not built ({error}); install with `pip install .`") from error
+        raise GristmillError(
+            f"the CPU executor is not built ({error}); install with `pip install .`"
+        ) from error
     return _native
 
 
@@ -235,7 +295,7 @@ def _refuse_too_large(program: Program, max_len: int, max_slots: int) -> None:
     available = machine.available_memory_bytes()
     if available is not None and needed > available:
         raise GristmillError(
-            f"{max_slots} slots of {max_len} positions need {needed >> 20} MiB, {available >> 20} MiB are free; "
+            f"{max_slots} slots of {max_len} positions need {needed >> 20} MiB, {available >> 20} are free; "
             "load with a smaller max_len or max_slots"
         )
 
@@ -253,7 +313,9 @@ def _int32(name: str, values: Any) -> np.ndarray:
     except (ValueError, TypeError) as error:
         raise GristmillError(f"{name}: expected a list of integers ({error})") from error
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise GristmillError(f"{name}: got {array.dtype} of shape {list(array.shape)}, expected one list of integers")
+        raise GristmillError(
+            f"{name}: got {array.dtype} of shape {list(array.shape)}, expected one list of integers"
+        )
     if array.size and (int(array.min()) < -(2**31) or int(array.max()) >= 2**31):
         raise GristmillError(f"{name}: an entry does not fit 32 bits")
     return np.ascontiguousarray(array, dtype=np.int32)

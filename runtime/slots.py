@@ -1,7 +1,8 @@
-"""Which sequence is where: the executor keeps keys and values at (slot, position) and nothing else, so the lengths live here.
+"""Which sequence is where: the executor keeps keys and values at (slot, position) and nothing else, so the
+lengths live here.
 
-A row may append at the end of its slot or roll it back by naming an earlier position. Gaps, duplicates and positions past the end
-are refused, so no sequence ever reads another's rows.
+A row may append at the end of its slot or roll it back by naming an earlier position. Gaps, duplicates and
+positions past the end are refused, so no sequence ever reads another's rows.
 """
 
 from __future__ import annotations
@@ -16,22 +17,24 @@ from gristmill.runtime.errors import GristmillError
 class Slots:
     """Lengths of `max_slots` slots and who holds them.
 
-    `ring`: 0, or the fewest rows that a cache keeps of each slot (a sliding window's ring holds window + max_tokens rows);
-    a rollback must not need rows that the ring has overwritten. `reach`: max_tokens, how far back it can go then.
+    ring: 0, or the fewest rows a cache keeps of each slot (a sliding window's holds window + max_tokens).
+    reach: max_tokens, how far back a slot can roll once that ring has begun to overwrite itself.
     """
 
     def __init__(self, max_slots: int, max_len: int, ring: int = 0, reach: int = 0):
         self.max_slots, self.max_len = max_slots, max_len
         self.lengths = np.zeros(max_slots, np.int64)
-        self._highest = np.zeros(max_slots, np.int64)  # the longest each slot was since it began at position 0
+        self._highest = np.zeros(max_slots, np.int64)  # the longest each was since it began at position 0
         self._ring, self._reach = ring, reach
         self._holders: dict[int, int] = {}  # slot -> thread that took it
+        self._forwarded: set[int] = set()  # Session.forward may use or has used them
         self._freed = threading.Condition()
 
-    def take(self, wait: bool = True) -> int | None:
-        """A free slot, empty, to be given back with `give_back`; waits for one, or returns None where `wait` is off.
+    def take(self, wait: bool = True, lend: bool = False) -> int | None:
+        """An empty slot, to be given back with `give_back`; waits for one, or returns None if not to wait.
 
-        Raises GristmillError where waiting cannot end: every slot is held by this very thread, or by rows it forwarded itself.
+        lend: `Session.forward` may use it. Raises GristmillError where waiting cannot end, since no other
+        thread holds a slot.
         """
         with self._freed:
             while (slot := self._free_slot()) is None:
@@ -40,36 +43,38 @@ class Slots:
                 self._refuse_deadlock()
                 self._freed.wait(timeout=1.0)
             self._holders[slot] = threading.get_ident()
+            if lend:
+                self._forwarded.add(slot)
             return slot
 
     def give_back(self, slot: int) -> None:
         """Frees a slot that `take` gave, and forgets its sequence."""
         with self._freed:
             del self._holders[slot]
+            self._forwarded.discard(slot)
             self.lengths[slot] = self._highest[slot] = 0
             self._freed.notify()
 
     def reset(self, slot: int) -> None:
         """Forgets the sequence that `Session.forward` put into `slot`."""
-        self._refuse_held(np.array([slot]))
         with self._freed:
+            self._refuse_held(np.array([slot]))
+            self._forwarded.discard(slot)
             self.lengths[slot] = self._highest[slot] = 0
             self._freed.notify()
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Notes that `target` now begins with the first `length` positions of `source`."""
-        self.lengths[target] = length
-        self._highest[target] = self._highest[source]
+    def check(
+        self, positions: np.ndarray, slots: np.ndarray, held: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The slots of a batch, their first positions and lengths after it; refuses gaps and duplicates.
 
-    def check(self, positions: np.ndarray, slots: np.ndarray, held: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The slots of a batch with their first position and their length after it; refuses what is not a continuation.
-
-        positions, slots: [T] i32. `held`: the rows belong to slots that the caller took; otherwise those are refused.
+        positions, slots: [T] i32. `held`: the rows belong to slots that the caller took; otherwise those are
+        refused.
         """
         _refuse_outside("slot", slots, self.max_slots, "load with a larger max_slots")
-        _refuse_outside("position", positions, self.max_len, "load with a larger max_len or start the slot anew")
-        if not held:
-            self._refuse_held(slots)
+        _refuse_outside(
+            "position", positions, self.max_len, "load with a larger max_len or start the slot anew"
+        )
         order = np.lexsort((positions, slots))
         p, s = positions[order], slots[order]
         begins = np.concatenate(([True], s[1:] != s[:-1]))
@@ -77,10 +82,16 @@ class Slots:
         if (steps != 1).any():
             at = int(np.argmax(steps != 1))
             problem = "comes twice" if steps[at] == 0 else f"is followed by {p[at + 1]}: a gap"
-            raise GristmillError(f"position {p[at]} of slot {s[at]} {problem}; each row needs the next position")
+            raise GristmillError(
+                f"position {p[at]} of slot {s[at]} {problem}; each row needs the next position"
+            )
         ids, first = s[begins], p[begins]
         ends = np.concatenate((p[:-1][begins[1:]], p[-1:])) + 1
         self._refuse_unreachable(ids, first)
+        if not held:
+            with self._freed:
+                self._refuse_held(ids)
+                self._forwarded.update(ids.tolist())
         return ids, first, ends
 
     def advance(self, ids: np.ndarray, first: np.ndarray, ends: np.ndarray) -> None:
@@ -98,26 +109,27 @@ class Slots:
             overwritten = self._ring and self._highest[slot] > self._ring
             if overwritten and 0 < position < self._highest[slot] - self._reach:
                 raise GristmillError(
-                    f"slot {slot} cannot roll back from {self._highest[slot]} to {position}: its sliding window has moved on; "
-                    "start it again at position 0"
+                    f"slot {slot} cannot roll back from {self._highest[slot]} to {position}: "
+                    "its sliding window has moved on; start it again at position 0"
                 )
 
     def _free_slot(self) -> int | None:
-        """The highest free slot that is empty: callers of `forward` tend to count from 0."""
-        free = (slot for slot in reversed(range(self.max_slots)) if slot not in self._holders and not self.lengths[slot])
-        return next(free, None)
+        """The highest free slot: callers of `forward` tend to count from 0."""
+        slots = reversed(range(self.max_slots))
+        return next((s for s in slots if s not in self._holders and s not in self._forwarded), None)
 
     def _refuse_deadlock(self) -> None:
         others = [holder for holder in self._holders.values() if holder != threading.get_ident()]
         if not others:
             raise GristmillError(
-                f"all {self.max_slots} slots are in use; end the open streams, reset slots used by forward, or load with more max_slots"
+                f"all {self.max_slots} slots are in use; end open streams, reset slots used by forward, "
+                "or load with a larger max_slots"
             )
 
     def _refuse_held(self, slots: np.ndarray) -> None:
-        taken = [int(slot) for slot in np.unique(slots) if int(slot) in self._holders]
+        taken = set(slots.tolist()) & self._holders.keys() - self._forwarded
         if taken:
-            raise GristmillError(f"slot {taken[0]} is generating now; use another one or take_slot()")
+            raise GristmillError(f"slot {min(taken)} is generating now; use another one, or session.slot()")
 
 
 def _refuse_outside(name: str, values: np.ndarray, limit: int, remedy: str) -> None:

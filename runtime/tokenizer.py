@@ -1,4 +1,4 @@
-"""Text to token ids and back, exactly as the model's own tokenizer.json says; ids equal those of transformers."""
+"""Text to token ids and back as the model's tokenizer.json says; ids equal transformers'."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 
 class Tokenizer:
-    """A tokenizer of an artifact; `encode` adds what the post-processor of tokenizer.json adds (BOS, mostly)."""
+    """A model's tokenizer; `encode` adds what tokenizer.json's post-processor adds (BOS, mostly)."""
 
-    def __init__(self, tokenizer_json: bytes, config: Mapping[str, Any] | None = None, chat_template: str | None = None):
+    def __init__(
+        self, tokenizer_json: bytes, config: Mapping[str, Any] | None = None, chat_template: str | None = None
+    ):
         try:
             self.backend = tokenizers.Tokenizer.from_buffer(tokenizer_json)
         except Exception as error:  # the Rust library raises plain Exception for whatever it cannot read
@@ -33,7 +35,11 @@ class Tokenizer:
         if TOKENIZER not in artifact.files:
             raise GristmillError(f"{artifact.path} holds no tokenizer; give prompts as token ids")
         config = artifact.json(TOKENIZER_CONFIG) if TOKENIZER_CONFIG in artifact.files else None
-        template = artifact.read(CHAT_TEMPLATE).decode("utf-8", "replace") if CHAT_TEMPLATE in artifact.files else None
+        template = (
+            artifact.read(CHAT_TEMPLATE).decode("utf-8", "replace")
+            if CHAT_TEMPLATE in artifact.files
+            else None
+        )
         return Tokenizer(artifact.read(TOKENIZER), config, template)
 
     @property
@@ -66,13 +72,19 @@ class Tokenizer:
         """The token with this id as it stands in the vocabulary, or None."""
         return self.backend.id_to_token(token_id) if token_id >= 0 else None
 
-    def chat(self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool = True, **values: Any) -> str:
-        """The prompt for `messages` ({"role", "content"} each), rendered by the model's chat template in a sandbox."""
+    def chat(
+        self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool = True, **values: Any
+    ) -> str:
+        """The prompt for `messages` ({"role", "content"} each) by the model's chat template."""
         from gristmill.runtime.chat_template import render
 
         if self._template is None:
-            raise GristmillError("this model has no chat template; give a plain prompt instead (without --chat)")
-        conversation = [{key: value for key, value in message.items() if value is not None} for message in messages]
+            raise GristmillError(
+                "this model has no chat template; give a plain prompt instead (without --chat)"
+            )
+        conversation = [
+            {key: value for key, value in message.items() if value is not None} for message in messages
+        ]
         if not conversation:
             raise GristmillError("a chat needs at least one message")
         given = {**self.special_tokens, "add_generation_prompt": add_generation_prompt, **values}
@@ -86,21 +98,27 @@ class Tokenizer:
         try:
             return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
         except UnicodeEncodeError as error:
-            raise GristmillError("the text holds a lone surrogate, which is not a character; expected valid text") from error
+            raise GristmillError(
+                "the text holds a lone surrogate, which is not a character; expected valid text"
+            ) from error
         except Exception as error:  # see __init__
             raise GristmillError(f"the tokenizer cannot encode the text: {_first_line(error)}") from error
 
 
 class StreamDecoder:
-    """Ids one at a time to pieces of text that never split a character; the pieces joined are the text of all ids.
+    """Ids one at a time to pieces of text that never split a character; the pieces joined are the text of all
+    ids.
 
-    A token's text depends on its neighbours (a leading space, bytes of one character), so each piece is the difference of two
-    decodings of a short window: with and without the new ids. A decoding that ends in U+FFFD waits for the next id.
+    A token's text depends on its neighbours (a leading space, bytes of one character), so each piece is the
+    difference of two decodings of a short window: with and without the new ids. A decoding that ends in
+    U+FFFD waits for the next id.
     """
 
     CONTEXT = 6  # ids of the prompt that the window begins with
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True):
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True
+    ):
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._window = list(prompt_ids[-self.CONTEXT :])
@@ -136,7 +154,9 @@ def _token_text(token: Any) -> str | None:
 def _template_of(config: Mapping[str, Any]) -> str | None:
     template = config.get("chat_template")
     if isinstance(template, list):  # several templates by name
-        by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
+        by_name = {
+            entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)
+        }
         template = by_name.get("default")
     return template if isinstance(template, str) else None
 
@@ -150,7 +170,9 @@ def parse_messages(text: str) -> list[dict[str, Any]]:
     try:
         messages = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise GristmillError(f"the messages are not JSON ({error}); expected a list of role and content") from error
+        raise GristmillError(
+            f"the messages are not JSON ({error}); expected a list of role and content"
+        ) from error
     if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
         raise GristmillError('the messages must be a list of {"role": ..., "content": ...} objects')
     return messages

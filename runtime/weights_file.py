@@ -1,11 +1,12 @@
 """The weights file: standard safetensors, laid out so that it can be mapped and used in place.
 
-    8 bytes   little-endian length of the header
-    header    JSON: name -> dtype, shape, data_offsets; padded with spaces to 64 bytes
-    data      every tensor begins 64-byte aligned; the gaps are tensors too (`__pad_N`, U8), for the format allows no holes;
+    8 bytes   little-endian length of the header header    JSON: name -> dtype, shape, data_offsets; padded
+    with spaces to 64 bytes data      every tensor begins 64-byte aligned; the gaps are tensors too
+    (`__pad_N`, U8), for the format allows no holes;
               a last pad of at least 64 bytes lets a kernel read one vector past the end of the last tensor
 
-The names, types and shapes are declared before any data exists, so the file is written in one pass and never held in memory.
+The names, types and shapes are declared before any data exists, so the file is written in one pass and never
+held in memory.
 """
 
 from __future__ import annotations
@@ -22,7 +23,18 @@ from gristmill.runtime.errors import GristmillError
 
 ALIGNMENT = 64
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ def padding_bytes(offset: int) -> int:
 
 
 def layout(specs: Iterable[TensorSpec]) -> list[tuple[TensorSpec, int]]:
-    """Every tensor, padding included, with its offset in the data section; closes with a pad of at least 64 bytes."""
+    """Every tensor with its offset in the data section, padding included; ends with a pad."""
     placed: list[tuple[TensorSpec, int]] = []
     offset = pads = 0
 
@@ -100,7 +112,9 @@ class WeightsWriter:
         block = memoryview(data).cast("B")
         spec = self._pending[self._next] if self._next < len(self._pending) else None
         assert spec is not None and spec.name == name, f"got weight {name}, expected {spec and spec.name}"
-        assert block.nbytes <= self._left, f"{name} takes {spec.size_bytes} bytes, got {block.nbytes - self._left} more"
+        assert block.nbytes <= self._left, (
+            f"{name} takes {spec.size_bytes} bytes, got {block.nbytes - self._left} more"
+        )
         self._put(block)
         self._left -= block.nbytes
         if self._left == 0:
@@ -131,7 +145,9 @@ def read_header_bytes(path: Path) -> bytes:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > MAX_HEADER_BYTES or 8 + length > path.stat().st_size:
-            raise GristmillError(f"{path.name} is not a safetensors file or is cut short; compile the model again")
+            raise GristmillError(
+                f"{path.name} is not a safetensors file or is cut short; compile the model again"
+            )
         return prefix + file.read(length)
 
 
@@ -150,5 +166,7 @@ def read_tensors(path: Path) -> dict[str, TensorSpec]:
         raise GristmillError(f"the header of {path.name} is damaged; compile the model again") from error
     unknown = [spec for spec in specs.values() if spec.dtype not in DTYPE_BYTES]
     if unknown:
-        raise GristmillError(f"{path.name}: tensor {unknown[0].name} has an unknown type {unknown[0].dtype!r}")
+        raise GristmillError(
+            f"{path.name}: tensor {unknown[0].name} has an unknown type {unknown[0].dtype!r}"
+        )
     return specs

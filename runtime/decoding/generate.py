@@ -1,7 +1,8 @@
 """The generation loop: rows of several sequences in one forward, prompt chunks and single tokens alike.
 
-A sequence is the list of its tokens and the number of them that are in the cache. Whatever is missing is its next chunk; when the
-last token goes in, its logits come out and the next token is chosen. Prefill and decode are the same step.
+A sequence is the list of its tokens and the number of them that are in the cache. Whatever is missing is its
+next chunk; when the last token goes in, its logits come out and the next token is chosen. Prefill and decode
+are the same step.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ class Prompt:
 
 @dataclass
 class Generation:
-    """One continued prompt. finish_reason: "stop" (end of sequence or a stop string) or "length"; None while it runs.
+    """One continued prompt. finish_reason: "stop" (end of sequence or a stop string) or "length"; None while
+    it runs.
 
-    token_ids: every new token, the ending one included; text: what they say, without stop string and special tokens.
-    ttft_s: from the call to the first token. decode_tok_s: tokens per second after the first one (0 if there was only one).
+    token_ids: every new token, the ending one included; text: what they say, without stop string and special
+    tokens. ttft_s: from the call to the first token. decode_tok_s: tokens per second after the first one (0
+    if there was only one).
     """
 
     text: str = ""
@@ -65,7 +68,11 @@ class Running:
         self._limit = min(prompt.options.max_new_tokens, session.max_len - len(prompt.ids) + 1)
         self._decoder = _decoder(session, prompt)
         self._stops = StopStrings(prompt.options.stop)
-        self._seen = np.unique(np.array(prompt.ids)) if prompt.options.repetition_penalty != 1.0 else np.empty(0, np.int64)
+        self._seen = (
+            np.unique(np.array(prompt.ids))
+            if prompt.options.repetition_penalty != 1.0
+            else np.empty(0, np.int64)
+        )
         self._first_at = started
 
     @property
@@ -114,7 +121,9 @@ def _decoder(session: Session, prompt: Prompt) -> StreamDecoder | None:
     if session.has_tokenizer:
         return StreamDecoder(session.tokenizer, prompt.ids, prompt.options.skip_special_tokens)
     if prompt.options.stop:
-        raise GristmillError("stop strings need a tokenizer, which this artifact does not hold; leave out stop")
+        raise GristmillError(
+            "stop strings need a tokenizer, which this artifact does not hold; leave out stop"
+        )
     return None
 
 
@@ -135,7 +144,7 @@ def step(session: Session, running: list[Running]) -> Iterator[tuple[Running, st
 
 
 def plan(running: list[Running], max_tokens: int) -> list[tuple[Running, int]]:
-    """How many tokens of which sequence go into the next forward: those that only decode first, then chunks of prompts."""
+    """How many tokens of which sequence go next: those that only decode first, then prompts."""
     batch = []
     for sequence in sorted(running, key=lambda s: s.missing > 1):
         count = min(sequence.missing, max_tokens)
@@ -174,7 +183,7 @@ def _admit(session: Session, waiting: deque[Running], running: list[Running]) ->
 
 
 class Stream:
-    """Iterates over the text of one sequence; `result` is the Generation so far. Closing it frees the slot."""
+    """The text of one sequence as it comes; `result` is the Generation so far."""
 
     def __init__(self, session: Session, prompt: Prompt):
         self._session = session

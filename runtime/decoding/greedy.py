@@ -12,6 +12,6 @@ def most_likely(logits: np.ndarray) -> int:
     token = int(np.argmax(logits))  # a NaN counts as the largest, so this one look finds it
     if not np.isfinite(logits[token]):
         raise GristmillError(
-            f"the model gave {logits[token]} as a logit: its weights are damaged (see `gristmill verify`) or overflow"
+            f"the model gave {logits[token]} as a logit: damaged weights (see `gristmill verify`) or overflow"
         )
     return token

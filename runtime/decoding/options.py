@@ -15,9 +15,11 @@ MAX_SEED = 2**64 - 1
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """temperature 0 is greedy; top_k 0, top_p 1 and repetition_penalty 1 are off. seed None draws a fresh one.
+    """temperature 0 is greedy; top_k 0, top_p 1 and repetition_penalty 1 are off. seed None draws a fresh
+    one.
 
-    Nothing is taken from the model's generation_config.json but the end-of-sequence ids; they end a text unless ignore_eos is set.
+    Nothing is taken from the model's generation_config.json but the end-of-sequence ids; they end a text
+    unless ignore_eos is set.
     """
 
     max_new_tokens: int = 256
@@ -46,7 +48,9 @@ class GenerationOptions:
         _integer("max_new_tokens", self.max_new_tokens, 1, 2**31 - 1)
         _number("temperature", self.temperature, 0.0, math.inf)
         if 0 < self.temperature < 1e-6:
-            raise GristmillError(f"temperature is {self.temperature!r}, expected 0 (greedy) or a number from 0.000001")
+            raise GristmillError(
+                f"temperature is {self.temperature!r}, expected 0 (greedy) or a number from 0.000001"
+            )
         _integer("top_k", self.top_k, 0, 2**31 - 1)
         _number("top_p", self.top_p, 0.0, 1.0)
         _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf)
@@ -55,7 +59,9 @@ class GenerationOptions:
         if self.seed is not None:
             _integer("seed", self.seed, 0, MAX_SEED)
         if not all(isinstance(text, str) and text for text in self.stop):
-            raise GristmillError("stop holds something that is not text or is empty; expected one text or several")
+            raise GristmillError(
+                "stop holds something that is not text or is empty; expected one text or several"
+            )
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -74,5 +80,13 @@ def _integer(name: str, value: Any, low: int, high: int) -> None:
 
 
 def _number(name: str, value: Any, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (low <= value <= high) or math.isinf(value):
-        raise GristmillError(f"{name} is {value!r}, expected a number from {low:g}" + ("" if high == math.inf else f" to {high:g}"))
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not (low <= value <= high)
+        or math.isinf(value)
+    ):
+        raise GristmillError(
+            f"{name} is {value!r}, expected a number from {low:g}"
+            + ("" if high == math.inf else f" to {high:g}")
+        )

@@ -1,7 +1,9 @@
-"""Sampling over one row of logits, as transformers defines it: penalty, temperature, top-k, top-p, then one draw.
+"""Sampling over one row of logits, as transformers defines it: penalty, temperature, top-k, top-p, then one
+draw.
 
-The draw is counter-based: Philox keyed by (seed, sequence) with the position as counter. A token therefore depends on its own
-sequence alone, and the same seed gives the same text for every batch, chunking and number of threads.
+The draw is counter-based: Philox keyed by (seed, sequence) with the position as counter. A token therefore
+depends on its own sequence alone, and the same seed gives the same text for every batch, chunking and number
+of threads.
 """
 
 from __future__ import annotations
@@ -14,20 +16,24 @@ from gristmill.runtime.decoding.options import GenerationOptions
 FIRST_CANDIDATES = 1024  # top-p looks at this many of the most likely tokens before it sorts them all
 
 
-def choose(logits: np.ndarray, options: GenerationOptions, seen: np.ndarray, seed: int, sequence: int, position: int) -> int:
-    """The next token after `position`. logits [V] f32; seen [n] distinct ids of prompt and answer, for the penalty."""
+def choose(
+    logits: np.ndarray, options: GenerationOptions, seen: np.ndarray, seed: int, sequence: int, position: int
+) -> int:
+    """The token after `position`: logits [V] f32; seen [n] ids that the penalty is for."""
     if options.repetition_penalty != 1.0:
         logits = penalize_repetition(logits, seen, options.repetition_penalty)
     best = most_likely(logits)
     if options.temperature == 0.0:
         return best
-    scaled = (logits - logits[best]) / np.float32(options.temperature)  # shifted first: no temperature overflows
+    scaled = (logits - logits[best]) / np.float32(
+        options.temperature
+    )  # shifted first: no temperature overflows
     ids, scores = candidates(scaled, options.top_k, options.top_p)
     return draw(ids, scores, uniform(seed, sequence, position))
 
 
 def penalize_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
-    """CTRL's penalty (arXiv 1909.05858): a seen token's logit is divided by it when positive, multiplied when negative."""
+    """CTRL's penalty (arXiv 1909.05858): positive logits of seen tokens divided, negative multiplied."""
     scores = logits[seen]
     out = logits.copy()
     out[seen] = np.where(scores < 0, scores * np.float32(penalty), scores / np.float32(penalty))
@@ -47,7 +53,7 @@ def candidates(scores: np.ndarray, top_k: int, top_p: float) -> tuple[np.ndarray
 
 
 def nucleus(scores: np.ndarray, top_p: float) -> np.ndarray:
-    """Indices, in ascending order, of the fewest most likely entries whose probabilities reach `top_p`; one at least."""
+    """Ascending indices of the fewest most likely entries that reach `top_p`; one at least."""
     weights = np.exp(scores - scores.max())
     total = weights.sum(dtype=np.float64)
     for count in (min(FIRST_CANDIDATES, scores.size), scores.size):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Feeds pieces of text through; `stopped` is set once a stop string has appeared, which is itself left out."""
+    """Feeds text through; `stopped` is set once a stop string appeared, which is left out."""
 
     def __init__(self, stops: Sequence[str]):
         self._stops = tuple(stops)

@@ -1,0 +1,279 @@
+"""The `gristmill` command. Results go to stdout (as JSON with --json), everything else to stderr.
+
+Exit codes: 0 done, 1 an error that one line on stderr explains, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Any, NoReturn
+
+import click
+
+from gristmill import __version__
+from gristmill.cli_compile import compile_command
+from gristmill.cli_output import Rows, echo_json, note, show_table
+from gristmill.runtime.errors import GristmillError
+
+TRACEBACK_VARIABLE = "GRISTMILL_TRACEBACK"
+_ARTIFACT = click.argument("artifact", type=click.Path())
+_THREADS = click.option("--threads", type=int, help="Threads; default: every processor this process may use.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="gristmill")
+@click.option(
+    "--traceback", is_flag=True, help=f"Show where an error came from (or set {TRACEBACK_VARIABLE}=1)."
+)
+def cli(traceback: bool) -> None:
+    """Compile decoder language models to small artifacts, and run them.
+
+    \b
+    gristmill compile examples/py7m -o py7m.grist
+    gristmill run py7m.grist --prompt "def main():"
+    gristmill bench py7m.grist
+    """
+    if traceback:
+        os.environ[TRACEBACK_VARIABLE] = "1"
+
+
+cli.add_command(compile_command)
+
+
+@cli.command(no_args_is_help=True)
+@_ARTIFACT
+@click.option("--prompt", required=True, help="The text to continue, or with --chat what the user says.")
+@click.option(
+    "--max-new-tokens", type=int, default=256, show_default=True, help="The most tokens to generate."
+)
+@click.option(
+    "--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token."
+)
+@click.option("--top-k", type=int, default=0, help="Draw from the K most likely tokens only.")
+@click.option(
+    "--top-p", type=float, default=1.0, help="Draw from the most likely tokens that together reach P."
+)
+@click.option(
+    "--repetition-penalty", type=float, default=1.0, help="Above 1: tokens seen before become less likely."
+)
+@click.option("--seed", type=int, help="Same seed, same text.")
+@click.option("--stop", multiple=True, help="End before this text; may be given several times.")
+@click.option("--ignore-eos", is_flag=True, help="Go on past the end of the text.")
+@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
+@click.option("--system", help="With --chat: the system message.")
+@click.option("--max-len", type=int, help="Positions to make room for; default: as compiled.")
+@_THREADS
+@_JSON
+def run(
+    artifact: str, prompt: str, chat: bool, system: str | None, max_len: int | None, threads: int | None,
+    as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Continue a text, or answer with --chat.
+
+    \b
+    gristmill run story.grist --prompt "Once upon a time"
+    gristmill run chat.grist --chat --prompt "Who are you?" --temperature 0.7 --top-p 0.9
+    """
+    from gristmill.runtime.session import load
+
+    session = load(artifact, threads=threads, max_len=max_len, max_slots=1)
+    given: Any = prompt
+    if chat:
+        messages = [{"role": "system", "content": system}] if system else []
+        given = session.tokenizer.encode_chat([*messages, {"role": "user", "content": prompt}])
+    elif system:
+        raise GristmillError("--system needs --chat; without it the prompt is continued as it stands")
+    if as_json:
+        result = session.generate(given, **options)
+        keys = ("text", "token_ids", "finish_reason", "prompt_tokens", "ttft_s", "decode_tok_s", "seed")
+        echo_json({key: getattr(result, key) for key in keys})
+        return
+    if sys.stdout.isatty() and not chat:
+        click.secho(prompt, dim=True, nl=False)
+    stream = session.stream(given, **options)
+    for piece in stream:
+        click.echo(piece, nl=False)
+    click.echo()
+    done = stream.result
+    note(
+        f"{done.prompt_tokens} + {len(done.token_ids)} tokens, first after {done.ttft_s:.3f} s, "
+        f"then {done.decode_tok_s:.1f} tok/s, ended by {done.finish_reason}"
+    )
+
+
+@cli.command(no_args_is_help=True)
+@_ARTIFACT
+@click.option("--program", is_flag=True, help="Print the program, one line per instruction.")
+@_JSON
+def inspect(artifact: str, program: bool, as_json: bool) -> None:
+    """Show what an artifact is: model, formats, sizes, memory, measured accuracy.
+
+    \b
+    gristmill inspect py7m.grist
+    gristmill inspect py7m.grist --program
+    """
+    from gristmill.runtime.report import artifact_rows, artifact_summary, evaluation_rows, read_program
+
+    opened, listed = read_program(artifact)
+    summary = artifact_summary(opened, listed)
+    if as_json:
+        echo_json({**summary, "program": listed.listing()} if program else summary)
+    elif program:
+        click.echo(listed.listing())
+    else:
+        show_table(artifact_rows(summary), stderr=False)
+        if summary["evaluation"] is not None:
+            click.echo()
+            show_table(evaluation_rows(summary["evaluation"]), stderr=False)
+
+
+@cli.command(no_args_is_help=True)
+@_ARTIFACT
+@click.option("--selftest", is_flag=True, help="Also compute the stored self-test and compare.")
+@_THREADS
+@_JSON
+def verify(artifact: str, selftest: bool, threads: int | None, as_json: bool) -> None:
+    """Check every byte of an artifact against its manifest.
+
+    \b
+    gristmill verify py7m.grist --selftest
+    """
+    from gristmill.runtime.artifact import open_artifact
+    from gristmill.runtime.selftest import check
+    from gristmill.runtime.session import load
+
+    opened = open_artifact(artifact)
+    opened.verify()
+    session = load(
+        artifact, threads=threads, max_slots=1
+    )  # the executor holds program and weights against each other
+    result: dict[str, Any] = {"ok": True, "content_id": opened.content_id, "files": len(opened.files)}
+    if selftest:
+        result["selftest"] = check(session)
+    if as_json:
+        echo_json(result)
+        return
+    click.echo(
+        f"{artifact}: {len(opened.files)} files agree with the manifest, content {opened.content_id[:16]}"
+    )
+    if selftest:
+        found = result["selftest"]
+        click.echo(
+            f"self-test: {found['tokens']} tokens, logits differ by {found['largest_difference']:.2g} at most"
+        )
+
+
+@cli.command("eval", no_args_is_help=True)
+@_ARTIFACT
+@click.option("--text", required=True, type=click.Path(), help="File of text to score.")
+@click.option(
+    "--window", type=int, help="Tokens per window, each predicted from its own beginning; default: max_len."
+)
+@click.option("--max-tokens", type=int, help="Score only the first N tokens of the file.")
+@_THREADS
+@_JSON
+def eval_command(
+    artifact: str, text: str, window: int | None, max_tokens: int | None, threads: int | None, as_json: bool
+) -> None:
+    """Measure perplexity on a text.
+
+    \b
+    gristmill eval py7m.grist --text held_out.txt
+    """
+    from gristmill.runtime.evaluation import read_text, score_text
+    from gristmill.runtime.session import load
+
+    session = load(artifact, threads=threads, max_slots=1)
+    score = score_text(session, read_text(text), window, max_tokens)
+    if as_json:
+        echo_json({"nll": score.nll, "ppl": score.ppl, "tokens": score.tokens, "window": score.window})
+    else:
+        click.echo(f"nll {score.nll:.5f}  ppl {score.ppl:.4f}  tokens {score.tokens}  window {score.window}")
+
+
+@cli.command(no_args_is_help=True)
+@_ARTIFACT
+@click.option("--prompt", type=int, default=256, show_default=True, help="Tokens of the timed prefill.")
+@click.option("--tokens", type=int, default=64, show_default=True, help="Tokens decoded in each round.")
+@click.option(
+    "--context", type=int, default=0, show_default=True, help="Tokens that stand before the decoded ones."
+)
+@click.option(
+    "--rounds", type=int, default=3, show_default=True, help="Rounds of bandwidth probe, prefill and decode."
+)
+@_THREADS
+@_JSON
+def bench(artifact: str, as_json: bool, **options: Any) -> None:
+    """Measure speed, beside what this machine's memory can deliver.
+
+    \b
+    gristmill bench py7m.grist --threads 2 --context 1024
+    """
+    from gristmill.runtime.bench import BenchOptions
+    from gristmill.runtime.bench import bench as measure
+
+    result = measure(artifact, BenchOptions(**options))
+    if as_json:
+        echo_json(result)
+        return
+    rows: Rows = [
+        ("decode", f"{result['decode_tok_s']:.1f} tok/s after {result['context']} tokens"),
+        ("prefill", f"{result['prefill_tok_s']:.1f} tok/s of {result['prompt']} tokens"),
+        ("read", f"{result['read_gb_s']:.2f} GB/s of weights and cache"),
+        ("memory delivers", f"{result['stream_gb_s']:.2f} GB/s; share {result['bandwidth_share']:.1%}"),
+        ("load", f"{result['load_s'] * 1000:.1f} ms"),
+        ("threads", str(result["threads"])),
+    ]
+    show_table(rows, stderr=False)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """The console script: runs the command and turns every outcome into an exit code."""
+    sys.exit(run_command(arguments))
+
+
+def run_command(arguments: list[str] | None = None) -> int:
+    """The exit code of `gristmill ARGUMENTS`; errors are one line on stderr."""
+    try:
+        result = cli.main(arguments, prog_name="gristmill", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        note("interrupted")
+        return 130
+    except BrokenPipeError:
+        _forget_stdout()
+        return 1
+    except Exception as error:  # the last resort: a person sees one line, and how to see more
+        return _report(error)
+
+
+def _report(error: Exception) -> int:
+    if os.environ.get(TRACEBACK_VARIABLE, "") not in ("", "0"):
+        traceback.print_exception(error)
+        return 1
+    if isinstance(error, GristmillError):
+        text = str(error)
+    elif isinstance(error, OSError):
+        name = f"{error.filename}: " if error.filename else ""
+        text = f"{name}{error.strerror or error}"
+    elif isinstance(error, MemoryError):
+        text = "not enough memory; load with a smaller max_len or max_slots"
+    else:
+        text = f"{type(error).__name__}: {error} (a defect of gristmill; --traceback shows where)"
+    click.echo("error: " + " ".join(text.split()), err=True)
+    return 1
+
+
+def _forget_stdout() -> None:
+    """The reader of stdout is gone: what is still buffered goes nowhere, and exit must not complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,104 @@
+"""`gristmill compile`: the options, and the summary at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from gristmill.cli_output import Rows, echo_json, progress_bar, show_table
+
+WEIGHTS = ("f32", "bf16", "f16", "int8", "int4")
+
+
+@click.command("compile", no_args_is_help=True)
+@click.argument("model")
+@click.option("-o", "--out", required=True, type=click.Path(), help="The artifact directory to write.")
+@click.option(
+    "--weights",
+    type=click.Choice(WEIGHTS),
+    default="int4",
+    show_default=True,
+    help="Format of the linear layers.",
+)
+@click.option(
+    "--group-size", type=click.Choice(["32", "64", "128", "row"]),
+    help="Columns that share a scale, for integer weights.  [default: 128]",
+)  # fmt: skip
+@click.option("--asymmetric", is_flag=True, help="A zero point per group: more exact, a little larger.")
+@click.option(
+    "--embedding",
+    type=click.Choice(WEIGHTS),
+    help="Format of the embedding.  [default: int8, or as float weights]",
+)
+@click.option(
+    "--head",
+    type=click.Choice(WEIGHTS),
+    help="Format of the output layer.  [default: int8, or as float weights]",
+)
+@click.option(
+    "--kv",
+    type=click.Choice(["f32", "f16", "int8"]),
+    help="Type of the KV cache.  [default: f16, f32 with f32 weights]",
+)
+@click.option("--max-len", type=int, help="Positions per sequence.  [default: the model's, 4096 at most]")
+@click.option(
+    "--max-slots", type=int, default=8, show_default=True, help="Sequences at once; load may change it."
+)
+@click.option("--max-tokens", type=int, default=512, show_default=True, help="Rows of one forward.")
+@click.option(
+    "--text", type=click.Path(), help="File of held text for the accuracy gate.  [default: built in]"
+)
+@click.option("--gate-tokens", type=int, help="Tokens of it to measure.")
+@click.option(
+    "--max-ppl-increase", metavar="P%", help="Refuse the artifact if perplexity rises by more, such as 2%."
+)
+@click.option(
+    "--max-kl", type=float, help="Refuse the artifact if the KL divergence (nats per token) is larger."
+)
+@click.option("--no-gate", is_flag=True, help="Do not measure the artifact against the float model.")
+@click.option("--explain", is_flag=True, help="Print what each graph pass did, and what it left and why.")
+@click.option(
+    "--check-passes", is_flag=True, help="Run the graph before and after each pass and compare (slow)."
+)
+@click.option("--force", is_flag=True, help="Replace an artifact that is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
+def compile_command(
+    model: str, out: str, as_json: bool, no_gate: bool, group_size: str | None, **options: Any
+) -> None:
+    """Compile MODEL, a Hugging Face directory or hub name, to an artifact.
+
+    \b
+    gristmill compile examples/py7m -o py7m.grist
+    gristmill compile Qwen/Qwen3-0.6B -o qwen.grist --group-size 32 --asymmetric --kv int8
+    gristmill compile model/ -o model.grist --text held_out.txt --max-ppl-increase 2%
+    """
+    import gristmill
+
+    size = int(group_size) if group_size not in (None, "row") else group_size
+    with progress_bar() as progress:
+        result = gristmill.compile(
+            model, out, group_size=size, gate=not no_gate, progress=progress, **options
+        )
+    if as_json:
+        echo_json({"path": str(result.path), **result.summary})
+        return
+    if options["explain"] and result.summary.get("ledger"):
+        click.echo(result.summary["ledger"])
+    show_table(summary_rows(str(result.path), result.summary), stderr=True)
+
+
+def summary_rows(path: str, summary: dict[str, Any]) -> Rows:
+    """The summary of a compile as a table."""
+    from gristmill.runtime.report import evaluation_rows, size_text
+
+    rows: Rows = [("artifact", path)]
+    if "bits_per_weight" in summary:
+        rows.append(("bits per weight", f"{summary['bits_per_weight']:.3f}"))
+    if "size_bytes" in summary:
+        rows.append(("size", size_text(summary["size_bytes"])))
+    if "compile_s" in summary:
+        rows.append(("compile", f"{summary['compile_s']:.1f} s"))
+    if "peak_memory_bytes" in summary:
+        rows.append(("peak memory", size_text(summary["peak_memory_bytes"])))
+    return rows + (evaluation_rows(summary["evaluation"]) if summary.get("evaluation") else [])

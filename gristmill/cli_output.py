@@ -1,0 +1,91 @@
+"""What the commands print: tables, JSON, progress."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+Rows = list[tuple[str, str]]
+Progress = Callable[
+    ..., None
+]  # progress(stage, fraction=None): the stage that runs now, and how far it is (0 to 1)
+
+
+def echo_json(value: Any) -> None:
+    """Prints `value` as JSON on stdout."""
+    click.echo(json.dumps(value, indent=1))
+
+
+def note(text: str) -> None:
+    """A remark for the person at the terminal, on stderr."""
+    click.secho(text, err=True, dim=sys.stderr.isatty())
+
+
+def show_table(rows: Rows, stderr: bool, title: str | None = None) -> None:
+    """A table of names and values."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), title=title, title_justify="left")
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # a file or a pipe has no edge to wrap at
+    console.print(table)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A live bar on a terminal; elsewhere one line per stage with the seconds it took. Always on stderr."""
+    if sys.stderr.isatty():
+        yield from _live_bar()
+    else:
+        yield from _plain_lines()
+
+
+def _live_bar() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        current: dict[str, Any] = {}
+
+        def progress(stage: str, fraction: float | None = None) -> None:
+            if current.get("stage") != stage:
+                if current:
+                    bar.update(current["task"], total=1.0, completed=1.0)
+                current.update(stage=stage, task=bar.add_task(stage, total=None))
+            if fraction is not None:
+                bar.update(current["task"], total=1.0, completed=fraction)
+
+        yield progress
+        if current:
+            bar.update(current["task"], total=1.0, completed=1.0)
+
+
+def _plain_lines() -> Iterator[Progress]:
+    current: dict[str, Any] = {}
+
+    def end() -> None:
+        if current:
+            click.echo(f"{current['stage']}: {time.perf_counter() - current['since']:.1f} s", err=True)
+
+    def progress(stage: str, fraction: float | None = None) -> None:
+        if current.get("stage") != stage:
+            end()
+            current.update(stage=stage, since=time.perf_counter())
+
+    yield progress
+    end()

@@ -1,0 +1,125 @@
+"""Speed of an artifact on this machine, beside what its memory can deliver.
+
+Decoding one token reads every weight once, and the keys and values of its context: read_gb_s is those bytes
+times tokens per second, bandwidth_share their share of a read-only stream measured in the same run. Rounds of
+probe, prefill and decode alternate, and medians are reported, so that a machine that slows down meanwhile
+slows all three.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gristmill.runtime.errors import GristmillError
+from gristmill.runtime.program import CacheSpec
+from gristmill.runtime.session import Session, load, native
+
+PROBE_BYTES = 512 << 20
+PROBE_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """prompt: tokens of the timed prefill; tokens: decoded tokens per round; context: positions before the
+    first of them.
+    """
+
+    prompt: int = 256
+    tokens: int = 64
+    context: int = 0
+    rounds: int = 3
+    threads: int | None = None
+
+
+def bench(path: str | Path, options: BenchOptions) -> dict[str, Any]:
+    """Loads the artifact and measures it. decode_tok_s, prefill_tok_s in tokens per second; read_gb_s in 10^9
+    bytes per second.
+    """
+    check_options(options)
+    needed = max(options.prompt, options.context + options.tokens)
+    started = time.perf_counter()
+    session = load(path, threads=options.threads, max_slots=1)
+    load_s = time.perf_counter() - started
+    if needed > session.max_len:
+        session = load(path, threads=options.threads, max_slots=1, max_len=needed)
+    rounds = [measure_round(session, options) for _ in range(options.rounds)]
+    decode, prefill, stream = (statistics.median(column) for column in zip(*rounds, strict=True))
+    read_bytes = decode_read_bytes(session, options.context + options.tokens // 2)
+    share = statistics.median(decode_tok_s * read_bytes / 1e9 / gb_s for decode_tok_s, _, gb_s in rounds)
+    return {
+        "decode_tok_s": decode,
+        "prefill_tok_s": prefill,
+        "read_gb_s": decode * read_bytes / 1e9,
+        "bandwidth_share": share,
+        "stream_gb_s": stream,
+        "load_s": load_s,
+        "threads": session.threads,
+        "prompt": options.prompt,
+        "tokens": options.tokens,
+        "context": options.context,
+        "read_bytes_per_token": read_bytes,
+        **session.memory,
+    }
+
+
+def measure_round(session: Session, options: BenchOptions) -> tuple[float, float, float]:
+    """Decoded and prefilled tokens per second, and the read stream in GB/s, one after the other."""
+    stream_gb_s = float(native().read_bandwidth(PROBE_BYTES, session.threads, PROBE_SECONDS))
+    ids = np.random.Philox(key=7).random_raw(max(options.prompt, options.context, 1)) % session.vocabulary
+    with session.slot() as slot:
+        prefill_s = _prefill(session, slot, ids[: options.prompt])
+    with session.slot() as slot:
+        if options.context:
+            _prefill(session, slot, ids[: options.context])
+        decode_s = _decode(session, slot, options.context, options.tokens)
+    return options.tokens / decode_s, options.prompt / prefill_s, stream_gb_s
+
+
+def decode_read_bytes(session: Session, context: int) -> int:
+    """Bytes read to decode one token after `context` others: all weights, and the cache rows it reads."""
+    cache_bytes = sum(cache.row_bytes() * attended_rows(cache, context) for cache in session.program.caches)
+    return int(session.executor.weight_bytes_per_token) + cache_bytes
+
+
+def attended_rows(cache: CacheSpec, context: int) -> int:
+    """Positions that the row after `context` others attends to, itself included."""
+    return min(context + 1, cache.window) if cache.window else context + 1
+
+
+def _prefill(session: Session, slot: int, ids: np.ndarray) -> float:
+    """Seconds to take in `ids`; only the last row's logits are asked for, as in generation."""
+    started = time.perf_counter()
+    for start in range(0, len(ids), session.max_tokens):
+        chunk = ids[start : start + session.max_tokens].astype(np.int32)
+        rows = [len(chunk) - 1] if start + len(chunk) == len(ids) else []
+        positions = np.arange(start, start + len(chunk), dtype=np.int32)
+        session._run(chunk, positions, np.full(len(chunk), slot, np.int32), np.array(rows, np.int32))
+    return time.perf_counter() - started
+
+
+def _decode(session: Session, slot: int, context: int, count: int) -> float:
+    """Seconds to decode `count` tokens greedily, one at a time; two more before them warm up."""
+    token, row = 1 % session.vocabulary, np.zeros(1, np.int32)
+    where = np.full(1, slot, np.int32)
+    warm_up = min(2, count)
+    for _ in range(warm_up):  # the same position again: rolled back each time
+        session._run(np.full(1, token, np.int32), np.full(1, context, np.int32), where, row)
+    started = time.perf_counter()
+    for position in range(context, context + count):
+        logits = session._run(np.full(1, token, np.int32), np.full(1, position, np.int32), where, row)
+        token = int(np.argmax(logits[0]))
+    return time.perf_counter() - started
+
+
+def check_options(options: BenchOptions) -> None:
+    """Raises GristmillError for counts that cannot be measured."""
+    for name, least in (("prompt", 1), ("tokens", 1), ("context", 0), ("rounds", 1)):
+        value = getattr(options, name)
+        if value < least:
+            raise GristmillError(f"{name} is {value}, expected {least} or more")

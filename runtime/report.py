@@ -1,0 +1,79 @@
+"""What an artifact says of itself, as data and as rows of a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gristmill.runtime.artifact import EVALUATION, PROGRAM, Artifact, open_artifact
+from gristmill.runtime.program import Program
+from gristmill.runtime.session import kv_bytes
+
+Rows = list[tuple[str, str]]
+
+
+def read_program(path: str | Path) -> tuple[Artifact, Program]:
+    """Opens the artifact at `path` without running anything."""
+    artifact = open_artifact(path)
+    return artifact, Program.from_json(artifact.json(PROGRAM))
+
+
+def artifact_summary(artifact: Artifact, program: Program) -> dict[str, Any]:
+    """The manifest and what follows from the program, as JSON."""
+    limits = program.limits
+    return {
+        **{key: value for key, value in artifact.manifest.items() if key != "manifest_sha256"},
+        "path": str(artifact.path),
+        "size_bytes": sum(entry.size for entry in artifact.files.values()),
+        "instructions": len(program.instructions),
+        "vocabulary": program.vocabulary,
+        "kv_bytes": kv_bytes(program, limits.max_len, limits.max_slots),
+        "arena_bytes": program.arena_bytes,
+        "evaluation": artifact.json(EVALUATION) if EVALUATION in artifact.files else None,
+    }
+
+
+def artifact_rows(summary: dict[str, Any]) -> Rows:
+    """The summary of `inspect` as a table."""
+    rows: Rows = [("artifact", summary["path"]), ("content", summary["content_id"])]
+    for key in ("source", "quantization", "limits", "tools"):
+        if key in summary:
+            rows.append((key, _flat(summary[key])))
+    if isinstance(summary.get("bits_per_weight"), (int, float)):
+        rows.append(("bits per weight", f"{summary['bits_per_weight']:.3f}"))
+    rows.append(("size", size_text(summary["size_bytes"])))
+    rows.append(("program", f"{summary['instructions']} instructions, vocabulary {summary['vocabulary']}"))
+    rows.append(
+        (
+            "memory beside it",
+            f"KV cache {size_text(summary['kv_bytes'])}, arena {size_text(summary['arena_bytes'])}",
+        )
+    )
+    rows += [(name, size_text(entry["size"])) for name, entry in summary["files"].items()]
+    return rows
+
+
+def evaluation_rows(evaluation: dict[str, Any]) -> Rows:
+    """What the gate measured, as a table."""
+    return [(str(key).replace("_", " "), _flat(value)) for key, value in evaluation.items()]
+
+
+def size_text(size_bytes: int | float) -> str:
+    """Bytes with a readable unit."""
+    size = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _flat(value: Any) -> str:
+    """A value on one line; of a nested one only what is short."""
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items() if not isinstance(item, dict))
+    if isinstance(value, list):
+        return " ".join(_flat(item) for item in value[:4]) + (" ..." if len(value) > 4 else "")
+    return str(value)
