@@ -1,0 +1,74 @@
+#include "bandwidth.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstring>
+
+#include "error.h"
+#include "region.h"
+#include "pool.h"
+
+namespace gristmill {
+namespace {
+
+constexpr int64_t kPiece = 256 << 10;  // bytes per unit
+constexpr int64_t kPrefetch = 1024;    // bytes ahead
+
+// Sums 64-byte lines in independent registers.
+uint64_t read_piece(const char* data) {
+  using Line = uint64_t __attribute__((vector_size(32)));
+  Line sums[4] = {};
+  for (int64_t at = 0; at < kPiece; at += 128) {
+    __builtin_prefetch(data + at + kPrefetch);
+    __builtin_prefetch(data + at + kPrefetch + 64);
+    Line lines[4];
+    std::memcpy(lines, data + at, sizeof lines);
+    for (int i = 0; i < 4; i++) sums[i] ^= lines[i];
+  }
+  const Line all = (sums[0] ^ sums[1]) ^ (sums[2] ^ sums[3]);
+  return all[0] ^ all[1] ^ all[2] ^ all[3];
+}
+
+class ReadJob final : public Job {
+ public:
+  ReadJob(char* data, int64_t units) : data_(data), units_(units) {}
+  int64_t open(int64_t) noexcept override { return units_; }
+  void work(int64_t, int64_t begin, int64_t end, int) noexcept override {
+    uint64_t sum = 0;
+    for (int64_t unit = begin; unit < end; unit++) sum ^= read_piece(data_ + unit * kPiece);
+    sink_.fetch_xor(sum, std::memory_order_relaxed);
+  }
+
+ private:
+  char* data_;
+  int64_t units_;
+  std::atomic<uint64_t> sink_{0};
+};
+
+double seconds_since(std::chrono::steady_clock::time_point begin) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+}  // namespace
+
+double read_bandwidth(int64_t bytes, int threads, double seconds) {
+  if (bytes < kPiece || threads < 1 || threads > 256 || !(seconds >= 0 && seconds <= 3600))
+    fail("read_bandwidth: got ", bytes, " bytes, ", threads, " threads, ", seconds, " s; expected at least ", kPiece,
+         " bytes, 1 to 256 threads, 0 to 3600 s");
+  const int64_t units = bytes / kPiece;
+  const Region region(static_cast<size_t>(units * kPiece + kPrefetch + 64), "the bandwidth probe");
+  std::memset(region.data(), 1, region.bytes());
+  Pool pool(threads);
+  ReadJob job(region.data(), units);
+  double best = 1e30;
+  const auto begin = std::chrono::steady_clock::now();
+  for (int pass = 0; pass < 5 || seconds_since(begin) < seconds; pass++) {
+    const auto start = std::chrono::steady_clock::now();
+    pool.run(job, 1, false);
+    best = std::min(best, seconds_since(start));
+  }
+  return static_cast<double>(units * kPiece) / best / 1e9;
+}
+
+}  // namespace gristmill

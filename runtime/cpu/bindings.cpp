@@ -1,0 +1,100 @@
+// gristmill.runtime.cpu._native
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bandwidth.h"
+#include "error.h"
+#include "executor.h"
+
+namespace py = pybind11;
+using namespace gristmill;
+
+namespace {
+
+using Ids = py::array_t<int32_t, py::array::c_style>;
+
+// An int32 vector of any stride; nothing else is converted in silence.
+Ids ids(const py::object& given, const char* name) {
+  if (!py::isinstance<py::array_t<int32_t>>(given)) fail(name, ": expected a numpy array of int32");
+  const auto array = Ids::ensure(given);
+  if (!array || array.ndim() != 1) fail(name, ": expected one dimension");
+  return array;
+}
+
+py::array_t<float> forward(Executor& executor, const py::object& tokens, const py::object& positions, const py::object& slots,
+                           const py::object& rows) {
+  const Ids t = ids(tokens, "tokens"), p = ids(positions, "positions"), s = ids(slots, "slots"), r = ids(rows, "rows");
+  if (p.size() != t.size() || s.size() != t.size())
+    fail("got ", t.size(), " tokens, ", p.size(), " positions and ", s.size(), " slots, expected as many of each");
+  if (r.size() > executor.program().max_tokens)
+    fail("got ", r.size(), " rows, expected 0 to ", executor.program().max_tokens, " in one forward");
+  py::array_t<float> logits({r.size(), static_cast<py::ssize_t>(executor.program().vocabulary)});
+  {
+    const py::gil_scoped_release release;
+    executor.forward(t.data(), p.data(), s.data(), t.size(), r.data(), r.size(), logits.mutable_data());
+  }
+  return logits;
+}
+
+std::unique_ptr<Executor> make(const py::bytes& program, const std::string& path, int threads, int64_t max_len, int64_t max_slots,
+                               const std::string& isa) {
+  const std::string_view json = program;
+  const py::gil_scoped_release release;
+  return std::make_unique<Executor>(json, path, Options{threads, max_len, max_slots, isa});
+}
+
+std::vector<std::string> isas() {
+  int count = 0;
+  const Kernels* const* kernels = available_kernels(&count);
+  std::vector<std::string> names;
+  for (int i = 0; i < count; i++) names.emplace_back(kernels[i]->name);
+  return names;
+}
+
+void translate(std::exception_ptr pointer) {
+  try {
+    if (pointer) std::rethrow_exception(pointer);
+  } catch (const Error& error) {
+    const py::object type = py::module_::import("gristmill.runtime.errors").attr("GristmillError");
+    PyErr_SetString(type.ptr(), error.what());
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "The C++ executor of compiled programs.";
+  py::register_local_exception_translator(translate);
+  py::class_<Executor>(module, "Executor")
+      .def(py::init(&make), py::arg("program_json"), py::arg("weights_path"), py::kw_only(), py::arg("threads"), py::arg("max_len"),
+           py::arg("max_slots"), py::arg("isa") = "auto")
+      .def("forward", &forward, py::arg("tokens"), py::arg("positions"), py::arg("slots"), py::arg("rows"))
+      .def("copy_slot", &Executor::copy_slot, py::arg("src"), py::arg("dst"), py::arg("length"), py::call_guard<py::gil_scoped_release>())
+      .def("profile", &Executor::profile, py::arg("enable"), py::call_guard<py::gil_scoped_release>())
+      .def("profile_results",
+           [](Executor& self) {
+             std::vector<InstructionTime> results;
+             {
+               const py::gil_scoped_release release;
+               results = self.profile_results();
+             }
+             std::vector<std::tuple<std::string, int64_t, int64_t>> tuples;
+             for (auto& r : results) tuples.emplace_back(std::move(r.label), r.nanoseconds, r.bytes);
+             return tuples;
+           })
+      .def_property_readonly("threads", &Executor::threads)
+      .def_property_readonly("max_tokens", [](const Executor& self) { return self.program().max_tokens; })
+      .def_property_readonly("max_slots", &Executor::max_slots)
+      .def_property_readonly("max_len", &Executor::max_len)
+      .def_property_readonly("vocabulary", [](const Executor& self) { return self.program().vocabulary; })
+      .def_property_readonly("isa", &Executor::isa)
+      .def_property_readonly("arena_bytes", [](const Executor& self) { return self.program().arena_bytes; })
+      .def_property_readonly("kv_bytes", &Executor::kv_bytes)
+      .def_property_readonly("weight_bytes", &Executor::weight_bytes)
+      .def_property_readonly("weight_bytes_per_token", &Executor::weight_bytes_per_token);
+  module.def("isas", &isas, "Instruction sets this CPU can run, best first.");
+  module.def("default_threads", &default_threads, "Physical cores that this process may run on.");
+  module.def("read_bandwidth", &read_bandwidth, py::arg("bytes"), py::arg("threads"), py::arg("seconds"),
+             py::call_guard<py::gil_scoped_release>(), "GB/s of the best read-only pass over anonymous memory.");
+}

@@ -1,0 +1,96 @@
+// Runs a Program on the CPU: all memory is laid out at construction, a forward allocates nothing.
+#pragma once
+#include <chrono>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "fork.h"
+#include "machine.h"
+#include "region.h"
+#include "pool.h"
+#include "program.h"
+#include "safetensors.h"
+
+namespace gristmill {
+
+struct Options {
+  int threads = 0;  // 0: physical cores of this process
+  int64_t max_len = 0, max_slots = 0;
+  std::string isa = "auto";
+};
+
+// What an instruction took, summed over forwards.
+struct InstructionTime {
+  std::string label;
+  int64_t nanoseconds = 0, bytes = 0;  // bytes: of weights read once
+};
+
+class Executor final : private Job {
+ public:
+  Executor(std::string_view program_json, const std::string& weights_path, const Options& options);
+  ~Executor() override = default;
+
+  // One step for `rows` rows: logits[r] is of row wanted[r]. Every argument is checked; calls from several threads take turns.
+  void forward(const int32_t* tokens, const int32_t* positions, const int32_t* slots, int64_t rows, const int32_t* wanted,
+               int64_t wanted_rows, float* logits);
+  // Slot `to` gets the first `length` positions of slot `from`.
+  void copy_slot(int64_t from, int64_t to, int64_t length);
+
+  void profile(bool enable);
+  std::vector<InstructionTime> profile_results();
+
+  const Program& program() const { return program_; }
+  const char* isa() const { return machine_.kernels->name; }
+  int threads() const { return pool_.threads(); }
+  int64_t max_len() const { return machine_.max_len; }
+  int64_t max_slots() const { return machine_.max_slots; }
+  uint64_t kv_bytes() const { return kv_.bytes(); }
+  uint64_t weight_bytes() const { return weights_->bytes(); }
+  int64_t weight_bytes_per_token() const;
+
+ private:
+  int64_t open(int64_t phase) noexcept override;
+  void work(int64_t phase, int64_t begin, int64_t end, int thread) noexcept override;
+  static void after_fork(void* executor) noexcept;
+
+  void check_options(const Options& options) const;
+  void build_steps();
+  void add_step(int64_t instruction, std::unique_ptr<Step> step);
+  void add_linear(size_t index);
+  void lay_out_memory();
+  size_t lay_out_caches(Carver carver);
+  size_t lay_out_scratch(Carver carver);
+  void lay_out_quantized(Carver& carver);
+  void lay_out_attention(Carver& carver);
+  void check_rows(const int32_t* rows, int64_t count, int64_t limit, const char* what) const;
+  void check_slots();
+  void cut_blocks();
+  bool tiny() const;
+  void note_time(int64_t next_step);
+
+  std::shared_ptr<const Weights> weights_;
+  Program program_;
+  Region arena_, kv_, scratch_;
+  Machine machine_;
+  Steps steps_;
+  std::vector<int64_t> step_instruction_;  // of each step; -1: none
+  std::vector<std::pair<int64_t, int32_t>> order_;  // (slot, position) and row, sorted; reserved for max_tokens
+  int64_t shortest_ring_ = 0;
+  int64_t weight_elements_ = 0;  // multiplied for each row
+  Pool pool_;
+  std::mutex mutex_;
+
+  bool profiling_ = false;
+  std::vector<int64_t> times_;  // per step
+  int64_t timed_step_ = -1;
+  std::chrono::steady_clock::time_point since_;
+
+  ForkListener fork_listener_{this, after_fork};
+};
+
+}  // namespace gristmill

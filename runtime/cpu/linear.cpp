@@ -1,0 +1,137 @@
+// Linear: quantize the input's rows once, then products over tiles of the output, each with its epilogue.
+#include <algorithm>
+
+#include "machine.h"
+
+namespace gristmill {
+namespace {
+
+QuantizedRows quantized_rows(const Machine& m, const Instruction& in, int64_t first) {
+  QuantizedRows rows;
+  rows.k = in.in.width;
+  rows.group = in.act_group;
+  rows.q = m.quantized + first * rows.kp();
+  rows.scale = m.scales + first * rows.groups();
+  rows.sum = m.sums + first * rows.groups();
+  return rows;
+}
+
+class Quantize final : public RowStep {
+ public:
+  Quantize(const Machine& machine, const Instruction& in) : RowStep(machine, in.in.width), in_(in) {}
+
+ protected:
+  int64_t rows() const override { return m.rows(in_.in).count; }
+  void each(int64_t begin, int64_t end, int) override {
+    const Rows in = m.rows(in_.in);
+    m.kernels->quantize_rows(in.row(begin), in.stride, end - begin, quantized_rows(m, in_, begin));
+  }
+
+ private:
+  const Instruction& in_;
+};
+
+// Output columns [begin, end), never across a segment.
+struct Strip {
+  int64_t begin = 0, end = 0;
+};
+
+class Product final : public Step {
+ public:
+  Product(const Machine& machine, const Instruction& in)
+      : Step(machine), in_(in), few_(strips(kFewBytes)), many_(strips(kManyBytes)) {}
+
+  int64_t open() override {
+    rows_ = m.rows(in_.in).count;
+    units_ = rows_ <= kFewRows ? &few_ : &many_;
+    bands_ = (rows_ + kBand - 1) / kBand;
+    return bands_ * static_cast<int64_t>(units_->size());
+  }
+
+  void work(int64_t begin, int64_t end, int thread) override {
+    for (int64_t unit = begin; unit < end; unit++) {
+      const int64_t first = unit % bands_ * kBand;
+      tile((*units_)[static_cast<size_t>(unit / bands_)], first, std::min(rows_, first + kBand), thread);
+    }
+  }
+
+  size_t scratch_bytes() const override {
+    return m.kernels->product_scratch_bytes(in_.in.width) + 64 + static_cast<size_t>(2 * kBand * kMostStrip) * sizeof(float);
+  }
+
+ private:
+  static constexpr int64_t kFewRows = 8;      // below: the weights' stream is all there is to it
+  static constexpr int64_t kBand = 128;       // rows of one tile
+  static constexpr int64_t kMostStrip = 256;  // columns of one tile
+  static constexpr int64_t kFewBytes = 16 << 10, kManyBytes = 64 << 10;  // of weights per strip
+
+  std::vector<Strip> strips(int64_t bytes) const {
+    std::vector<Strip> all;
+    int64_t first = 0, most = in_.out.width;
+    for (const Matrix& segment : in_.weight->segments) {
+      const int64_t row_bytes = segment.row_bytes() * (in_.glu ? 2 : 1), tile = m.kernels->tile;
+      const int64_t step = std::clamp(bytes / row_bytes / tile * tile, tile, std::max(tile, kMostStrip / tile * tile));
+      const int64_t end = std::min(first + segment.n, most);
+      for (int64_t at = first; at < end; at += step) all.push_back({at, std::min(at + step, end)});
+      first = end;
+    }
+    return all;
+  }
+
+  // y[t, n - begin] for columns [begin, end) of all segments as one.
+  void product(int64_t begin, int64_t end, int64_t first, int64_t rows, float* y, int64_t stride, char* memory) const {
+    for (const Matrix& segment : in_.weight->segments) {
+      const int64_t n0 = std::max<int64_t>(begin, 0), n1 = std::min(end, segment.n);
+      if (n0 < n1) segment_product(segment, n0, n1, first, rows, y + (n0 - begin), stride, memory);
+      begin -= segment.n;
+      end -= segment.n;
+    }
+  }
+  void segment_product(const Matrix& segment, int64_t n0, int64_t n1, int64_t first, int64_t rows, float* y, int64_t stride,
+                       char* memory) const {
+    if (in_.act_group) {
+      m.kernels->product_int(segment, quantized_rows(m, in_, first), rows, n0, n1, y, stride, memory);
+    } else {
+      const Rows in = m.rows(in_.in);
+      m.kernels->product_float(segment, in.row(first), in.stride, rows, n0, n1, y, stride, memory);
+    }
+  }
+
+  bool plain() const {
+    return !in_.bias && !in_.glu && in_.activation == Activation::none && in_.scale == 1 && in_.softcap == 0 && !in_.residual.present();
+  }
+
+  void tile(const Strip& strip, int64_t first, int64_t last, int thread) const {
+    const Rows out = m.rows(in_.out);
+    const int64_t width = strip.end - strip.begin, rows = last - first, half = in_.out.width;
+    char* memory = scratch(thread);
+    if (plain()) return product(strip.begin, strip.end, first, rows, out.row(first) + strip.begin, out.stride, memory);
+    Carver carver(memory);
+    carver.take<char>(static_cast<int64_t>(m.kernels->product_scratch_bytes(in_.in.width)));
+    auto* y = carver.take<float>(kBand * kMostStrip);
+    auto* up = in_.glu ? carver.take<float>(kBand * kMostStrip) : nullptr;
+    product(strip.begin, strip.end, first, rows, y, width, memory);
+    if (up) product(half + strip.begin, half + strip.end, first, rows, up, width, memory);
+    for (int64_t t = 0; t < rows; t++) finish(strip, first + t, y + t * width, up ? up + t * width : nullptr, out);
+  }
+
+  void finish(const Strip& strip, int64_t t, const float* y, const float* up, const Rows& out) const {
+    const float* residual = in_.residual.present() ? m.rows(in_.residual).row(t) + strip.begin : nullptr;
+    const float* bias = in_.bias ? in_.bias + strip.begin : nullptr;
+    const float* up_bias = in_.bias && up ? bias + in_.out.width : nullptr;
+    m.kernels->epilogue(y, bias, up, up_bias, in_.activation, in_.scale, in_.softcap, residual, strip.end - strip.begin,
+                        out.row(t) + strip.begin);
+  }
+
+  const Instruction& in_;
+  const std::vector<Strip> few_, many_;
+  const std::vector<Strip>* units_ = nullptr;
+  int64_t rows_ = 0, bands_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<Step> make_quantize(const Machine& machine, const Instruction& in) { return std::make_unique<Quantize>(machine, in); }
+std::unique_ptr<Step> make_product(const Machine& machine, const Instruction& in) { return std::make_unique<Product>(machine, in); }
+
+}  // namespace gristmill
