@@ -1,7 +1,7 @@
 """The parts of setup that need a program: which folder is which package, and the C++ extension.
 
-The folders stand at the top of the repository and are imported under `gristmill`. The extension is compiled here,
-two files at a time, into build/native, and only what changed: each object's compiler-written dependency file tells.
+The folders stand at the top of the repository and are imported under `gristmill`. The extension is compiled
+here, two files at a time, into build/native, and only what changed: the compiler's dependency files tell.
 """
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def compiler() -> list[str]:
 def is_current(target: Path, command: list[str]) -> bool:
     """Whether the object is newer than every file that it was made from, by the same command."""
     depends, last = target.with_suffix(".d"), target.with_suffix(".command")
-    if not (target.exists() and depends.exists() and last.exists()) or last.read_text() != shlex.join(command):
+    if not all(file.exists() for file in (target, depends, last)) or last.read_text() != shlex.join(command):
         return False
     files = [Path(name) for name in depends.read_text().replace("\\\n", " ").split()[1:]]
     return all(file.exists() and file.stat().st_mtime <= target.stat().st_mtime for file in files)

@@ -1,10 +1,11 @@
 """Train py7m, the 7 M parameter Llama that `make compile` compiles: Python source from the standard library.
 
-The corpus is the standard library of the interpreter that runs this (PSF licence, present with every CPython);
-files whose name hashes to a bucket below 8 of 256 are held out. The learning rate follows a cosine over wall-clock
-time, so that a run on a busy machine, or one that was paused, still ends with a small step. The weights with the
-lowest held-out loss so far are in OUT, as a Hugging Face directory, from the first evaluation on.
+The corpus is the standard library of the interpreter that runs this (PSF licence, comes with every CPython);
+files whose name hashes to a bucket below 8 of 256 are held out. The learning rate follows a cosine over
+wall-clock time, so that a run on a busy machine, or one that was paused, still ends with a small step. The
+weights with the lowest held-out loss so far are in OUT, as a Hugging Face directory.
 
+\b
     python train_py7m.py OUT --minutes 120                          from scratch, tokenizer included
     python train_py7m.py OUT --minutes 120 --resume-from py7m       continue; the tokenizer is taken along
 """
@@ -35,7 +36,7 @@ EVALUATION_WINDOWS, EVALUATION_LENGTH = 64, 512
 
 @dataclass(frozen=True)
 class Plan:
-    """One run: rows of `sequence` tokens, `batch` rows a step, peak learning rate, seconds between evaluations."""
+    """One run: `batch` rows of `sequence` tokens a step, peak learning rate, seconds between evaluations."""
 
     sequence: int
     batch: int
@@ -69,8 +70,8 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END_OF_TEXT],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -86,9 +87,9 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
 
 def new_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=8, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=1024, tie_word_embeddings=True,
-        bos_token_id=0, eos_token_id=0, rms_norm_eps=1e-5))
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=8,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=1024,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, rms_norm_eps=1e-5))
 
 
 def optimizer_of(model: LlamaForCausalLM, lr: float) -> torch.optim.Optimizer:
@@ -128,7 +129,9 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path, record: dict[
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     model.config.dtype = torch.bfloat16
     model.save_pretrained(fresh, state_dict=weights)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT).save_pretrained(fresh)
+    ends = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends)
+    wrapped.save_pretrained(fresh)
     (fresh / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     if out.exists():
         os.rename(out, old)
@@ -137,11 +140,12 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path, record: dict[
 
 
 def rate(step: int, warmup: int, passed: float) -> float:
-    """Share of the peak learning rate: linear warm-up by steps, then a cosine to 2 % by share of time passed."""
+    """Share of the peak learning rate: a linear warm-up by steps, a cosine to 2 % by time."""
     return min(1.0, (step + 1) / warmup) * (0.02 + 0.49 * (1 + math.cos(math.pi * passed)))
 
 
-def steps(model: LlamaForCausalLM, data: torch.Tensor, plan: Plan, seconds: float) -> Iterator[tuple[int, float, float]]:
+def steps(model: LlamaForCausalLM, data: torch.Tensor, plan: Plan,
+          seconds: float) -> Iterator[tuple[int, float, float]]:
     """Train until the time is over; yields (step, training loss, share of time passed) after every step."""
     optimizer, start = optimizer_of(model, plan.lr), time.time()
     generator = torch.Generator().manual_seed(plan.seed)
@@ -172,8 +176,8 @@ def train(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path, plan: Plan, 
                    f"{seen / (time.time() - start):.0f} tok/s")
         if held_loss < best:
             best = held_loss
-            save(model, tokenizer, out, {"held_out_loss": best, "tokens_this_run": seen, "steps_this_run": step,
-                                         "plan": asdict(plan)})
+            record = {"held_out_loss": best, "tokens": seen, "steps": step, "plan": asdict(plan)}
+            save(model, tokenizer, out, record)
         last = time.time()
 
 
@@ -188,7 +192,8 @@ def seconds_left(minutes: float | None, until: str | None) -> float:
 
 @click.command(help=__doc__)
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--resume-from", type=click.Path(path_type=Path, exists=True), help="HF directory to continue from.")
+@click.option("--resume-from", type=click.Path(path_type=Path, exists=True),
+              help="HF directory to continue from.")
 @click.option("--minutes", type=float, help="Length of the run (120).")
 @click.option("--until", metavar="HH:MM", help="End of the run in UTC, instead of --minutes.")
 @click.option("--sequence", default=512, show_default=True, help="Tokens in a row.")
