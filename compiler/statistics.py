@@ -1,0 +1,130 @@
+"""Two models' logits on the same tokens, and how sure the figures from a few hundred tokens are.
+
+Only their difference per token counts (paired): what makes one token harder than another drops out, and a
+small difference shows on little text. Neighbouring tokens resemble each other, so whole blocks of them are
+resampled, not single tokens: a block is the unit that is taken as independent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gristmill.runtime.errors import GristmillError
+
+BLOCK_TOKENS = 32
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+FEWEST_BLOCKS = 8  # with fewer, resampling cannot show how far the next text may lie
+
+LARGEST_NLL = 700.0  # exp overflows soon after; a model this wrong needs no finer figure
+COLUMNS = 4  # of token_scores
+F64_BYTES = 16 << 20  # the most that one f64 copy of some rows of logits may take
+
+Array = NDArray[Any]
+
+
+def perplexity(nll: float) -> float:
+    """exp(nll), of nats per token."""
+    return math.exp(min(nll, LARGEST_NLL))
+
+
+def token_scores(expected: Array, logits: Array, targets: Array) -> Array:
+    """Compare logits [R, V] f32 of the float model and the artifact on targets [R], in f64: [R, COLUMNS].
+
+    The columns: nll of the float model, nll of the artifact, KL(float || artifact), whether the top tokens
+    agree.
+    """
+    step = max(1, F64_BYTES // (8 * expected.shape[1]))
+    parts = [
+        _score_block(expected[at : at + step], logits[at : at + step], targets[at : at + step])
+        for at in range(0, len(targets), step)
+    ]
+    return np.concatenate(parts) if parts else np.empty((0, COLUMNS))
+
+
+def _score_block(expected: Array, logits: Array, targets: Array) -> Array:
+    """KL = sum p (log p - log q); as log p = a - log_a, that is sum p (a - b) - log_a + log_b."""
+    rows = np.arange(len(targets))
+    a, b = _shifted(expected, "the float model"), _shifted(logits, "the artifact")
+    weight = np.exp(a)
+    total = weight.sum(1)
+    log_a, log_b = np.log(total), np.log(np.exp(b).sum(1))
+    nll_a, nll_b = log_a - a[rows, targets], log_b - b[rows, targets]
+    a -= b
+    kl = np.einsum("rv,rv->r", weight, a) / total - log_a + log_b
+    agrees = expected.argmax(1) == logits.argmax(1)
+    return np.stack([nll_a, nll_b, np.maximum(kl, 0), agrees], axis=1)
+
+
+def _shifted(logits: Array, whose: str) -> Array:
+    """Logits in f64 with their row's largest at 0."""
+    if not np.isfinite(logits).all():
+        raise GristmillError(
+            f"{whose} gave a logit that is NaN or infinite: the weights are damaged or out of range"
+        )
+    wide = logits.astype(np.float64)
+    wide -= wide.max(1, keepdims=True)
+    return wide
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with the percentile bootstrap interval around it."""
+
+    estimate: float
+    low: float
+    high: float
+
+    def relative_growth(self) -> Interval:
+        """exp(x) - 1 of all three: a mean difference of nll as the relative increase of perplexity."""
+        grown = (math.expm1(min(x, LARGEST_NLL)) for x in (self.estimate, self.low, self.high))
+        return Interval(*grown)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Sums and counts of a value per token over blocks; their ratio is the mean."""
+
+    sums: Array  # [B] f64
+    counts: Array  # [B] i64
+
+    @staticmethod
+    def of(windows: Sequence[Array], tokens: int = BLOCK_TOKENS) -> Blocks:
+        """Cut each window's values into blocks of `tokens`; the last block of a window may be short."""
+        pieces = [w[start : start + tokens] for w in windows for start in range(0, len(w), tokens)]
+        return Blocks(
+            np.array([p.sum() for p in pieces], np.float64), np.array([len(p) for p in pieces], np.int64)
+        )
+
+
+def bootstrap_mean(
+    blocks: Blocks, seed: int = 0, resamples: int = RESAMPLES, confidence: float = CONFIDENCE
+) -> Interval:
+    """The mean per token and its interval; the same blocks and seed give the same interval."""
+    draw = np.random.Generator(np.random.Philox(seed))
+    count = len(blocks.sums)
+    means = np.empty(resamples)
+    for i in range(resamples):
+        picked = draw.integers(count, size=count)
+        means[i] = blocks.sums[picked].sum() / blocks.counts[picked].sum()
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    estimate = float(blocks.sums.sum() / blocks.counts.sum())
+    return Interval(estimate, min(float(low), estimate), max(float(high), estimate))
+
+
+def tokens_to_decide(interval: Interval, limit: float, tokens: int) -> int | None:
+    """About how many tokens would bring the upper bound below the limit, or None where the estimate is not.
+
+    The distance from estimate to bound shrinks with the square root of the number of tokens.
+    """
+    room = limit - interval.estimate
+    if room <= 0:
+        return None
+    return math.ceil(tokens * max(1.0, (interval.high - interval.estimate) / room) ** 2)
