@@ -4,8 +4,8 @@
     peer/bin/python benchmarks/llamacpp_peer.py convert HF_DIR OUT_DIR q4_0 q8_0     Llama-shaped models only
     peer/bin/python benchmarks/llamacpp_peer.py serve GGUF THREADS LENGTH
 
-`serve` answers lines of JSON on stdin, {"prompt": P, "context": C, "tokens": N}, with a line of JSON each. Token
-ids go in directly, so that the GGUF carries a placeholder vocabulary.
+`serve` answers lines of JSON on stdin, {"prompt": P, "context": C, "tokens": N}, with a line of JSON each.
+Token ids go in directly, so that the GGUF carries a placeholder vocabulary.
 """
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def gguf_name(name: str) -> str:
 
 
 def interleaved(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """GGUF's llama rotates neighbouring rows of a head, HF the two halves: [H, 2, d/2, in] -> [H, d/2, 2, in]."""
+    """GGUF rotates neighbouring rows of a head, HF its two halves: [H, 2, d/2, in] -> [H, d/2, 2, in]."""
     rows, columns = weight.shape
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
@@ -114,13 +114,13 @@ def convert(directory: Path, out: Path, kinds: list[str]) -> None:
     for kind in kinds:
         parameters = llama_cpp.llama_model_quantize_default_params()
         parameters.ftype, parameters.nthread = FILE_TYPES[kind], 2
-        target = out / f"{kind}.gguf"
-        if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters)):
+        paths = (str(path).encode() for path in (source, out / f"{kind}.gguf"))
+        if llama_cpp.llama_model_quantize(*paths, ctypes.byref(parameters)):
             raise SystemExit(f"llama.cpp could not quantize {source} to {kind}")
 
 
 def read_bytes_per_token(path: Path) -> int:
-    """Bytes of weights that one decoded token reads: all but the rows of an embedding that is not the head."""
+    """Bytes of weights that one decoded token reads: all but an embedding that is not the head."""
     import gguf
 
     sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(str(path)).tensors}
@@ -130,7 +130,7 @@ def read_bytes_per_token(path: Path) -> int:
 
 
 def measure(model: Any, prompt: int, context: int, tokens: int) -> dict[str, float]:
-    """Tokens per second of a prefill of `prompt`, and of `tokens` decoded one by one after `context` others."""
+    """Tokens per second of a prefill of `prompt`, and of `tokens` decoded after `context` others."""
     ids = [300 + i % 200 for i in range(max(prompt, context, 1))]
     model.reset()
     begin = time.perf_counter()
