@@ -36,7 +36,7 @@ def test_equal_logits_have_no_divergence_and_huge_ones_no_overflow() -> None:
 
 
 def test_a_tiny_divergence_is_seen() -> None:
-    """KL of logits moved by a small d is the variance of d under p, halved: far below f32's resolution of nll."""
+    """KL of logits moved by a small d is half of d's variance under p: far below f32's resolution of nll."""
     a = logits(1, 50, 1).astype(np.float64)
     d = np.random.default_rng(2).standard_normal((1, 50)) * 1e-4
     p = np.exp(a) / np.exp(a).sum()
@@ -75,7 +75,7 @@ def test_equal_values_have_a_point_for_an_interval() -> None:
 
 
 def test_intervals_cover_the_true_mean() -> None:
-    """Tokens correlated within a block: 95 % intervals of 32 blocks hold the true mean 0 about as often as promised."""
+    """Tokens correlated within a block: 95 % intervals hold the true mean 0 about as often as promised."""
     draw = np.random.default_rng(0)
     held = 0
     for seed in range(200):
