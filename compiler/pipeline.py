@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import platform
 import resource
+import shlex
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ from ..quant.scheme import Scheme
 from ..runtime import selftest
 from ..runtime.artifact_writer import ArtifactWriter
 from ..runtime.errors import GristmillError
+from ..runtime.evaluation import read_text
 from ..runtime.program import Limits
+from ..runtime.session import Session
 from ..runtime.session import load as load_session
 from . import gate, interpret
 from .checkpoint import file_hash
@@ -88,10 +91,10 @@ def compile_model(model: str, out: str, options: CompileOptions, progress: Progr
         plan_arena(lowered.program)
         errors = _write(writer, lowered, tokenizer, source, report)
         manifest = _manifest(writer, lowered, source, options, errors)
-        evaluation = _accept(writer, manifest, traced, source, options, report)
+        accepted = _accept(writer, manifest, traced, source, options, report)
         path = writer.commit(manifest)
         size = writer.size_bytes
-    summary = _summary(lowered, manifest, size, evaluation, ledger, time.perf_counter() - start)
+    summary = _summary(lowered, manifest, size, accepted, ledger, time.perf_counter() - start)
     return CompileResult(path, summary)
 
 
@@ -185,40 +188,68 @@ def bits_per_weight(lowered: Lowered) -> float:
 
 def _accept(
     writer: ArtifactWriter, manifest: dict[str, Any], traced: Traced, source: Source, options: CompileOptions, report: Progress
-) -> dict[str, Any] | None:
-    """Open the artifact itself: record its self-test and, unless told not to, hold it against the float reference."""
-    path = writer.seal(manifest)
-    session = load_session(path)
+) -> tuple[gate.Evaluation, list[str]] | None:
+    """Open the artifact itself: record its self-test and, unless told not to, hold it against the float reference.
+
+    Returns what was measured and the lines that say which limits it keeps. Raises GristmillError where it breaks one.
+    """
+    session = load_session(writer.seal(manifest))
     writer.write_json("selftest.json", selftest.record(session))
     if not options.gate:
         return None
     report("gate", 0.0)
-    evaluation = gate.accept(session, partial(float_reference, traced), source, options, partial(report, "gate"))
-    writer.write_json("evaluation.json", evaluation)
-    return evaluation
+    tokens = options.gate_tokens or gate.DEFAULT_TOKENS
+    text = gate.HeldText.of(*_held_text(session, options), session.tokenizer, tokens)
+    reference = partial(float_reference, traced)
+    command = _command(source, options)
+    evaluation = gate.run_gate(session, reference, text, command=command, versions=tool_versions())
+    kept = gate.enforce(evaluation, gate.Limits(options.max_ppl_increase, options.max_kl))
+    writer.write_json("evaluation.json", evaluation.to_json())
+    return evaluation, kept
 
 
-def float_reference(traced: Traced, windows: list[np.ndarray]) -> Any:
+def _held_text(session: Session, options: CompileOptions) -> tuple[str, str]:
+    if options.text is None:
+        return gate.suiting_text(session.tokenizer)
+    return Path(options.text).name, read_text(options.text)
+
+
+def _command(source: Source, options: CompileOptions) -> str:
+    """The command line that makes and measures this artifact again."""
+    words = ["gristmill", "compile", source.name, "-o", "OUT"]
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if value != option.default and option.name not in ("force", "explain", "check_passes"):
+            name = f"--{option.name.replace('_', '-')}"
+            words += [name] if value is True else [name, str(Path(value).name if option.name == "text" else value)]
+    return shlex.join(words)
+
+
+def float_reference(traced: Traced, windows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
     """The float32 logits [len, V] of each window in turn; all windows pass through the layers together, weight by weight."""
     lengths = [len(w) for w in windows]
     slots = np.repeat(np.arange(len(windows)), lengths)
     positions = np.concatenate([np.arange(n) for n in lengths])
     rows = torch.split(torch.arange(len(slots)), lengths)
-    inputs = {k: torch.from_numpy(v.astype(np.int64))[None] for k, v in (("tokens", np.concatenate(windows)), ("positions", positions), ("slots", slots))}
+    tokens = np.concatenate([np.asarray(w) for w in windows])
+    named = {"tokens": tokens, "positions": positions, "slots": slots}
+    inputs = {name: torch.from_numpy(array.astype(np.int64))[None] for name, array in named.items()}
     for logits in interpret.logits_by_group(traced, inputs, rows):
         yield logits.numpy()
 
 
 def _summary(
-    lowered: Lowered, manifest: dict[str, Any], size: int, evaluation: dict[str, Any] | None, ledger: list[Entry], seconds: float
-) -> dict[str, Any]:
+    lowered: Lowered, manifest: dict[str, Any], size: int, accepted: tuple[gate.Evaluation, list[str]] | None,
+    ledger: list[Entry], seconds: float,
+) -> dict[str, Any]:  # fmt: skip
     return {
         "bits_per_weight": manifest["bits_per_weight"],
         "size_bytes": size,
         "compile_s": round(seconds, 2),
         "peak_memory_bytes": peak_memory_bytes(),
         "instructions": len(lowered.program.instructions),
-        "evaluation": evaluation,
+        "evaluation": accepted[0].to_json() if accepted else None,
+        "gate": accepted[0].lines() + accepted[1] if accepted else [],
         "ledger": "\n".join(map(str, ledger)),
     }
 

@@ -1,9 +1,10 @@
 """The Program: the contract between compiler and runtime.
 
-A Program is a flat list of instructions over values. A value has a row count (``T`` = rows of the batch, ``R`` = rows whose logits
-are asked for), a width and a place in one arena; all values are float32. Weights are lists of segments, concatenated along their
-output rows. The op table below is the one list of what an instruction may be: the compiler builds from it, the listing prints from
-it, the executors' own tables are tested against it.
+A Program is a flat list of instructions over values. A value has a row count (``T`` = rows of the batch,
+``R`` = rows whose logits are asked for), a width and a place in one arena; all values are float32. Weights
+are lists of segments, concatenated along their output rows. The op table below is the one list of what an
+instruction may be: the compiler builds from it, the listing prints from it, the executors' own tables are
+tested against it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ WEIGHT_FORMATS = ("f32", "f16", "bf16", "int8", "int4")
 FLOAT_FORMATS = ("f32", "f16", "bf16")
 CACHE_TYPES = {"f32": 4, "f16": 2, "int8": 1}
 POINTWISE_UNARY = (
-    "neg", "exp", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "relu", "sqrt", "rsqrt", "square", "abs", "reciprocal",
+    "neg", "exp", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "relu", "sqrt", "rsqrt", "square", "abs",
+    "reciprocal",
 )  # fmt: skip
 POINTWISE_BINARY = ("add", "sub", "mul", "div", "maximum", "minimum")
 
@@ -38,7 +40,10 @@ class View:
 
 @dataclass(frozen=True)
 class Op:
-    """One row of the op table: which fields an instruction has. A default of ``...`` means the field must be given."""
+    """One row of the op table: which fields an instruction has.
+
+    A default of ``...`` means the field must be given.
+    """
 
     views: tuple[str, ...] = ()
     vectors: tuple[str, ...] = ()
@@ -48,15 +53,21 @@ class Op:
 
 
 OPS: dict[str, Op] = {
-    "embedding": Op(("residual?",), (), {"ids": ..., "scale": 1.0, "offset": 0}, True, "scale * W[ids + offset] + residual"),
-    "rms_norm": Op(("in", "residual?"), ("weight?",), {"eps": ...}, False, "x / sqrt(mean(x^2) + eps) * weight + residual"),
+    "embedding": Op(
+        ("residual?",), (), {"ids": ..., "scale": 1.0, "offset": 0}, True,
+        "scale * W[ids + offset] + residual",
+    ),
+    "rms_norm": Op(
+        ("in", "residual?"), ("weight?",), {"eps": ...}, False,
+        "x / sqrt(mean(x^2) + eps) * weight + residual",
+    ),
     "layer_norm": Op(
         ("in", "residual?"), ("weight?", "bias?"), {"eps": ...}, False,
         "(x - mean(x)) / sqrt(var(x) + eps) * weight + bias + residual",
     ),
     "linear": Op(
         ("in", "residual?"), ("bias?",),
-        {"activation": "none", "glu": False, "scale": 1.0, "softcap": 0.0, "act_group": 0}, True,
+        {"activation": "none", "glu": False, "scale": 1.0, "softcap": 0.0, "act_group": ...}, True,
         "softcap(scale * activation(x W^T + bias) [* up half]) + residual",
     ),
     "attention": Op(
@@ -144,7 +155,9 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Frequencies by vector name; ``dims`` leading columns of a head rotate; cos and sin are multiplied by ``scale``."""
+    """Frequencies by vector name; ``dims`` leading columns of a head rotate; cos and sin are multiplied by
+    ``scale``.
+    """
 
     inv_freq: str
     dims: int
@@ -191,7 +204,7 @@ class Program:
         }
 
     def to_bytes(self) -> bytes:
-        """The bytes of program.json: one instruction a line, so that two programs can be compared with diff."""
+        """The bytes of program.json: one instruction a line, so that diff compares two programs."""
         document = self.to_json()
         lines = []
         for key, value in document.items():
@@ -207,9 +220,12 @@ class Program:
 
     @staticmethod
     def from_json(document: Any) -> Program:
-        """Build from parsed program.json. Raises GristmillError on anything unknown, missing or of the wrong type.
+        """Build from parsed program.json.
 
-        The executor validates bounds and tensors itself before it runs anything; this reader serves listings and other tools.
+        Raises GristmillError on anything unknown, missing or of the wrong type.
+
+        The executor validates bounds and tensors itself before it runs anything; this reader serves listings
+        and other tools.
         """
         if not isinstance(document, dict):
             raise GristmillError("program.json: expected an object; compile the model again")
@@ -233,7 +249,9 @@ class Program:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, GristmillError):
                 raise
-            raise GristmillError(f"program.json: missing or malformed field ({error}); compile the model again") from None
+            raise GristmillError(
+                f"program.json: missing or malformed field ({error}); compile the model again"
+            ) from None
 
     def weight_bytes_per_row(self) -> int:
         """Bytes of weights read to decode one row: every linear whole, an embedding by one row."""
@@ -252,7 +270,8 @@ class Program:
         lines = [f"program {self.name}(tokens[T] i32, positions[T] i32, slots[T] i32, rows[R] i32)  {limits}"]
         lines += [f"  cache[{n}] {c}" for n, c in _runs([_cache_text(c) for c in self.caches])]
         lines += [
-            f"  rope[{n}] @{r.inv_freq} dims={r.dims} {r.style}" + (f" scale={r.scale:g}" if r.scale != 1 else "")
+            f"  rope[{n}] @{r.inv_freq} dims={r.dims} {r.style}"
+            + (f" scale={r.scale:g}" if r.scale != 1 else "")
             for n, r in enumerate(self.ropes)
         ]
         lines += ["  " + self._line(instruction) for instruction in self.instructions]
@@ -268,7 +287,9 @@ class Program:
             formats = sorted({_format_text(s) for s in self.weights[instruction.weight]})
             parts.append(f"@{instruction.weight}:{'|'.join(formats)}")
         parts += [f"{name}=@{vector}" for name, vector in instruction.vectors.items()]
-        attributes = {k: v for k, v in instruction.attributes.items() if v != OPS[instruction.op].attributes[k]}
+        attributes = {
+            k: v for k, v in instruction.attributes.items() if v != OPS[instruction.op].attributes[k]
+        }
         out = "logits" if instruction.out.value == LOGITS else self._view(instruction.out)
         text = f"{out} = {instruction.op} {', '.join(parts)}"
         if attributes:
@@ -288,7 +309,9 @@ def segment_row_bytes(segment: Segment) -> int:
     if segment.format in FLOAT_FORMATS:
         return segment.k * (4 if segment.format == "f32" else 2)
     data = padded if segment.format == "int8" else padded // 2
-    zeros = 0 if segment.symmetric else (segment.groups if segment.format == "int8" else -(-segment.groups // 2))
+    zeros = (
+        0 if segment.symmetric else (segment.groups if segment.format == "int8" else -(-segment.groups // 2))
+    )
     return data + 2 * segment.groups + zeros
 
 
@@ -298,7 +321,9 @@ def _view_json(view: View) -> list[int]:
 
 def _view(item: Any, where: str) -> View:
     if not (isinstance(item, list) and len(item) == 3 and all(type(x) is int for x in item)):
-        raise GristmillError(f"program.json: {where}: expected [value, column, width], got {item!r}; compile the model again")
+        raise GristmillError(
+            f"program.json: {where}: expected [value, column, width], got {item!r}; compile the model again"
+        )
     return View(*item)
 
 
@@ -306,7 +331,9 @@ def _instruction(item: dict[str, Any], index: int) -> Instruction:
     name = item.get("op")
     where = f"instruction {index} ({name})"
     if name not in OPS:
-        raise GristmillError(f"program.json: {where}: unknown op; known: {', '.join(OPS)}; install a newer gristmill")
+        raise GristmillError(
+            f"program.json: {where}: unknown op; known: {', '.join(OPS)}; install a newer gristmill"
+        )
     op = OPS[name]
     made = Instruction(name, _view(item.get("out"), where), weight=item.get("weight") if op.weight else None)
     for key in op.views:
@@ -316,11 +343,21 @@ def _instruction(item: dict[str, Any], index: int) -> Instruction:
             raise GristmillError(f"program.json: {where}: missing input {plain!r}; compile the model again")
         if given is not None:
             made.views[plain] = [_view(v, where) for v in given] if key.endswith("*") else _view(given, where)
-    known = {"op", "out", *(v.rstrip("?*") for v in op.views), *(v.rstrip("?") for v in op.vectors), *op.attributes}
+    known = {
+        "op",
+        "out",
+        *(v.rstrip("?*") for v in op.views),
+        *(v.rstrip("?") for v in op.vectors),
+        *op.attributes,
+    }
     unknown = set(item) - known - ({"weight"} if op.weight else set())
     if unknown:
-        raise GristmillError(f"program.json: {where}: unknown field {sorted(unknown)[0]!r}; install a newer gristmill")
-    made.vectors = {v.rstrip("?"): item[v.rstrip("?")] for v in op.vectors if item.get(v.rstrip("?")) is not None}
+        raise GristmillError(
+            f"program.json: {where}: unknown field {sorted(unknown)[0]!r}; install a newer gristmill"
+        )
+    made.vectors = {
+        v.rstrip("?"): item[v.rstrip("?")] for v in op.vectors if item.get(v.rstrip("?")) is not None
+    }
     for key, default in op.attributes.items():
         if key in item:
             made.attributes[key] = item[key]
