@@ -17,6 +17,7 @@ struct Available {
 Available detect() {
   Available found;
 #if defined(__x86_64__)
+  __builtin_cpu_init();
   // __builtin_cpu_supports also asks whether the operating system saves the wide registers
   const bool avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
