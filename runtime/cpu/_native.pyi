@@ -1,15 +1,25 @@
-"""Types of the compiled module (bindings.cpp)."""
+"""The C++ executor of compiled programs. Errors of users are raised as gristmill.runtime.errors.GristmillError."""
 import numpy as np
 from numpy.typing import NDArray
 
 class Executor:
+    """Runs one program.json over one weights.safetensors; keeps the KV cache of `max_slots` slots."""
+
     def __init__(self, program_json: bytes, weights_path: str, *, threads: int, max_len: int, max_slots: int,
-                 isa: str = "auto") -> None: ...
+                 isa: str = "auto") -> None:
+        """`threads` 0: physical cores of this process. A second Executor of the same file shares its pages."""
     def forward(self, tokens: NDArray[np.int32], positions: NDArray[np.int32], slots: NDArray[np.int32],
-                rows: NDArray[np.int32]) -> NDArray[np.float32]: ...
-    def copy_slot(self, src: int, dst: int, length: int) -> None: ...
-    def profile(self, enable: bool) -> None: ...
-    def profile_results(self) -> list[tuple[str, int, int]]: ...
+                rows: NDArray[np.int32]) -> NDArray[np.float32]:
+        """tokens, positions, slots: i32 [T]; rows: i32 [R], indices below T. -> logits f32 [R, vocabulary].
+
+        Appends each row's K and V at (slot, position), then attends. Releases the GIL; calls of several threads take turns.
+        """
+    def copy_slot(self, src: int, dst: int, length: int) -> None:
+        """Slot `dst` gets the first `length` positions of slot `src`."""
+    def profile(self, enable: bool) -> None:
+        """Begins (from zero) or ends the timing of every instruction."""
+    def profile_results(self) -> list[tuple[str, int, int]]:
+        """Per instruction: label, nanoseconds since profile(True), bytes of weights that one pass reads."""
     @property
     def threads(self) -> int: ...
     @property
@@ -29,8 +39,14 @@ class Executor:
     @property
     def weight_bytes(self) -> int: ...
     @property
-    def weight_bytes_per_token(self) -> int: ...
+    def weight_bytes_per_token(self) -> int:
+        """Bytes of weights read for one decode row; an embedding counts one row."""
 
-def isas() -> list[str]: ...
-def default_threads() -> int: ...
-def read_bandwidth(bytes: int, threads: int, seconds: float) -> float: ...
+def isas() -> list[str]:
+    """Instruction sets that this CPU can run, best first."""
+
+def default_threads() -> int:
+    """Physical cores that this process may run on."""
+
+def read_bandwidth(bytes: int, threads: int, seconds: float) -> float:
+    """GB/s of the best read-only pass of all threads over anonymous memory of so many bytes."""
