@@ -1,7 +1,8 @@
 """Weights on disk, read one tensor at a time.
 
-Safetensors files are mapped and a tensor's pages are given back after it was read, so that peak memory does not grow with the
-model. Legacy ``.bin`` pickles are read only when torch's ``weights_only`` loader accepts them.
+Safetensors files are mapped and a tensor's pages are given back after it was read, so that peak memory does
+not grow with the model. Legacy ``.bin`` pickles are read only when torch's ``weights_only`` loader accepts
+them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from ..runtime.errors import GristmillError
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
 }  # fmt: skip
 INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_NAMES = ("model.safetensors", "pytorch_model.bin")
@@ -78,7 +80,11 @@ class Checkpoint:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the buffer is read-only; it is copied before anything writes
             count = (entry.end - entry.begin) // entry.dtype.itemsize
-            flat = torch.frombuffer(mapped, dtype=entry.dtype, count=count, offset=entry.begin) if count else torch.empty(0)
+            flat = (
+                torch.frombuffer(mapped, dtype=entry.dtype, count=count, offset=entry.begin)
+                if count
+                else torch.empty(0)
+            )
             tensor = flat.to(torch.float32, copy=True) if entry.dtype.is_floating_point else flat.clone()
         del flat
         page = mmap.PAGESIZE
@@ -108,7 +114,10 @@ def file_hash(file: Path) -> str:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The shards of the directory, in name order. Raises GristmillError when there are none or one is missing."""
+    """The shards of the directory, in name order.
+
+    Raises GristmillError when there are none or one is missing.
+    """
     for name in INDEX_NAMES:
         index = directory / name
         if index.is_file():
@@ -123,18 +132,26 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         table = json.loads(index.read_text("utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
-        raise GristmillError(f"{index}: not a shard index ({error}); expected a JSON object with weight_map") from None
+        raise GristmillError(
+            f"{index}: not a shard index ({error}); expected a JSON object with weight_map"
+        ) from None
     if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
-        raise GristmillError(f"{index}: weight_map must map tensor names to file names; download the model again")
+        raise GristmillError(
+            f"{index}: weight_map must map tensor names to file names; download the model again"
+        )
     return table
 
 
 def _inside(directory: Path, shard: str, index: str) -> Path:
     if not shard or os.path.basename(shard) != shard or shard in (".", ".."):
-        raise GristmillError(f"{directory / index}: shard {shard!r} leaves the directory; expected a plain file name")
+        raise GristmillError(
+            f"{directory / index}: shard {shard!r} leaves the directory; expected a plain file name"
+        )
     path = directory / shard
     if not path.is_file():
-        raise GristmillError(f"{directory}: shard {shard} is missing (named in {index}); download the model again")
+        raise GristmillError(
+            f"{directory}: shard {shard} is missing (named in {index}); download the model again"
+        )
     return path
 
 
@@ -144,7 +161,9 @@ def _safetensors_entries(file: Path) -> dict[str, Entry]:
         head = handle.read(8)
         length = int.from_bytes(head, "little")
         if len(head) < 8 or length > min(MAX_HEADER, size - 8):
-            raise GristmillError(f"{file}: truncated or not a safetensors file ({size} bytes); download it again")
+            raise GristmillError(
+                f"{file}: truncated or not a safetensors file ({size} bytes); download it again"
+            )
         raw = handle.read(length)
     try:
         header = json.loads(raw)
@@ -158,14 +177,22 @@ def _safetensors_entries(file: Path) -> dict[str, Entry]:
 
 def _entry(file: Path, info: dict[str, Any], start: int, size: int) -> Entry:
     if info["dtype"] not in DTYPES:
-        raise GristmillError(f"{file}: dtype {info['dtype']} is not supported; expected one of {', '.join(DTYPES)}")
+        raise GristmillError(
+            f"{file}: dtype {info['dtype']} is not supported; expected one of {', '.join(DTYPES)}"
+        )
     dtype, shape = DTYPES[info["dtype"]], tuple(int(x) for x in info["shape"])
     begin, end = (int(x) + start for x in info["data_offsets"])
     count = 1
     for extent in shape:
         count *= extent
-    if min(shape, default=0) < 0 or not start <= begin <= end <= size or end - begin != count * dtype.itemsize:
-        raise GristmillError(f"{file}: a tensor of shape {list(shape)} does not fit the file; truncated? download it again")
+    if (
+        min(shape, default=0) < 0
+        or not start <= begin <= end <= size
+        or end - begin != count * dtype.itemsize
+    ):
+        raise GristmillError(
+            f"{file}: a tensor of shape {list(shape)} does not fit the file; truncated? download it again"
+        )
     return Entry(file, dtype, shape, begin, end)
 
 
@@ -175,8 +202,11 @@ def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # torch raises many kinds; all mean the same to the user
         reason = str(error).splitlines()[0][:120]
         raise GristmillError(
-            f"{file}: refused, torch's weights_only loader does not accept it ({reason}); convert it to safetensors"
+            f"{file}: refused, torch's weights_only loader does not accept it ({reason}); "
+            "convert it to safetensors"
         ) from None
     if not isinstance(loaded, dict):
-        raise GristmillError(f"{file}: expected a state dict, got {type(loaded).__name__}; convert it to safetensors")
+        raise GristmillError(
+            f"{file}: expected a state dict, got {type(loaded).__name__}; convert it to safetensors"
+        )
     return {k: v for k, v in loaded.items() if isinstance(v, torch.Tensor)}

@@ -1,4 +1,4 @@
-"""Runs a graph with plain torch, one weight in memory at a time: the float reference of the gate and of pass checks."""
+"""Runs a graph with plain torch, one weight in memory at a time: the float reference of gate and checks."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ..passes.graph import Traced, is_op, ours
 
 
 def run(traced: Traced, inputs: dict[str, Tensor]) -> Tensor:
-    """The graph's output. ``inputs``: tokens, positions, slots [1, T] and rows [R], whichever the graph has."""
+    """The graph's output. ``inputs``: tokens, positions, slots [1, T] and rows [R], as far as it has them."""
     env: dict[fx.Node, Any] = {}
     with torch.inference_mode():
         for step in _steps(traced):
             _execute(traced, step, env, inputs)
-    return env[_result(traced)]  # type: ignore[no-any-return]
+    return env[_result(traced)]
 
 
 def logits_by_group(traced: Traced, inputs: dict[str, Tensor], groups: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Like ``run`` for several ``rows`` inputs in turn: the body runs once, what follows gather_rows once per group.
+    """Like ``run`` for several ``rows`` in turn: the body runs once, what follows gather_rows once per group.
 
     groups: row numbers [R_i] each; yields [R_i, V].
     """
@@ -54,7 +54,7 @@ def _steps(traced: Traced) -> list[Step]:
 
 def _result(traced: Traced) -> fx.Node:
     output = next(n for n in reversed(traced.graph.nodes) if n.op == "output")
-    return output.args[0][0]  # type: ignore[index, return-value]
+    return output.args[0][0]
 
 
 def _execute(traced: Traced, step: Step, env: dict[fx.Node, Any], inputs: dict[str, Tensor]) -> None:

@@ -11,10 +11,6 @@ from typing import Any
 from ..runtime.errors import GristmillError
 from .checkpoint import Checkpoint
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "generation_config.json",
-)  # fmt: skip
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "pytorch_model*.bin"]
 
 
@@ -29,9 +25,17 @@ class Source:
 
 
 def load_source(model: str) -> Source:
-    """Open ``model``: a directory, or a name on the Hugging Face hub. Raises GristmillError for anything unusable."""
+    """Open ``model``: a directory, or a name on the Hugging Face hub.
+
+    Raises GristmillError for anything unusable.
+    """
     directory = _resolve(model)
-    return Source(directory.name if os.path.isdir(model) else model, directory, load_config(directory), Checkpoint(directory))
+    return Source(
+        directory.name if os.path.isdir(model) else model,
+        directory,
+        load_config(directory),
+        Checkpoint(directory),
+    )
 
 
 def load_config(directory: Path) -> Any:
@@ -46,7 +50,10 @@ def load_config(directory: Path) -> Any:
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise GristmillError(f"{path}: no model_type; expected a Hugging Face model configuration")
     if raw.get("auto_map"):
-        raise GristmillError(f"{path}: the model brings its own code (trust_remote_code), which is never run; use a built-in one")
+        raise GristmillError(
+            f"{path}: the model brings its own code (trust_remote_code), which is never run; "
+            "use a built-in one"
+        )
     if raw.get("quantization_config"):
         method = (raw["quantization_config"] or {}).get("quant_method", "unknown")
         raise GristmillError(f"{path}: already quantized ({method}); give the original float model")
@@ -58,7 +65,10 @@ def _transformers_config(directory: Path, model_type: str) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise GristmillError(f"{directory}: model_type {model_type!r} is not a decoder that transformers knows; see the README's list")
+        raise GristmillError(
+            f"{directory}: model_type {model_type!r} is not a decoder that transformers knows; "
+            "see the README's list"
+        )
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # validation errors of transformers are of many types
@@ -72,7 +82,10 @@ def _resolve(model: str) -> Path:
     if os.path.exists(model):
         raise GristmillError(f"{model}: is a file; expected a Hugging Face model directory or a hub name")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise GristmillError(f"{model}: no such directory; expected a Hugging Face model directory or a hub name like owner/model")
+        raise GristmillError(
+            f"{model}: no such directory; expected a Hugging Face model directory "
+            "or a hub name like owner/model"
+        )
     try:
         from huggingface_hub import snapshot_download
 

@@ -1,7 +1,7 @@
 """A fused graph → a Program and the list of tensors it needs.
 
-Every node becomes an instruction, except column slices, which become views. Weights are named after the checkpoint tensors they
-come from; a tied embedding and head are one matrix.
+Every node becomes an instruction, except column slices, which become views. Weights are named after the
+checkpoint tensors they come from; a tied embedding and head are one matrix.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Matrix:
 
 @dataclass
 class Lowered:
-    """``matrices`` and ``vectors`` (float32) are what the program refers to, in the order in which it first needs them."""
+    """``matrices`` and ``vectors`` (float32) are what the program refers to, in the order of first need."""
 
     program: Program
     matrices: dict[str, Matrix] = field(default_factory=dict)
@@ -59,19 +59,27 @@ class _Lowering:
 
     def run(self) -> Lowered:
         output = next(n for n in reversed(self.traced.graph.nodes) if n.op == "output")
-        self.head = output.args[0][0]  # type: ignore[index]
+        self.head = output.args[0][0]
         for node in self._calls():
             if is_op(node, aten.slice.Tensor):
                 self.views[node] = self._slice(node)
             else:
                 LOWERINGS[node.target](self, node, arguments(node))
-        self.program.vocabulary = shape(self.head)[-1]  # type: ignore[arg-type]
+        self.program.vocabulary = shape(self.head)[-1]
         return self.result
 
     def _calls(self) -> list[fx.Node]:
         return [n for n in self.traced.graph.nodes if n.op == "call_function"]
 
-    def emit(self, node: fx.Node, op: str, views: dict[str, Any], vectors: dict[str, Any], weight: str | None = None, **attributes: Any) -> None:
+    def emit(
+        self,
+        node: fx.Node,
+        op: str,
+        views: dict[str, Any],
+        vectors: dict[str, Any],
+        weight: str | None = None,
+        **attributes: Any,
+    ) -> None:
         """Append an instruction whose result is ``node``."""
         named = {k: v if isinstance(v, list) else self.views[v] for k, v in views.items() if v is not None}
         rows = self._rows(named, op)
@@ -96,7 +104,10 @@ class _Lowering:
     def _slice(self, node: fx.Node) -> View:
         a = arguments(node)
         if a["dim"] not in (2, -1) or a["step"] != 1:
-            raise GristmillError(f"a slice over dimension {a['dim']} with step {a['step']} cannot be lowered; expected columns of a row")
+            raise GristmillError(
+                f"a slice over dimension {a['dim']} with step {a['step']} cannot be lowered; "
+                "expected columns of a row"
+            )
         whole = self.views[a["self"]]
         return View(whole.value, whole.column + int(a["start"] or 0), shape(node)[-1])
 
@@ -140,7 +151,7 @@ def _roles(traced: Traced) -> dict[fx.Node, str]:
     roles: dict[fx.Node, str] = {}
     for node in traced.graph.nodes:
         if is_op(node, ours.embedding.default):
-            roles.setdefault(node.args[1], "embedding")  # type: ignore[arg-type]
+            roles.setdefault(node.args[1], "embedding")
         elif is_op(node, ours.linear.default):
             head = any(user.op == "output" for user in node.users)
             for weight in arguments(node)["weights"]:
@@ -158,12 +169,21 @@ def _joined(names: list[str]) -> str:
 def _embedding(low: _Lowering, node: fx.Node, a: dict[str, Any]) -> None:
     key = low.weight_list([low.matrix(a["weight"])])
     extra = {"offset": a["offset"]} if a["offset"] else {}
-    low.emit(node, "embedding", {"residual": a["residual"]}, {}, key, ids=a["ids"].name, scale=float(a["scale"]), **extra)
+    low.emit(
+        node,
+        "embedding",
+        {"residual": a["residual"]},
+        {},
+        key,
+        ids=a["ids"].name,
+        scale=float(a["scale"]),
+        **extra,
+    )
 
 
 def _norm(op: str) -> Callable[[_Lowering, fx.Node, dict[str, Any]], None]:
     def lower_norm(low: _Lowering, node: fx.Node, a: dict[str, Any]) -> None:
-        vectors = {k: a[k] for k in ("weight", "bias") if k in a}
+        vectors: dict[str, Any] = {k: a[k] for k in ("weight", "bias") if k in a}
         low.emit(node, op, {"in": a["x"], "residual": a["residual"]}, vectors, eps=float(a["eps"]))
 
     return lower_norm
@@ -176,7 +196,8 @@ def _linear(low: _Lowering, node: fx.Node, a: dict[str, Any]) -> None:
     bias = _bias(low, a["biases"], segments)
     low.emit(
         node, "linear", {"in": a["x"], "residual": a["residual"]}, {"bias": bias}, low.weight_list(segments),
-        activation=a["activation"], glu=a["glu"], scale=float(a["scale"]), softcap=float(a["softcap"]), act_group=group,
+        activation=a["activation"], glu=a["glu"], scale=float(a["scale"]), softcap=float(a["softcap"]),
+        act_group=group,
     )  # fmt: skip
 
 
@@ -185,14 +206,18 @@ def _bias(low: _Lowering, biases: list[Any], segments: list[Segment]) -> fx.Node
     if all(b is None for b in biases):
         return None
     if len(biases) == 1:
-        return biases[0]  # type: ignore[no-any-return]
+        return biases[0]
     parts = [None if b is None else low.traced.weights[b.name] for b in biases]
     names = [p.names[0] for p in parts if p is not None]
 
     def load() -> torch.Tensor:
-        return torch.cat([torch.zeros(s.n) if p is None else p.load() for p, s in zip(parts, segments, strict=True)])
+        return torch.cat(
+            [torch.zeros(s.n) if p is None else p.load() for p, s in zip(parts, segments, strict=True)]
+        )
 
-    lazy = Lazy((sum(s.n for s in segments),), (_joined([n.removesuffix(".bias") for n in names]) + ".bias",), load)
+    lazy = Lazy(
+        (sum(s.n for s in segments),), (_joined([n.removesuffix(".bias") for n in names]) + ".bias",), load
+    )
     return low.traced.add_weight(lazy.names[0].replace(".", "_").replace("+", "_"), lazy)
 
 
@@ -201,7 +226,7 @@ def _attention(low: _Lowering, node: fx.Node, a: dict[str, Any]) -> None:
     k_dim, v_dim = shape(a["k"])[-1] // a["kv_heads"], shape(a["v"])[-1] // a["kv_heads"]
     program.caches.append(CacheSpec(a["kv_heads"], k_dim, v_dim, low.kv_type, a["window"]))
     low.emit(
-        node, "attention", {"q": a["q"], "k": a["k"], "v": a["v"]}, {n: a[n] for n in ("q_norm", "k_norm", "sinks")},
+        node, "attention", {n: a[n] for n in "qkv"}, {n: a[n] for n in ("q_norm", "k_norm", "sinks")},
         cache=len(program.caches) - 1, heads=a["heads"], scale=float(a["scale"]), softcap=float(a["softcap"]),
         rope=_rope(low, a), norm_eps=float(a["norm_eps"]),
     )  # fmt: skip

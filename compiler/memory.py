@@ -10,8 +10,8 @@ ALIGNMENT = 64
 def plan_arena(program: Program) -> None:
     """Set the offset of every value and the program's arena_bytes, for max_tokens rows each.
 
-    First fit in order of size, largest first: a value goes to the lowest offset where no value that is alive at the same time
-    lies. Values are alive from the instruction that writes them to the last that reads them.
+    First fit in order of size, largest first: a value goes to the lowest offset where no value that is alive
+    at the same time lies. Values are alive from the instruction that writes them to the last that reads them.
     """
     spans = _lifetimes(program)
     placed: list[tuple[int, int, tuple[int, int]]] = []

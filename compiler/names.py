@@ -1,7 +1,7 @@
 """Which checkpoint tensor a model's parameter is read from.
 
-transformers knows older spellings of parameter names and adds or drops the base model's prefix while loading; the same rules
-are applied here to names alone.
+transformers knows older spellings of parameter names and adds or drops the base model's prefix while loading;
+the same rules are applied here to names alone.
 """
 
 from __future__ import annotations
@@ -25,11 +25,16 @@ def parameter_sources(model: Any, stored: Iterable[str]) -> dict[str, str]:
 
 
 def require(sources: dict[str, str], names: tuple[str, ...]) -> str:
-    """The checkpoint name of a parameter given all its (tied) names. Raises GristmillError when there is none."""
+    """The checkpoint name of a parameter given all its (tied) names.
+
+    Raises GristmillError when there is none.
+    """
     for name in names:
         if name in sources:
             return sources[name]
-    raise GristmillError(f"the checkpoint has no tensor {names[0]!r}; is a shard missing? download the model again")
+    raise GristmillError(
+        f"the checkpoint has no tensor {names[0]!r}; is a shard missing? download the model again"
+    )
 
 
 def _renamings(model: Any) -> list[Any]:

@@ -7,14 +7,16 @@ from pathlib import Path
 from ..runtime.errors import GristmillError
 
 COPIED = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 SENTENCEPIECE = "tokenizer.model"
 
 
 def tokenizer_files(directory: Path, samples: list[str]) -> dict[str, bytes]:
-    """File name → bytes for the artifact. ``samples``: texts on which a conversion must give the same ids as the original.
+    """File name → bytes for the artifact.
+
+    ``samples``: texts on which a conversion must give the same ids as the original.
 
     Raises GristmillError when there is no tokenizer, or its conversion differs.
     """
@@ -27,15 +29,22 @@ def tokenizer_files(directory: Path, samples: list[str]) -> dict[str, bytes]:
 def _converted(directory: Path, samples: list[str]) -> bytes:
     older = [n for n in (SENTENCEPIECE, "vocab.json") if (directory / n).is_file()]
     if not older:
-        raise GristmillError(f"{directory}: no tokenizer; expected tokenizer.json (or {SENTENCEPIECE}, or vocab.json and merges.txt)")
+        raise GristmillError(
+            f"{directory}: no tokenizer; expected tokenizer.json "
+            f"(or {SENTENCEPIECE}, or vocab.json and merges.txt)"
+        )
     from transformers import AutoTokenizer
 
     try:
-        fast = AutoTokenizer.from_pretrained(directory, use_fast=True, trust_remote_code=False, local_files_only=True)
+        fast = AutoTokenizer.from_pretrained(
+            directory, use_fast=True, trust_remote_code=False, local_files_only=True
+        )
         text = str(fast.backend_tokenizer.to_str())
     except Exception as error:  # conversion fails in many ways
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        raise GristmillError(f"{directory}/{older[0]}: cannot be converted to tokenizer.json ({reason}); add a tokenizer.json") from None
+        raise GristmillError(
+            f"{directory}/{older[0]}: cannot be converted to tokenizer.json ({reason}); add a tokenizer.json"
+        ) from None
     if older[0] == SENTENCEPIECE:
         _prove(directory / SENTENCEPIECE, text, samples)
     return text.encode()
@@ -46,7 +55,9 @@ def _prove(model: Path, converted: str, samples: list[str]) -> None:
     try:
         import sentencepiece
     except ImportError:
-        raise GristmillError(f"{model}: converting it needs the package sentencepiece; pip install sentencepiece") from None
+        raise GristmillError(
+            f"{model}: converting it needs the package sentencepiece; pip install sentencepiece"
+        ) from None
     from tokenizers import Tokenizer
 
     original = sentencepiece.SentencePieceProcessor(model_file=str(model))
@@ -54,4 +65,7 @@ def _prove(model: Path, converted: str, samples: list[str]) -> None:
     for line in (line for sample in samples for line in sample.splitlines() if line.strip()):
         expected, got = original.encode(line), tokenizer.encode(line, add_special_tokens=False).ids
         if expected != got:
-            raise GristmillError(f"{model}: its conversion gives other ids for {line[:40]!r}; add a tokenizer.json made for this model")
+            raise GristmillError(
+                f"{model}: its conversion gives other ids for {line[:40]!r}; "
+                "add a tokenizer.json made for this model"
+            )

@@ -1,7 +1,8 @@
 """From a transformers config to a graph over rows, without reading a weight.
 
 The model is built with parameters that are allocated and never touched. Attention leaves it as one opaque op,
-``gristmill::attention_heads``; everything else works row by row, so the rows of a batch may belong to different sequences.
+``gristmill::attention_heads``; everything else works row by row, so the rows of a batch may belong to
+different sequences.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..passes.graph import EXAMPLE_ROWS, Lazy, Traced
 from ..runtime.errors import GristmillError
@@ -19,7 +20,8 @@ from .checkpoint import Checkpoint
 from .names import parameter_sources, require
 
 NAME = "gristmill"
-# transformers' builders of masks that our attention implements; "packed" says that sequences of a batch do not see each other
+# transformers' builders of masks that our attention implements; "packed" says that sequences of a batch do
+# not see each other
 KNOWN_MASKS = {
     "causal_mask_function", "sliding_window_overlay", "and_masks", "packed_sequence_mask_function",
     "remap_positions_for_packed_sequence",
@@ -32,11 +34,11 @@ class _Wrapper(torch.nn.Module):
         self.model = model
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits  # type: ignore[no-any-return]
+        return self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits
 
 
 def trace(config: Any, checkpoint: Checkpoint, max_len: int) -> Traced:
-    """Export the decoder of ``config`` over [1, T] rows; its weights stay in ``checkpoint`` until they are asked for.
+    """Export the decoder of ``config`` over [1, T] rows; its weights stay in ``checkpoint`` until asked for.
 
     Raises GristmillError when the model cannot be traced or the checkpoint lacks one of its weights.
     """
@@ -64,7 +66,8 @@ def _register(masks: list[Any]) -> None:
 
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None,
-    sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
+    sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     layer = int(getattr(module, "layer_idx", 0) or 0)
@@ -75,7 +78,10 @@ def _attention(
 
 
 def _build(config: Any) -> torch.nn.Module:
-    """The model with allocated, untouched float32 parameters. transformers writes into configs, hence the deep copy."""
+    """The model with allocated, untouched float32 parameters.
+
+    transformers writes into configs, hence the deep copy.
+    """
     import transformers
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -89,29 +95,39 @@ def _build(config: Any) -> torch.nn.Module:
         model.tie_weights()
     except Exception as error:  # any part of a model's construction may refuse its configuration
         raise GristmillError(f"the model cannot be built from its config ({_first_line(error)})") from error
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def _freeze_ropes(model: torch.nn.Module, max_len: int) -> int | None:
     """Rotary frequencies that depend on the longest position of a batch are fixed to what max_len asks for.
 
-    longrope has two sets (arXiv 2402.13753); dynamic scaling leaves the original set up to the trained length. Returns the number
-    of positions that the choice holds for, None when there was none to make.
+    longrope has two sets (arXiv 2402.13753); dynamic scaling leaves the original set up to the trained
+    length. Returns the number of positions that the choice holds for, None when there was none to make.
     """
     limits = []
     for module in model.modules():
         kind = getattr(module, "rope_type", None)
         if isinstance(kind, dict):
             if any(k in ("longrope", "dynamic") for k in kind.values()):
-                raise GristmillError(f"rope types {sorted(set(kind.values()))} per layer type are not supported; expected fixed ones")
+                raise GristmillError(
+                    f"rope types {sorted(set(kind.values()))} per layer type are not supported; "
+                    "expected fixed ones"
+                )
         elif kind == "longrope":
             limits.append(_freeze_longrope(module, max_len))
         elif kind is not None and "dynamic" in kind:
-            limits.append(int(module.max_seq_len_cached))  # type: ignore[arg-type]
-            if max_len > limits[-1]:
-                raise GristmillError(f"dynamic rope scaling beyond {limits[-1]} positions is not supported; give --max-len {limits[-1]}")
-            module.rope_type = "default"  # type: ignore[assignment]
+            limits.append(_freeze_dynamic(module, max_len))
     return min((n for n in limits if n is not None), default=None)
+
+
+def _freeze_dynamic(module: Any, max_len: int) -> int:
+    limit = int(module.max_seq_len_cached)
+    if max_len > limit:
+        raise GristmillError(
+            f"dynamic rope scaling beyond {limit} positions is not supported; give --max-len {limit}"
+        )
+    module.rope_type = "default"
+    return limit
 
 
 def _freeze_longrope(module: Any, max_len: int) -> int | None:
@@ -121,7 +137,9 @@ def _freeze_longrope(module: Any, max_len: int) -> int | None:
     module.rope_type = "default"
     if max_len <= original:
         return original
-    inv_freq, module.attention_scaling = ROPE_INIT_FUNCTIONS["longrope"](module.config, None, seq_len=original + 1)
+    inv_freq, module.attention_scaling = ROPE_INIT_FUNCTIONS["longrope"](
+        module.config, None, seq_len=original + 1
+    )
     module.inv_freq = inv_freq.float()
     return None
 
@@ -136,14 +154,18 @@ def _export(model: torch.nn.Module) -> torch.export.ExportedProgram:
             exported = torch.export.export(_Wrapper(model), example, dynamic_shapes=shapes, strict=False)
             return exported.run_decompositions({})
     except Exception as error:  # the exporter raises whatever the model's code raises
-        raise GristmillError(f"{type(model).__name__} cannot be traced ({_first_line(error)}); see the README for the families") from error
+        raise GristmillError(
+            f"{type(model).__name__} cannot be traced ({_first_line(error)}); see the README for the families"
+        ) from error
 
 
 def _refuse_masks(masks: list[Any]) -> None:
     for mask in masks:
         strange = _mask_names(mask) - KNOWN_MASKS
         if strange:
-            raise GristmillError(f"attention mask {sorted(strange)[0]!r} is not supported; expected causal or sliding window")
+            raise GristmillError(
+                f"attention mask {sorted(strange)[0]!r} is not supported; expected causal or sliding window"
+            )
 
 
 def _mask_names(function: Any) -> set[str]:
@@ -157,7 +179,9 @@ def _mask_names(function: Any) -> set[str]:
     return names
 
 
-def _lift(program: torch.export.ExportedProgram, model: torch.nn.Module, config: Any, checkpoint: Checkpoint) -> Traced:
+def _lift(
+    program: torch.export.ExportedProgram, model: torch.nn.Module, config: Any, checkpoint: Checkpoint
+) -> Traced:
     """Placeholders of the exported graph → weights by name; buffers are small and kept."""
     graph = program.graph_module.graph
     signature = program.graph_signature
@@ -169,7 +193,10 @@ def _lift(program: torch.export.ExportedProgram, model: torch.nn.Module, config:
             name = signature.inputs_to_parameters[node.name].removeprefix("model.")
             source = require(sources, aliases[name])
             weights[node.name] = _stored(checkpoint, source, tuple(node.meta["val"].shape))
-        elif node.name in signature.inputs_to_buffers or node.name in signature.inputs_to_lifted_tensor_constants:
+        elif (
+            node.name in signature.inputs_to_buffers
+            or node.name in signature.inputs_to_lifted_tensor_constants
+        ):
             weights[node.name] = _constant(program, signature, node)
     return Traced(graph, weights, config)
 
@@ -177,14 +204,17 @@ def _lift(program: torch.export.ExportedProgram, model: torch.nn.Module, config:
 def _stored(checkpoint: Checkpoint, source: str, shape: tuple[int, ...]) -> Lazy:
     if checkpoint.shape(source) != shape:
         raise GristmillError(
-            f"tensor {source!r} has shape {list(checkpoint.shape(source))}, the config asks for {list(shape)}; "
+            f"tensor {source!r} has shape {list(checkpoint.shape(source))}, "
+            f"the config asks for {list(shape)}; "
             "config.json and weights do not belong together"
         )
     return Lazy(shape, (source,), lambda: checkpoint.read(source))
 
 
 def _constant(program: torch.export.ExportedProgram, signature: Any, node: fx.Node) -> Lazy:
-    name = signature.inputs_to_buffers.get(node.name) or signature.inputs_to_lifted_tensor_constants[node.name]
+    name = (
+        signature.inputs_to_buffers.get(node.name) or signature.inputs_to_lifted_tensor_constants[node.name]
+    )
     stored = program.state_dict.get(name)
     value = (program.constants[name] if stored is None else stored).detach().clone()
     return Lazy(tuple(value.shape), (name.removeprefix("model."),), lambda: value)

@@ -1,4 +1,7 @@
-"""The ops a fused graph is made of, declared to torch with their references. Importing this module registers them."""
+"""The ops a fused graph is made of, declared to torch with their references.
+
+Importing this module registers them.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +22,32 @@ def _define(schema: str, reference: Any) -> None:
     _library.impl(schema.split("(")[0], reference, "CompositeExplicitAutograd")
 
 
-_define("embedding(Tensor ids, Tensor weight, Tensor? residual=None, float scale=1.0, int offset=0) -> Tensor", _linear.embedding)
-_define("rms_norm(Tensor x, Tensor? weight, Tensor? residual, float eps) -> Tensor", _norms.rms_norm)
-_define("layer_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps) -> Tensor", _norms.layer_norm)
 _define(
-    "linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? residual=None, str activation='none', bool glu=False, "
-    "float scale=1.0, float softcap=0.0) -> Tensor",
+    "embedding(Tensor ids, Tensor weight, Tensor? residual=None, float scale=1.0, int offset=0) -> Tensor",
+    _linear.embedding,
+)
+_define("rms_norm(Tensor x, Tensor? weight, Tensor? residual, float eps) -> Tensor", _norms.rms_norm)
+_define(
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps) -> Tensor",
+    _norms.layer_norm,
+)
+_define(
+    "linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? residual=None, str activation='none', "
+    "bool glu=False, float scale=1.0, float softcap=0.0) -> Tensor",
     _linear.linear,
 )
-_define("rope(Tensor x, Tensor positions, Tensor inv_freq, str style, float scale) -> Tensor", _attention.rope)
 _define(
-    "attention_heads(Tensor q, Tensor k, Tensor v, int layer, float scale, int window, float softcap, Tensor? sinks) -> Tensor",
+    "rope(Tensor x, Tensor positions, Tensor inv_freq, str style, float scale) -> Tensor", _attention.rope
+)
+_define(
+    "attention_heads(Tensor q, Tensor k, Tensor v, int layer, float scale, int window, float softcap, "
+    "Tensor? sinks) -> Tensor",
     _attention.attention_heads,
 )
 _define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor slots, Tensor? inv_freq, Tensor? q_norm, Tensor? k_norm, "
-    "Tensor? sinks, int heads, int kv_heads, float scale, int window, float softcap, str rope_style, float rope_scale, "
-    "float norm_eps) -> Tensor",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor slots, Tensor? inv_freq, Tensor? "
+    "q_norm, Tensor? k_norm, Tensor? sinks, int heads, int kv_heads, float scale, int window, float "
+    "softcap, str rope_style, float rope_scale, float norm_eps) -> Tensor",
     _attention.attention,
 )
 _define("pointwise(Tensor[] inputs, str steps) -> Tensor", _pointwise.pointwise)
@@ -43,5 +55,7 @@ _define("gather_rows(Tensor x, Tensor rows) -> Tensor", lambda x, rows: x[:, row
 
 
 @torch.library.register_fake("gristmill::attention_heads")
-def _attention_heads_fake(q: Any, k: Any, v: Any, layer: int, scale: float, window: int, softcap: float, sinks: Any) -> Any:
+def _attention_heads_fake(
+    q: Any, k: Any, v: Any, layer: int, scale: float, window: int, softcap: float, sinks: Any
+) -> Any:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])

@@ -1,19 +1,26 @@
-"""One spelling for everything: no asserts, no no-ops, linears and embeddings as our ops, constants folded into weights."""
+"""One spelling for everything: no asserts and no-ops, linears and embeddings as our ops, constants folded."""
 
 from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
-from .graph import EXAMPLE_ROWS, Lazy, Traced, aten, call, is_op, ours, shape, swap
+from .graph import EXAMPLE_ROWS, Lazy, Traced, arguments, aten, call, is_op, ours, shape, swap
 from .rule import Report, Rule
 
 ASSERTS = ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "_guards_fn")
-NO_OPS = (aten.alias.default, aten.clone.default, aten.detach.default, aten.contiguous.default, aten.dropout.default)
+NO_OPS = (
+    aten.alias.default,
+    aten.clone.default,
+    aten.detach.default,
+    aten.contiguous.default,
+    aten.dropout.default,
+)
 CASTS = (aten._to_copy.default, aten.type_as.default, aten.to.dtype)
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
 
@@ -61,22 +68,26 @@ def _same_value(node: fx.Node) -> fx.Node | None:
     first = node.args[0]
     if node.target in NO_OPS:
         return first
-    if node.target in CASTS and node.meta["val"].dtype == first.meta["val"].dtype:
+    if node.target in CASTS and _dtype(node) == _dtype(first):
         return first
     if node.target in VIEWS and shape(node) == shape(first):
         return first
-    if is_op(node, aten.mul.Tensor, aten.div.Tensor) and node.args[1] == 1:
+    if is_op(node, aten.mul.Tensor, aten.div.Tensor) and node.args[1] == 1 and _dtype(node) == _dtype(first):
         return first
     if is_op(node, aten.slice.Tensor) and shape(node) == shape(first):
         return first
     return None
 
 
+def _dtype(node: fx.Node) -> torch.dtype:
+    return node.meta["val"].dtype
+
+
 def _cat_of_one(node: fx.Node) -> fx.Node | None:
     """torch.cat whose other parts are empty."""
     if not is_op(node, aten.cat.default):
         return None
-    parts = [p for p in node.args[0] if math.prod(shape(p))]  # type: ignore[union-attr]
+    parts: list[Any] = [p for p in arguments(node)["tensors"] if 0 not in shape(p)]
     return parts[0] if len(parts) == 1 else None
 
 
@@ -88,40 +99,44 @@ def _linear(traced: Traced, node: fx.Node) -> fx.Node:
 
 def _addmm(traced: Traced, node: fx.Node) -> fx.Node | None:
     """addmm(bias, view(x), W), then view: GPT-2's Conv1D. The weight is turned once, lazily."""
-    bias, rows, weight = node.args[:3]
+    bias, rows, weight = node.args[:3]  # type: Any, Any, Any
     source = traced.weight(weight)
-    if source is None or not is_op(rows, aten.view.default) or len(shape(rows.args[0])) != 3:  # type: ignore[union-attr, arg-type]
+    if source is None or node.kwargs or not is_op(rows, aten.view.default) or len(shape(rows.args[0])) != 3:
         return None
     views = list(node.users)
-    if not all(is_op(v, aten.view.default) and shape(v)[:2] == (1, EXAMPLE_ROWS) and len(shape(v)) == 3 for v in views):
+    if not all(
+        is_op(v, aten.view.default) and shape(v)[:2] == (1, EXAMPLE_ROWS) and len(shape(v)) == 3
+        for v in views
+    ):
         return None
     turned = Lazy(tuple(reversed(source.shape)), source.names, lambda: source.load().t().contiguous())
-    name = f"{weight.name}_transposed"  # type: ignore[union-attr]
-    new = call(traced, node, ours.linear.default, (rows.args[0], [traced.add_weight(name, turned)], [bias]))  # type: ignore[union-attr]
+    turned_weight = traced.add_weight(f"{weight.name}_transposed", turned)
+    new = call(traced, node, ours.linear.default, (rows.args[0], [turned_weight], [bias]))
     new.meta["val"] = views[0].meta["val"]
     return new
 
 
 def _embedding(traced: Traced, node: fx.Node) -> fx.Node:
-    weight, ids = node.args[0], node.args[1]
-    offset = 0
-    if is_op(ids, aten.add.Tensor) and isinstance(ids.args[1], int):  # type: ignore[union-attr]
-        ids, offset = ids.args[0], ids.args[1]  # type: ignore[union-attr]
+    ids: Any = node.args[1]
+    weight, offset = node.args[0], 0
+    if is_op(ids, aten.add.Tensor) and isinstance(ids.args[1], int) and not ids.kwargs:
+        ids, offset = ids.args
     return call(traced, node, ours.embedding.default, (ids, weight, None, 1.0, offset))
 
 
-def _layer_norm(traced: Traced, node: fx.Node) -> fx.Node:
-    x, _, weight, bias = (list(node.args) + [None, None])[:4]
-    eps = node.args[4] if len(node.args) > 4 else 1e-5
-    return call(traced, node, ours.layer_norm.default, (x, weight, bias, None, eps))
+def _layer_norm(traced: Traced, node: fx.Node) -> fx.Node | None:
+    a = arguments(node)
+    if len(a["normalized_shape"]) != 1:
+        return None
+    return call(traced, node, ours.layer_norm.default, (a["input"], a["weight"], a["bias"], None, a["eps"]))
 
 
 def _scalar_operand(traced: Traced, node: fx.Node) -> fx.Node | None:
     """A constant tensor with one element, as a second operand, becomes a literal."""
-    lazy = traced.weight(node.args[1]) if len(node.args) > 1 else None
-    if lazy is None or math.prod(lazy.shape) != 1 or not isinstance(node.args[0], fx.Node):
+    x, lazy = node.args[0], traced.weight(node.args[1])
+    if lazy is None or math.prod(lazy.shape) != 1 or not isinstance(x, fx.Node) or shape(x) != shape(node):
         return None
-    return call(traced, node, node.target, (node.args[0], float(lazy.load().reshape(()).item())))
+    return call(traced, node, node.target, (x, lazy.load().item()), dict(node.kwargs))
 
 
 REWRITES: dict[Any, Any] = {
@@ -152,13 +167,13 @@ def _fold_constants(traced: Traced, report: Report) -> bool:
 
 def _folded(traced: Traced, node: fx.Node) -> Lazy:
     lazies = {n: traced.weights[n.name] for n in node.all_input_nodes}
-    args, kwargs, target = node.args, node.kwargs, node.target
+    args, kwargs, target = node.args, node.kwargs, cast("Callable[..., Tensor]", node.target)
 
     def load() -> Tensor:
         def value(a: fx.Node) -> Tensor:
             return lazies[a].load()
 
-        return target(*fx.map_arg(args, value), **fx.map_arg(kwargs, value))  # type: ignore[operator, no-any-return]
+        return target(*fx.map_arg(args, value), **fx.map_arg(kwargs, value))
 
     names = tuple(dict.fromkeys(n for lazy in lazies.values() for n in lazy.names))
     return Lazy(shape(node), names, load)
@@ -172,5 +187,7 @@ def _gelu_new(x: Any) -> Any:
 
 GELU_TANH = Rule(
     patterns=(_gelu_new,),
-    replace=lambda traced, out, found: call(traced, out, aten.gelu.default, (found["x"],), {"approximate": "tanh"}),
+    replace=lambda traced, out, found: call(
+        traced, out, aten.gelu.default, (found["x"],), {"approximate": "tanh"}
+    ),
 )

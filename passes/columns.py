@@ -1,7 +1,8 @@
 """Which columns of a row a reshaped tensor holds.
 
-Models cut a linear's output into heads by views, transposes, splits and slices. Running those ops once over column numbers says,
-for every element of the result, which column it is: no pattern per model, and interleaved layouts (GPT-NeoX) come out as well.
+Models cut a linear's output into heads by views, transposes, splits and slices. Running those ops once over
+column numbers says, for every element of the result, which column it is: no pattern per model, and
+interleaved layouts (GPT-NeoX) come out as well.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from torch import Tensor, fx
 from .graph import EXAMPLE_ROWS, arguments, aten, is_op, ours, shape
 
 SHAPE_OPS = (
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int, aten.permute.default,
-    aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unsqueeze.default,
-    aten.squeeze.dim, aten.select.int, aten.unbind.int, operator.getitem,
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int,
+    aten.permute.default, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default,
+    aten.chunk.default, aten.unsqueeze.default, aten.squeeze.dim, aten.select.int, aten.unbind.int,
+    operator.getitem,
 )  # fmt: skip
 
 
 @dataclass
 class Heads:
-    """A [1, H, T, D] tensor: column ``columns[h, d]`` of ``base`` ([1, T, N]), normed over D by ``norm`` on the way if not None."""
+    """A [1, H, T, D] tensor: column ``columns[h, d]`` of ``base`` ([1, T, N]), perhaps normed over D."""
 
     base: fx.Node
     columns: Tensor
@@ -32,14 +34,19 @@ class Heads:
 
 
 def trace_heads(node: fx.Node) -> Heads | None:
-    """Follow a head-shaped tensor back to the rows it is cut from. None when something else than reshaping happens on the way."""
+    """Follow a head-shaped tensor back to the rows it is cut from.
+
+    None when something else than reshaping happens on the way.
+    """
     chain: list[fx.Node] = []
     norm: fx.Node | None = None
     current = node
     while not _is_row(current):
         if is_op(current, *SHAPE_OPS):
             chain.append(current)
-        elif is_op(current, ours.rms_norm.default) and norm is None and arguments(current)["residual"] is None:
+        elif (
+            is_op(current, ours.rms_norm.default) and norm is None and arguments(current)["residual"] is None
+        ):
             norm = current
             if shape(current)[-1] != shape(node)[-1] or any(_moves_last(n) for n in chain):
                 return None
@@ -55,8 +62,9 @@ def _is_row(node: fx.Node) -> bool:
 
 
 def _moves_last(node: fx.Node) -> bool:
-    """Whether a shape op could mix the last dimension: only transposes of the two middle dimensions are known not to."""
-    return not (is_op(node, aten.transpose.int) and {a % 4 for a in node.args[1:]} == {1, 2})  # type: ignore[operator, union-attr]
+    """Whether a shape op could mix the last dimension: only transposes of the middle two are known not to."""
+    dims: Any = node.args[1:]
+    return not (is_op(node, aten.transpose.int) and {d % 4 for d in dims} == {1, 2})
 
 
 def _column_numbers(base: fx.Node, chain: list[fx.Node]) -> Tensor | None:

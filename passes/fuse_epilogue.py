@@ -1,4 +1,4 @@
-"""What follows a linear or a norm is computed where its result still is in registers: activation, scale, softcap, residual add."""
+"""What follows a linear or a norm moves into it: activation, scale, softcap, residual add."""
 
 from __future__ import annotations
 
@@ -75,12 +75,16 @@ def _scale(traced: Traced, node: fx.Node) -> fx.Node | None:
 
 def _residual(traced: Traced, node: fx.Node, report: Report) -> fx.Node | None:
     """add(a, b): the later of the two takes the other as its residual."""
-    if not is_op(node, aten.add.Tensor) or len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
+    if (
+        not is_op(node, aten.add.Tensor)
+        or len(node.args) != 2
+        or not all(isinstance(a, fx.Node) for a in node.args)
+    ):
         return None
     if node.kwargs or shape(node.args[0]) != shape(node.args[1]):  # type: ignore[arg-type]
         return None
     order = {n: i for i, n in enumerate(traced.graph.nodes)}
-    for x, other in sorted((node.args, node.args[::-1]), key=lambda pair: -order[pair[0]]):  # type: ignore[index]
+    for x, other in sorted((node.args, node.args[::-1]), key=lambda pair: -order[pair[0]]):
         if is_op(x, *TAKES_RESIDUAL) and only_user(x) and arguments(x)["residual"] is None:  # type: ignore[arg-type]
             return with_arguments(traced, x, node, residual=other)  # type: ignore[arg-type]
     report.miss(node, "neither side is a linear or norm used only here")

@@ -10,7 +10,15 @@ from torch import fx
 from .graph import Traced, arguments, aten, call, is_op, only_user, ours, width
 from .rule import Report
 
-ACTIVATIONS = {aten.silu.default: "silu", aten.relu.default: "relu", aten.gelu.default: "gelu"}
+ACTIVATIONS: dict[Any, str] = {
+    aten.silu.default: "silu",
+    aten.relu.default: "relu",
+    aten.gelu.default: "gelu",
+}
+    aten.silu.default: "silu",
+    aten.relu.default: "relu",
+    aten.gelu.default: "gelu",
+}
 
 
 def activation_name(node: fx.Node) -> str | None:
@@ -22,14 +30,14 @@ def activation_name(node: fx.Node) -> str | None:
 
 
 def run(traced: Traced, report: Report) -> None:
-    """mul(act(gate), up) in either order, where gate and up are linears of one input or the halves of one linear."""
+    """mul(act(gate), up) in either order: gate and up are linears of one input or halves of one linear."""
     for node in list(traced.graph.nodes):
         if not is_op(node, aten.mul.Tensor) or not all(isinstance(a, fx.Node) for a in node.args):
             continue
         first, second = node.args
-        if activation_name(first) is None:  # type: ignore[arg-type]
+        if activation_name(first) is None:
             first, second = second, first
-        name = activation_name(first)  # type: ignore[arg-type]
+        name = activation_name(first)
         if name is not None:
             _fuse(traced, node, name, first, second, report)
     traced.clean()

@@ -36,7 +36,9 @@ def _check(traced: Traced, found: dict[str, Any]) -> str | None:
 
 def _replace(traced: Traced, out: fx.Node, found: dict[str, Any]) -> fx.Node:
     assert shape(out) == shape(found["x"])
-    return call(traced, out, ours.rms_norm.default, (found["x"], found.get("weight"), None, float(found["eps"])))
+    return call(
+        traced, out, ours.rms_norm.default, (found["x"], found.get("weight"), None, float(found["eps"]))
+    )
 
 
 RULE = Rule(patterns=(_weight_first, _weight_last, _plain), check=_check, replace=_replace)

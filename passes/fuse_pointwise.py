@@ -11,10 +11,11 @@ from .fuse_glu import activation_name
 from .graph import Traced, aten, call, only_user, ours
 from .rule import Report
 
-NAMES = {
-    aten.add.Tensor: "add", aten.sub.Tensor: "sub", aten.mul.Tensor: "mul", aten.div.Tensor: "div", aten.neg.default: "neg",
-    aten.exp.default: "exp", aten.tanh.default: "tanh", aten.sigmoid.default: "sigmoid", aten.sqrt.default: "sqrt",
-    aten.rsqrt.default: "rsqrt", aten.abs.default: "abs", aten.reciprocal.default: "reciprocal", aten.maximum.default: "maximum",
+NAMES: dict[Any, str] = {
+    aten.add.Tensor: "add", aten.sub.Tensor: "sub", aten.mul.Tensor: "mul", aten.div.Tensor: "div",
+    aten.neg.default: "neg", aten.exp.default: "exp", aten.tanh.default: "tanh",
+    aten.sigmoid.default: "sigmoid", aten.sqrt.default: "sqrt", aten.rsqrt.default: "rsqrt",
+    aten.abs.default: "abs", aten.reciprocal.default: "reciprocal", aten.maximum.default: "maximum",
     aten.minimum.default: "minimum",
 }  # fmt: skip
 
@@ -43,7 +44,10 @@ def _name(node: Any) -> str | None:
 
 
 def _collect(node: fx.Node, inputs: list[fx.Node], steps: list[list[Any]]) -> int:
-    """Append the steps that compute ``node``; returns its step number. Inputs are marked by negative numbers until all are known."""
+    """Append the steps that compute ``node``; returns its step number.
+
+    Inputs are marked by negative numbers until all are known.
+    """
     operands: list[Any] = []
     args = node.args[:1] if node.target is aten.pow.Tensor_Scalar else node.args
     for arg in args:

@@ -1,7 +1,8 @@
 """Rotary embeddings become one op per tensor; their cos and sin tables become frequencies.
 
-Models compute cos and sin from positions once and share them. A rewrite takes them as they are and asks the graph itself what
-they hold: the angle at position 1 is the frequency, the cosine at position 0 is the scale, and other positions must agree.
+Models compute cos and sin from positions once and share them. A rewrite takes them as they are and asks the
+graph itself what they hold: the angle at position 1 is the frequency, the cosine at position 0 is the scale,
+and other positions must agree.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ PROBES = torch.arange(EXAMPLE_ROWS) ** 3  # 0, 1, 8 ... 1728
 
 
 def _half(x: Any, cos: Any, sin: Any, half: Any) -> Any:
-    rotated = aten.cat.default([aten.neg.default(aten.slice.Tensor(x, 3, half, END)), aten.slice.Tensor(x, 3, 0, half)], -1)
+    rotated = aten.cat.default(
+        [aten.neg.default(aten.slice.Tensor(x, 3, half, END)), aten.slice.Tensor(x, 3, 0, half)], -1
+    )
     return aten.add.Tensor(aten.mul.Tensor(x, cos), aten.mul.Tensor(rotated, sin))
 
 
@@ -52,7 +55,11 @@ def _tables(traced: Traced, found: dict[str, Any], style: str) -> tuple[Tensor, 
     scale = float(cos[0, 0])
     expected = _spread(PROBES[:, None].float() * inv_freq, style)
     wrong = max(_distance(cos, expected.cos() * scale), _distance(sin, expected.sin() * scale))
-    return (inv_freq, scale) if wrong < 1e-4 * max(scale, 1.0) else f"cos and sin are not rotations by position (off by {wrong:.1e})"
+    return (
+        (inv_freq, scale)
+        if wrong < 1e-4 * max(scale, 1.0)
+        else f"cos and sin are not rotations by position (off by {wrong:.1e})"
+    )
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -18,7 +18,7 @@ EXAMPLE_ROWS = 13  # T while tracing: a number no model has as a width
 
 @dataclass
 class Lazy:
-    """A weight that is read when asked for: shape, the checkpoint names it comes from, how to load it (float32)."""
+    """A weight that is read when asked for: shape, names in the checkpoint, how to load it (float32)."""
 
     shape: tuple[int, ...]
     names: tuple[str, ...]
@@ -27,7 +27,7 @@ class Lazy:
 
 @dataclass
 class Traced:
-    """A graph whose placeholders are weights (keys of ``weights``, by node name) and inputs (``tokens``, ``positions`` ...: [1, T])."""
+    """A graph whose placeholders are ``weights`` by name and inputs (``tokens``, ``slots`` ...: [1, T])."""
 
     graph: fx.Graph
     weights: dict[str, Lazy]
@@ -80,8 +80,10 @@ def width(node: fx.Node) -> int:
     return shape(node)[-1]
 
 
-def call(traced: Traced, before: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
-    """A new call placed before ``before``, with its meta: the caller replaces ``before`` by it, or sets meta itself."""
+def call(
+    traced: Traced, before: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> fx.Node:
+    """A new call placed before ``before``, with its meta: the caller replaces ``before`` or sets another."""
     with traced.graph.inserting_before(before):
         node = traced.graph.call_function(target, args, kwargs or {})
     node.meta = dict(before.meta)
@@ -102,7 +104,9 @@ def arguments(node: fx.Node) -> dict[str, Any]:
         if n < len(node.args):
             out[argument.name] = node.args[n]
         else:
-            out[argument.name] = node.kwargs.get(argument.name, argument.default_value if argument.has_default_value() else None)
+            out[argument.name] = node.kwargs.get(
+                argument.name, argument.default_value if argument.has_default_value() else None
+            )
     return out
 
 

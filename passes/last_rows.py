@@ -12,7 +12,7 @@ ROW_WISE = (ours.rms_norm.default, ours.layer_norm.default, ours.linear.default)
 
 def run(traced: Traced, report: Report) -> None:
     output = next(n for n in reversed(traced.graph.nodes) if n.op == "output")
-    first = _first_of_tail(output.args[0][0])  # type: ignore[index, arg-type]
+    first = _first_of_tail(output.args[0][0])
     if first is None:
         report.miss(output, "the logits do not come from a linear")
         return

@@ -23,7 +23,10 @@ class IllegalGraph(Exception):
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the ledger. ``difference``: largest change of the logits, relative to their largest, when checked."""
+    """One line of the ledger.
+
+    ``difference``: largest change of the logits, relative to their largest, when checked.
+    """
 
     name: str
     hits: int
@@ -42,7 +45,9 @@ class Entry:
 
 
 def run_passes(traced: Traced, passes: Sequence[ModuleType], evaluate: Evaluate | None = None) -> list[Entry]:
-    """Run each pass module's ``run(traced, report)``. With ``evaluate`` the logits before and after every pass are compared.
+    """Run each pass module's ``run(traced, report)``.
+
+    With ``evaluate`` the logits before and after every pass are compared.
 
     Raises IllegalGraph when an op is left that should be gone.
     """
@@ -60,7 +65,9 @@ def run_passes(traced: Traced, passes: Sequence[ModuleType], evaluate: Evaluate 
             difference = float((after - before).abs().max() / before.abs().max())
             before = after
         done.append(name)
-        ledger.append(Entry(name, report.hits, tuple(report.misses), len(traced.graph.nodes), seconds, difference))
+        ledger.append(
+            Entry(name, report.hits, tuple(report.misses), len(traced.graph.nodes), seconds, difference)
+        )
         _check(traced, done, ledger[-1], final=module is passes[-1])
     return ledger
 

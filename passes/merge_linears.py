@@ -1,10 +1,10 @@
-"""Linears of one input become one list of segments, whose outputs are columns of one result: the input is read and quantized once."""
+"""Linears of one input become one with many segments: the input is read and quantized once."""
 
 from __future__ import annotations
 
 from torch import fx
 
-from .graph import Traced, arguments, aten, call, is_op, ours, shape
+from .graph import Traced, arguments, aten, call, ours, shape
 from .rule import Report
 
 
@@ -12,7 +12,7 @@ def run(traced: Traced, report: Report) -> None:
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in traced.graph.find_nodes(op="call_function", target=ours.linear.default):
         if _plain(node):
-            groups.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
+            groups.setdefault(node.args[0], []).append(node)
     for group in groups.values():
         if len(group) > 1:
             _merge(traced, group)
@@ -22,7 +22,13 @@ def run(traced: Traced, report: Report) -> None:
 
 def _plain(node: fx.Node) -> bool:
     a = arguments(node)
-    return a["activation"] == "none" and not a["glu"] and a["residual"] is None and a["scale"] == 1.0 and a["softcap"] == 0.0
+    return (
+        a["activation"] == "none"
+        and not a["glu"]
+        and a["residual"] is None
+        and a["scale"] == 1.0
+        and a["softcap"] == 0.0
+    )
 
 
 def _merge(traced: Traced, group: list[fx.Node]) -> None:

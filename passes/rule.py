@@ -1,7 +1,7 @@
 """Local rewrites as rules: patterns to find, a check that says no with a reason, a replacement.
 
-A pattern is a function over ATen ops, as the exporter leaves them; its parameters are what it captures, nodes or literals alike.
-torch.fx's matcher does the matching; an inner node that anything else uses makes no match.
+A pattern is a function over ATen ops, as the exporter leaves them; its parameters are what it captures, nodes
+or literals alike. torch.fx's matcher does the matching; an inner node that anything else uses makes no match.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Rule:
-    """``check(traced, found)`` returns a reason to refuse or None; ``replace(traced, out, found)`` builds the new node before ``out``."""
+    """``check(traced, found)``: why not, or None; ``replace(traced, out, found)``: what replaces ``out``."""
 
     patterns: tuple[Pattern, ...]
     replace: Callable[[Traced, fx.Node, dict[str, Any]], fx.Node]
@@ -43,14 +43,16 @@ class Rule:
 
     def _apply_pattern(self, traced: Traced, pattern: Pattern, report: Report) -> None:
         wanted = fx.symbolic_trace(pattern).graph
-        matcher = SubgraphMatcher(wanted, match_output=False, match_placeholder=False, remove_overlapping_matches=True)
+        matcher = SubgraphMatcher(
+            wanted, match_output=False, match_placeholder=False, remove_overlapping_matches=True
+        )
         anchor = next(n for n in wanted.nodes if n.op == "output").args[0]
         replaced: dict[fx.Node, fx.Node] = {}
         for match in matcher.match(traced.graph):
             out = match.nodes_map[anchor]
-            found = {n.target: match.nodes_map.get(n) for n in match.nodes_map if n.op == "placeholder"}
+            captured = ((str(n.target), v) for n, v in match.nodes_map.items() if n.op == "placeholder")
             # an earlier rewrite may have replaced what this match captured
-            found = {k: replaced.get(v, v) if isinstance(v, fx.Node) else v for k, v in found.items()}
+            found = {k: replaced.get(v, v) if isinstance(v, fx.Node) else v for k, v in captured}
             reason = self.check(traced, found)
             if reason is not None:
                 report.miss(out, reason)

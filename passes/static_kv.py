@@ -1,4 +1,4 @@
-"""Attention gets its cache: q, k, v as columns of rows, rope and per-head norms inside, appended and read at (slot, position)."""
+"""Attention gets its cache: q, k, v as columns of rows, ropes and head norms inside, at (slot, position)."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def _lower(traced: Traced, node: fx.Node) -> str | None:
         return "q and k rotate differently"
     q, k, v = heads
     assert q is not None and k is not None and v is not None
-    norms = [None if h.norm is None else arguments(h.norm) for h in (q, k)]
-    if (norms[0] is None) != (norms[1] is None) or v.norm is not None or (norms[0] and norms[0]["eps"] != norms[1]["eps"]):  # type: ignore[index]
+    norms = [_norm(traced, h) for h in (q, k)]
+    if v.norm is not None or norms[0][1] != norms[1][1]:
         return "q and k are normed differently"
     rows = _rows(traced, node, (q, k, v))
     if isinstance(rows, str):
@@ -43,9 +43,8 @@ def _lower(traced: Traced, node: fx.Node) -> str | None:
     _, inv_freq, style, scale = ropes[0]
     args = (
         *rows, traced.input("positions"), traced.input("slots"), inv_freq,
-        norms[0]["weight"] if norms[0] else None, norms[1]["weight"] if norms[1] else None, a["sinks"],
-        q.columns.shape[0], k.columns.shape[0], a["scale"], a["window"], a["softcap"], style, scale,
-        float(norms[0]["eps"]) if norms[0] else 0.0,
+        norms[0][0], norms[1][0], a["sinks"], q.columns.shape[0], k.columns.shape[0], a["scale"], a["window"],
+        a["softcap"], style, scale, norms[0][1] or 0.0,
     )  # fmt: skip
     new = call(traced, node, ours.attention.default, args)
     return _replace_flat(traced, node, new)
@@ -56,6 +55,15 @@ def _rope(node: fx.Node) -> tuple[Any, Any, str, float]:
         return node, None, "half", 1.0
     a = arguments(node)
     return a["x"], a["inv_freq"], a["style"], a["scale"]
+
+
+def _norm(traced: Traced, heads: Heads) -> tuple[fx.Node | None, float | None]:
+    """(weight, eps) of the norm over a head, (None, None) without one; no weight means ones."""
+    if heads.norm is None:
+        return None, None
+    a, width = arguments(heads.norm), heads.columns.shape[1]
+    ones = Lazy((width,), (f"ones_{width}",), lambda: torch.ones(width))
+    return a["weight"] or traced.add_weight(ones.names[0], ones), float(a["eps"])
 
 
 def _replace_flat(traced: Traced, node: fx.Node, new: fx.Node) -> str | None:
@@ -73,14 +81,16 @@ def _replace_flat(traced: Traced, node: fx.Node, new: fx.Node) -> str | None:
 
 
 def _rows(traced: Traced, node: fx.Node, heads: Iterable[Heads]) -> list[fx.Node] | str:
-    """q, k, v as [1, T, H * D] nodes: columns of their bases, whose weight rows are reordered once where columns are scattered."""
+    """q, k, v as [1, T, H * D] nodes: columns of their bases; weight rows move where these are scattered."""
     heads = tuple(heads)
     out = []
     for base in dict.fromkeys(h.base for h in heads):
         mine = [h for h in heads if h.base is base]
         wanted = torch.cat([h.columns.flatten() for h in mine])
         if not torch.equal(wanted, wanted.sort().values) and _contiguous(mine) is None:
-            if not is_op(base, ours.linear.default) or wanted.sort().values.tolist() != list(range(shape(base)[-1])):
+            if not is_op(base, ours.linear.default) or wanted.sort().values.tolist() != list(
+                range(shape(base)[-1])
+            ):
                 return "the heads' columns are scattered over something else than a linear"
             base = _reorder(traced, base, wanted)
             start = 0
@@ -114,7 +124,9 @@ def _slice(traced: Traced, node: fx.Node, base: fx.Node, first: int, count: int)
 
 
 def _reorder(traced: Traced, linear: fx.Node, order: Tensor) -> fx.Node:
-    """The same linear with its output columns in another order: rows of its weight and entries of its bias move."""
+    """The same linear with its output columns in another order: rows of its weight and entries of its bias
+    move.
+    """
     a = arguments(linear)
     (weight,), (bias,) = a["weights"], a["biases"]
     args = (a["x"], [_moved(traced, weight, order)], [None if bias is None else _moved(traced, bias, order)])
@@ -125,4 +137,6 @@ def _reorder(traced: Traced, linear: fx.Node, order: Tensor) -> fx.Node:
 
 def _moved(traced: Traced, node: fx.Node, order: Tensor) -> fx.Node:
     lazy = traced.weights[node.name]
-    return traced.add_weight(f"{node.name}_reordered", Lazy(lazy.shape, lazy.names, lambda: lazy.load()[order]))
+    return traced.add_weight(
+        f"{node.name}_reordered", Lazy(lazy.shape, lazy.names, lambda: lazy.load()[order])
+    )

@@ -155,9 +155,7 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Frequencies by vector name; ``dims`` leading columns of a head rotate; cos and sin are multiplied by
-    ``scale``.
-    """
+    """Frequencies by vector name; ``dims`` leading columns rotate; cos and sin times ``scale``."""
 
     inv_freq: str
     dims: int

@@ -9,7 +9,10 @@ from .norms import rms_norm
 
 
 def rope(x: Tensor, positions: Tensor, inv_freq: Tensor, style: str, scale: float) -> Tensor:
-    """Rotate the first 2 * len(inv_freq) columns of each head (arXiv 2104.09864, eq. 34). x [1, H, T, D]; positions [1, T]."""
+    """Rotate the first 2 * len(inv_freq) columns of each head (arXiv 2104.09864, eq. 34).
+
+    x [1, H, T, D]; positions [1, T].
+    """
     angles = positions[..., None].float() * inv_freq
     cos, sin = (angles.cos() * scale)[:, None], (angles.sin() * scale)[:, None]
     dims = 2 * inv_freq.shape[0]
@@ -23,7 +26,9 @@ def rope(x: Tensor, positions: Tensor, inv_freq: Tensor, style: str, scale: floa
     return torch.cat([out, rest], -1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float, sinks: Tensor | None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float, sinks: Tensor | None
+) -> Tensor:
     """Causal attention of one whole sequence. q [H, T, D]; k, v [KV, T, D]; result [H, T, V]."""
     groups = q.shape[0] // k.shape[0]
     k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
@@ -42,7 +47,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: 
 
 
 def attention_heads(
-    q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, window: int, softcap: float, sinks: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
 ) -> Tensor:
     """The traced form: one whole sequence. q [1, H, T, D]; k, v [1, KV, T, D]; result [1, T, H, V]."""
     del layer
@@ -68,11 +80,13 @@ def attention(
     rope_scale: float,
     norm_eps: float,
 ) -> Tensor:
-    """Attention of whole sequences told apart by ``slots``; the rows of a slot are its positions 0, 1, 2 ... in order.
+    """Attention of whole sequences told apart by ``slots``; a slot's rows are positions 0, 1, 2 ...
 
     q [1, T, heads * D]; k, v [1, T, kv_heads * D]; positions, slots [1, T]; result [1, T, heads * V].
     """
-    split = [x.view(1, x.shape[1], n, -1).transpose(1, 2) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads))]
+    split = [
+        x.view(1, x.shape[1], n, -1).transpose(1, 2) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads))
+    ]
     q, k, v = split
     q = q if q_norm is None else rms_norm(q, q_norm, None, norm_eps)
     k = k if k_norm is None else rms_norm(k, k_norm, None, norm_eps)

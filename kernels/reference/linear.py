@@ -29,8 +29,8 @@ def linear(
 ) -> Tensor:
     """softcap(scale * act(x W^T + b) [* up half]) + residual, W and b the segments one below the other.
 
-    x [..., K]; weights [n_i, K]; biases [n_i] or None; residual and result [..., N], or N / 2 with ``glu``, whose first half of
-    rows is the gate and whose second half is the up projection (arXiv 2002.05202).
+    x [..., K]; weights [n_i, K]; biases [n_i] or None; residual and result [..., N], or N / 2 with ``glu``,
+    whose first half of rows is the gate and whose second half is the up projection (arXiv 2002.05202).
     """
     y = torch.cat([functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -1)
     if glu:
