@@ -15,10 +15,6 @@ ACTIVATIONS: dict[Any, str] = {
     aten.relu.default: "relu",
     aten.gelu.default: "gelu",
 }
-    aten.silu.default: "silu",
-    aten.relu.default: "relu",
-    aten.gelu.default: "gelu",
-}
 
 
 def activation_name(node: fx.Node) -> str | None:
