@@ -38,10 +38,19 @@ def compile(model: str | PathLike[str], out: str | PathLike[str], **options: Any
     cannot be compiled.
     """
     from gristmill.compiler.options import CompileOptions
-    from gristmill.compiler.pipeline import compile_model
+    from gristmill.runtime.errors import GristmillError
 
     progress = options.pop("progress", None)
-    return compile_model(str(model), str(out), CompileOptions.of(**options), progress=progress)
+    chosen = CompileOptions.of(**options)
+    try:
+        from gristmill.compiler.pipeline import compile_model
+    except ModuleNotFoundError as error:
+        if str(error.name).split(".")[0] not in ("torch", "transformers", "huggingface_hub"):
+            raise
+        raise GristmillError(
+            f"compiling needs {error.name}; install it with `pip install 'gristmill[compile]'`"
+        ) from error
+    return compile_model(str(model), str(out), chosen, progress=progress)
 
 
 def __getattr__(name: str) -> Any:

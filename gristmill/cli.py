@@ -115,14 +115,20 @@ def inspect(artifact: str, program: bool, as_json: bool) -> None:
     gristmill inspect py7m.grist
     gristmill inspect py7m.grist --program
     """
-    from gristmill.runtime.report import artifact_rows, artifact_summary, evaluation_rows, read_program
+    from gristmill.runtime.report import (
+        artifact_rows,
+        artifact_summary,
+        evaluation_rows,
+        listing,
+        read_program,
+    )
 
     opened, listed = read_program(artifact)
     summary = artifact_summary(opened, listed)
     if as_json:
-        echo_json({**summary, "program": listed.listing()} if program else summary)
+        echo_json({**summary, "program": listing(listed)} if program else summary)
     elif program:
-        click.echo(listed.listing())
+        click.echo(listing(listed))
     else:
         show_table(artifact_rows(summary), stderr=False)
         if summary["evaluation"] is not None:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
@@ -95,7 +96,7 @@ def _raise_exception(message: str) -> None:
 
 def _refuse_underscore(name: str) -> None:
     if name.startswith("_"):
-        raise jinja2.sandbox.SecurityError(f"a namespace may not hold the underscored name {name!r}")
+        raise jinja2.exceptions.SecurityError(f"a namespace may not hold the underscored name {name!r}")
 
 
 def _plain(value: Any) -> Any:

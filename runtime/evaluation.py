@@ -61,9 +61,9 @@ def window_nll(session: Session, window: list[int], slot: int, given: int) -> np
     prefix).
     """
     parts = []
-    for start, logits in window_logits(session, window, slot):
+    for start, logits in window_logits(session, window[:-1], slot):  # nothing follows the last token
         targets = window[start + 1 : start + 1 + len(logits)]
-        parts.append(token_nll(logits[: len(targets)], np.array(targets)))
+        parts.append(token_nll(logits, np.array(targets)))
     return np.concatenate(parts)[max(given, 1) - 1 :]
 
 

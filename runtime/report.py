@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.runtime.artifact import EVALUATION, PROGRAM, Artifact, open_artifact
+from gristmill.runtime.errors import GristmillError
+from gristmill.runtime.footprint import kv_bytes, refuse_malformed
 from gristmill.runtime.program import Program
-from gristmill.runtime.session import kv_bytes
 
 Rows = list[tuple[str, str]]
 
@@ -15,7 +16,17 @@ Rows = list[tuple[str, str]]
 def read_program(path: str | Path) -> tuple[Artifact, Program]:
     """Opens the artifact at `path` without running anything."""
     artifact = open_artifact(path)
-    return artifact, Program.from_json(artifact.json(PROGRAM))
+    program = Program.from_json(artifact.json(PROGRAM))
+    refuse_malformed(program)
+    return artifact, program
+
+
+def listing(program: Program) -> str:
+    """The program, one line per instruction; it may not have been checked by an executor."""
+    try:
+        return program.listing()
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise GristmillError(f"program.json is malformed ({error}); compile the model again") from error
 
 
 def artifact_summary(artifact: Artifact, program: Program) -> dict[str, Any]:

@@ -79,8 +79,6 @@ def check(session: Session) -> dict[str, Any]:
 
 def _last_logits(session: Session, ids: list[int]) -> np.ndarray:
     count = len(ids)
-    rows = np.arange(max(0, count - POSITIONS), count, dtype=np.int32)
+    rows = range(max(0, count - POSITIONS), count)
     with session.slot() as slot:
-        return session._run(
-            np.array(ids, np.int32), np.arange(count, dtype=np.int32), np.full(count, slot, np.int32), rows
-        )
+        return session.forward(ids, range(count), [slot] * count, list(rows))

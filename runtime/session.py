@@ -24,10 +24,11 @@ from gristmill.runtime.artifact import (
     open_artifact,
     parse_json,
 )
-from gristmill.runtime.decoding.generate import Prompt, generate_all, stream_one
+from gristmill.runtime.decoding.generate import Prompt, Stream, generate_all
 from gristmill.runtime.decoding.options import GenerationOptions, refuse_unknown
 from gristmill.runtime.errors import GristmillError
-from gristmill.runtime.program import CacheSpec, Program
+from gristmill.runtime.footprint import refuse_malformed, refuse_too_large, smallest_ring
+from gristmill.runtime.program import Program
 from gristmill.runtime.slots import Slots
 from gristmill.runtime.tokenizer import Tokenizer
 
@@ -73,11 +74,12 @@ def load(
     artifact = open_artifact(path)
     program_json = artifact.read(PROGRAM)
     program = Program.from_json(parse_json(program_json, PROGRAM))
+    refuse_malformed(program)
     limits = program.limits
     max_len = _within("max_len", max_len, limits.max_len, limits.max_position)
     max_slots = _within("max_slots", max_slots, limits.max_slots, 65536)
     threads = _within("threads", threads, machine.usable_cpus(), 1024)
-    _refuse_too_large(program, max_len, max_slots)
+    refuse_too_large(program, max_len, max_slots)
     executor = native().Executor(
         program_json, str(artifact.weights_path), threads=threads, max_len=max_len, max_slots=max_slots
     )
@@ -170,11 +172,10 @@ class Session:
             for name, value in (("tokens", tokens), ("positions", positions), ("slots", slots))
         ]
         chosen = np.arange(len(arrays[0]), dtype=np.int32) if rows is None else _int32("rows", rows)
-        return self._run(*arrays, chosen, held=False)
+        return self._run(arrays[0], arrays[1], arrays[2], chosen, held=False)
 
     def reset(self, slot: int) -> None:
         """Forgets the sequence that `forward` put into `slot`."""
-        self._slots.check(np.zeros(1, np.int32), np.array([slot], np.int32), held=True)
         with self._lock:
             self._slots.reset(slot)
 
@@ -200,12 +201,12 @@ class Session:
             return generate_all(self, [Prompt(self._prompt_ids(one), chosen) for one in prompt])
         return generate_all(self, [Prompt(self._prompt_ids(prompt), chosen)])[0]
 
-    def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> Stream:
         """Continues one prompt and yields its text in pieces that never split a character or a stop string.
 
-        The iterator returned has the attribute `result`, the Generation so far.
+        The stream returned has the attribute `result`, the Generation so far, and `close()` ends it early.
         """
-        return stream_one(self, Prompt(self._prompt_ids(prompt), GenerationOptions.of(**options)))
+        return Stream(self, Prompt(self._prompt_ids(prompt), GenerationOptions.of(**options)))
 
     def _prompt_ids(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
@@ -231,6 +232,7 @@ class Session:
         positions: np.ndarray,
         slots: np.ndarray,
         rows: np.ndarray,
+        *,
         held: bool = True,
     ) -> np.ndarray:
         """`forward` after its arguments became arrays; `held`: on slots taken from self._slots."""
@@ -261,24 +263,6 @@ class Session:
             raise GristmillError(f"rows must be at most {self.max_tokens} indices from 0 to {count - 1}")
 
 
-def kv_rows(cache: CacheSpec, max_len: int, max_tokens: int) -> int:
-    """Positions that one slot of `cache` holds: all, or a sliding window's ring."""
-    return min(max_len, cache.window + max_tokens) if cache.window else max_len
-
-
-def kv_bytes(program: Program, max_len: int, max_slots: int) -> int:
-    """Bytes of all caches for `max_slots` slots of `max_len` positions."""
-    return max_slots * sum(
-        c.row_bytes() * kv_rows(c, max_len, program.limits.max_tokens) for c in program.caches
-    )
-
-
-def smallest_ring(program: Program, max_len: int) -> int:
-    """The fewest rows a windowed cache keeps of a slot, or 0 where every cache keeps all."""
-    rows = [kv_rows(cache, max_len, program.limits.max_tokens) for cache in program.caches]
-    return min((n for n in rows if n < max_len), default=0)
-
-
 def native() -> Any:
     """The compiled executor module."""
     try:
@@ -288,16 +272,6 @@ def native() -> Any:
             f"the CPU executor is not built ({error}); install with `pip install .`"
         ) from error
     return _native
-
-
-def _refuse_too_large(program: Program, max_len: int, max_slots: int) -> None:
-    needed = kv_bytes(program, max_len, max_slots) + program.arena_bytes
-    available = machine.available_memory_bytes()
-    if available is not None and needed > available:
-        raise GristmillError(
-            f"{max_slots} slots of {max_len} positions need {needed >> 20} MiB, {available >> 20} are free; "
-            "load with a smaller max_len or max_slots"
-        )
 
 
 def _within(name: str, value: int | None, default: int, limit: int) -> int:

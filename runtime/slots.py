@@ -57,6 +57,7 @@ class Slots:
 
     def reset(self, slot: int) -> None:
         """Forgets the sequence that `Session.forward` put into `slot`."""
+        _refuse_outside("slot", np.array([slot]), self.max_slots, "load with a larger max_slots")
         with self._freed:
             self._refuse_held(np.array([slot]))
             self._forwarded.discard(slot)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -201,7 +201,7 @@ class Stream:
         """Ends the generation where it stands."""
         self._pieces.close()
 
-    def _run(self) -> Iterator[str]:
+    def _run(self) -> Generator[str, None, None]:
         sequence, slots = self._sequence, self._session._slots
         slot = slots.take()
         assert slot is not None
@@ -213,8 +213,3 @@ class Stream:
                         yield piece
         finally:
             slots.give_back(slot)
-
-
-def stream_one(session: Session, prompt: Prompt) -> Stream:
-    """The text of one prompt's continuation, piece by piece."""
-    return Stream(session, prompt)

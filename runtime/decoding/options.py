@@ -37,9 +37,7 @@ class GenerationOptions:
         """Options from keywords. Raises GristmillError that names an unknown one and what is near it."""
         refuse_unknown(values, [field.name for field in fields(GenerationOptions)], "generate")
         stop = values.get("stop")
-        if stop is None:
-            stop = ()
-        values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+        values["stop"] = tuple(stop) if isinstance(stop, (list, tuple)) else () if stop is None else (stop,)
         options = GenerationOptions(**values)
         options._check()
         return options

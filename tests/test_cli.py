@@ -1,0 +1,266 @@
+"""The command line: what it prints where, its exit codes, its one-line errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import click
+import pytest
+from tiny import tiny_artifact
+
+import gristmill
+from gristmill.cli import cli, run_command
+from gristmill.compiler.options import CompileOptions
+from gristmill.runtime.errors import GristmillError
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    return str(tiny_artifact(tmp_path_factory.mktemp("cli") / "a"))
+
+
+def output(capsys, *arguments: str, code: int = 0) -> tuple[str, str]:
+    """stdout and stderr of a command that ends with exit code `code`."""
+    found = run_command(list(arguments))
+    out, err = capsys.readouterr()
+    assert found == code, (out, err)
+    return out, err
+
+
+def test_run(artifact, capsys):
+    expected = gristmill.load(artifact).generate("abc", max_new_tokens=6)
+    out, err = output(capsys, "run", artifact, "--prompt", "abc", "--max-new-tokens", "6")
+    assert out == expected.text + "\n" and "4 + 6 tokens" in err
+    result = json.loads(
+        output(capsys, "run", artifact, "--prompt", "abc", "--max-new-tokens", "6", "--json")[0]
+    )
+    assert result["text"] == expected.text and result["token_ids"] == expected.token_ids
+    assert {"finish_reason", "prompt_tokens", "ttft_s", "decode_tok_s"} <= set(result)
+
+
+def test_run_samples_by_seed(artifact, capsys):
+    arguments = [
+        "run",
+        artifact,
+        "--prompt",
+        "a",
+        "--temperature",
+        "2",
+        "--top-k",
+        "50",
+        "--top-p",
+        "0.9",
+        "--json",
+    ]
+    texts = [json.loads(output(capsys, *arguments, "--seed", seed)[0])["text"] for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_run_chat(artifact, capsys):
+    result = json.loads(
+        output(capsys, "run", artifact, "--prompt", "hi", "--chat", "--system", "s", "--json")[0]
+    )
+    assert result["prompt_tokens"] == len("<[system]s[user]hi[assistant]".removeprefix("<")) + 1
+    assert "needs --chat" in output(capsys, "run", artifact, "--prompt", "hi", "--system", "s", code=1)[1]
+
+
+def test_inspect(artifact, capsys):
+    out, _ = output(capsys, "inspect", artifact)
+    assert "bits per weight" in out and "perplexity" in out and "weights.safetensors" in out
+    program = output(capsys, "inspect", artifact, "--program")[0]
+    assert program.startswith("program decoder(") and "attention" in program
+    summary = json.loads(output(capsys, "inspect", artifact, "--json")[0])
+    assert summary["content_id"] and summary["evaluation"] == {"perplexity": 4.0} and "program" not in summary
+
+
+def test_verify(artifact, capsys):
+    assert "agree" in output(capsys, "verify", artifact)[0]
+    result = json.loads(output(capsys, "verify", artifact, "--selftest", "--json")[0])
+    assert result["ok"] and result["selftest"]["largest_difference"] < 1e-4
+
+
+def test_eval(artifact, capsys, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("some text that is long enough for several windows of the tiny model " * 5)
+    result = json.loads(output(capsys, "eval", artifact, "--text", str(text), "--json")[0])
+    assert result["tokens"] == len(text.read_text()) and result["ppl"] == pytest.approx(
+        2.718281828 ** result["nll"]
+    )
+    assert "ppl" in output(capsys, "eval", artifact, "--text", str(text), "--max-tokens", "100")[0]
+
+
+def test_bench(artifact, capsys):
+    arguments = [
+        "bench",
+        artifact,
+        "--prompt",
+        "20",
+        "--tokens",
+        "4",
+        "--context",
+        "8",
+        "--rounds",
+        "1",
+        "--threads",
+        "1",
+    ]
+    result = json.loads(output(capsys, *arguments, "--json")[0])
+    for key in ("decode_tok_s", "prefill_tok_s", "read_gb_s", "bandwidth_share", "load_s", "threads"):
+        assert result[key] > 0, key
+    assert result["threads"] == 1
+    assert "GB/s" in output(capsys, *arguments)[0]
+
+
+def test_bench_makes_room_for_its_context(artifact, capsys):
+    arguments = [
+        "bench",
+        artifact,
+        "--prompt",
+        "8",
+        "--tokens",
+        "4",
+        "--context",
+        "100",
+        "--rounds",
+        "1",
+        "--json",
+    ]
+    assert json.loads(output(capsys, *arguments)[0])["context"] == 100
+    assert "max_len" in output(capsys, "bench", artifact, "--context", "100000", code=1)[1]
+
+
+ERRORS = [
+    (["run", "{a}/nothing", "--prompt", "x"], "missing"),
+    (["run", "{a}", "--prompt", "x" * 100], "max_len"),
+    (["run", "{a}", "--prompt", "x", "--top-p", "7"], "top_p"),
+    (["run", "{a}", "--prompt", "x", "--max-len", "9999"], "max_len"),
+    (["run", "{a}", "--prompt", "x", "--threads", "0"], "threads"),
+    (["eval", "{a}", "--text", "{a}/nothing"], "cannot be read"),
+    (["eval", "{a}", "--text", "{a}"], "cannot be read"),
+    (["eval", "{a}", "--text", "{a}/weights.safetensors"], "UTF-8"),
+    (["eval", "{a}", "--text", "/dev/null"], "no text"),
+    (["bench", "{a}", "--tokens", "0"], "tokens"),
+    (["inspect", "/"], "not a gristmill artifact"),
+    (["verify", "/dev/null"], "file"),
+    (["compile", "{a}/nothing", "-o", "{a}", "--no-gate", "--max-kl", "1"], "gate"),
+    (["compile", "{a}/nothing", "-o", "{a}", "--weights", "f32", "--asymmetric"], "integer weights"),
+    (["compile", "{a}/nothing", "-o", "{a}", "--max-ppl-increase", "many"], "percentage"),
+    (["compile", "{a}/nothing", "-o", "{a}"], "--force"),
+    (["compile", "{a}/nothing", "-o", "{a}/weights.safetensors", "--force"], "is a file"),
+    (["compile", "{a}/nothing", "-o", "/", "--force"], "cannot be replaced"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", ERRORS, ids=range(len(ERRORS)))
+def test_errors_are_one_line(artifact, capsys, arguments, message):
+    out, err = output(capsys, *[part.replace("{a}", artifact) for part in arguments], code=1)
+    lines = err.splitlines()
+    assert out == "" and lines[-1].startswith("error: ") and message in lines[-1], err
+    assert "Traceback" not in err and "defect" not in err
+
+
+def test_wrong_usage_exits_with_2(artifact, capsys):
+    assert "No such option" in output(capsys, "run", artifact, "--prompts", "x", code=2)[1]
+    assert "Usage" in output(capsys, "run", artifact, code=2)[1]
+    assert "No such command" in output(capsys, "rum", code=2)[1]
+
+
+@pytest.mark.parametrize("command", sorted(cli.commands))
+def test_help_has_an_example_and_explains_every_option(command, capsys):
+    out, _ = output(capsys, command, "--help")
+    assert f"gristmill {command}" in out
+    options = [p for p in cli.commands[command].params if isinstance(p, click.Option)]
+    assert all(option.help for option in options)
+
+
+def test_version(capsys):
+    assert gristmill.__version__ in output(capsys, "--version")[0]
+
+
+def test_a_defect_is_one_line_with_a_hint(artifact, capsys, monkeypatch):
+    monkeypatch.setattr("gristmill.runtime.session.load", lambda *a, **k: 1 / 0)
+    _, err = output(capsys, "run", artifact, "--prompt", "x", code=1)
+    assert len(err.splitlines()) == 1 and "ZeroDivisionError" in err and "--traceback" in err
+    monkeypatch.setenv("GRISTMILL_TRACEBACK", "1")
+    assert "Traceback" in output(capsys, "run", artifact, "--prompt", "x", code=1)[1]
+
+
+@pytest.mark.parametrize(
+    "error, code, message",
+    [
+        (OSError(28, "No space left on device", "out"), 1, "error: out: No space left on device"),
+        (MemoryError(), 1, "error: not enough memory"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (GristmillError("two\nlines"), 1, "error: two lines"),
+    ],
+)
+def test_other_ends(artifact, capsys, monkeypatch, error, code, message):
+    def fail(*given, **options):
+        raise error
+
+    monkeypatch.setattr("gristmill.runtime.session.load", fail)
+    assert message in output(capsys, "run", artifact, "--prompt", "x", code=code)[1]
+
+
+def start(cwd, *arguments: str, **given) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-m", "gristmill", *arguments]
+    return subprocess.Popen(command, env=environment, cwd=cwd, stderr=subprocess.PIPE, text=True, **given)
+
+
+def test_a_reader_that_goes_away(artifact, tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    process = start(tmp_path, "inspect", artifact, "--program", stdout=write)
+    os.close(write)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 1
+
+
+def test_control_c(tmp_path, artifact):
+    arguments = ("bench", artifact, "--prompt", "8", "--tokens", "4", "--rounds", "100000")
+    process = start(tmp_path, *arguments, stdout=subprocess.PIPE)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.strip()) == (130, "", "interrupted")
+
+
+# ---- compile's options -------------------------------------------------------------------------------
+
+
+def test_defaults_follow_from_the_weights():
+    plain, exact = CompileOptions.of(), CompileOptions.of(weights="f32")
+    assert (plain.group, plain.embedding_format, plain.head_format, plain.kv_type) == (
+        128,
+        "int8",
+        "int8",
+        "f16",
+    )
+    assert (exact.embedding_format, exact.head_format, exact.kv_type) == ("f32", "f32", "f32")
+    assert CompileOptions.of(group_size="row").group == 0
+    assert CompileOptions.of(max_ppl_increase="2%").max_ppl_increase == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"weights": "int3"}, "expected one of"),
+        ({"group_size": 48}, "expected one of"),
+        ({"group_size": True}, "expected one of"),
+        ({"kv": "fp8"}, "expected one of"),
+        ({"head": "q4"}, "expected one of"),
+        ({"weights": "bf16", "group_size": 32}, "integer weights"),
+        ({"max_len": 0}, "max_len"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"gate": "yes"}, "gate"),
+        ({"max_kl": float("nan")}, "max_kl"),
+        ({"gate": False, "text": "x"}, "gate"),
+        ({"weight": "int4"}, "did you mean weights"),
+    ],
+)
+def test_options_that_do_not_go_together(given, message):
+    with pytest.raises(GristmillError, match=message):
+        CompileOptions.of(**given)

@@ -1,0 +1,131 @@
+"""The import table of the design: who may import whom, and that running an artifact needs no compiler."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import tiny_artifact
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("compiler", "passes", "quant", "kernels", "runtime")
+MAY_IMPORT = {  # folder -> prefixes of gristmill.* it may import, besides itself and runtime.errors
+    "compiler": ("passes", "quant", "runtime", "kernels.ops", ""),
+    "passes": ("kernels.ops",),
+    "quant": ("kernels.ops", "runtime.artifact"),
+    "kernels": (),
+    "runtime": ("kernels",),
+}
+HEAVY = {"torch", "transformers", "huggingface_hub", "sentencepiece"}
+
+
+def files(folder: str) -> list[Path]:
+    found = sorted(path for path in (ROOT / folder).rglob("*.py"))
+    assert found, folder
+    return found
+
+
+def imported(path: Path, only_at_import: bool) -> set[str]:
+    """Absolute names of the modules that `path` imports; TYPE_CHECKING blocks do not count."""
+    package = ["gristmill", *path.relative_to(ROOT).with_suffix("").parts]
+    package = package[:-1]
+    names = set()
+    for node in nodes(ast.parse(path.read_text()), only_at_import):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, node.module] if node.module else base)
+            names |= (
+                {f"{module}.{alias.name}" for alias in node.names}
+                if module.startswith("gristmill")
+                else {module}
+            )
+    return names
+
+
+def nodes(tree: ast.AST, only_at_import: bool):
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if only_at_import and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        yield node
+        yield from nodes(node, only_at_import)
+
+
+def is_allowed(folder: str, name: str) -> bool:
+    inside = name.removeprefix("gristmill").lstrip(".")
+    if inside.startswith((folder, "runtime.errors")):
+        return True
+    return any(inside.startswith(prefix) if prefix else "." not in inside for prefix in MAY_IMPORT[folder])
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_each_folder_imports_what_the_table_allows(folder):
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files(folder)
+        for name in sorted(imported(path, only_at_import=False))
+        if name.startswith("gristmill") and not is_allowed(folder, name)
+    ]
+    assert not wrong, wrong
+
+
+def test_the_runtime_imports_nothing_heavy():
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in [*files("runtime"), *files("gristmill"), ROOT / "compiler" / "options.py"]
+        for name in imported(path, only_at_import=path.parts[-2] == "gristmill")
+        if name.split(".")[0] in HEAVY
+    ]
+    assert not wrong, wrong
+
+
+def python(code: str, cwd: Path) -> str:
+    """What a fresh Python prints for `code`."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=cwd, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_gristmill_is_quick(tmp_path):
+    code = (
+        "import time, sys; t = time.perf_counter(); import gristmill; s = time.perf_counter() - t;"
+        "print(s); assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    assert min(float(python(code, tmp_path)) for _ in range(3)) < 0.3
+
+
+def test_an_artifact_runs_without_torch(tmp_path):
+    path = tiny_artifact(tmp_path / "a")
+    code = f"""
+import sys
+for name in {sorted(HEAVY)}:
+    sys.modules[name] = None  # importing it fails
+import gristmill
+from gristmill.cli import run_command
+session = gristmill.load({str(path)!r})
+assert len(session.generate("x", max_new_tokens=3).token_ids) == 3
+for command in (["verify", "--selftest"], ["inspect", "--program"], ["run", "--prompt", "x"]):
+    assert run_command([command[0], {str(path)!r}, *command[1:]]) == 0, command
+"""
+    python(code, tmp_path)
+
+
+def test_compiling_without_torch_says_what_to_install(tmp_path):
+    code = """
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None  # importing them fails
+import gristmill
+try:
+    gristmill.compile("model", "out")
+except gristmill.GristmillError as error:
+    print(error)
+"""
+    assert "gristmill[compile]" in python(code, tmp_path)
