@@ -22,12 +22,17 @@ NO_OPS = (
     aten.dropout.default,
 )
 CASTS = (aten._to_copy.default, aten.type_as.default, aten.to.dtype)
+ROW_WISE = (
+    ours.linear.default, ours.layer_norm.default, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor,
+    aten.div.Tensor, aten.relu.default, aten.silu.default, aten.gelu.default, aten.tanh.default,
+    aten.sigmoid.default,
+)  # fmt: skip
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
 
 
 def run(traced: Traced, report: Report) -> None:
     """Rewrites until nothing changes any more."""
-    while any([_sweep(traced, report), _fold_constants(traced, report)]):
+    while any([_sweep(traced, report), _fold_constants(traced, report), _unflatten(traced, report)]):
         traced.graph.eliminate_dead_code()
     GELU_TANH.apply(traced, report)
     _drop_asserts(traced)
@@ -163,6 +168,30 @@ def _fold_constants(traced: Traced, report: Report) -> bool:
         report.hits += 1
         changed = True
     return changed
+
+
+def _unflatten(traced: Traced, report: Report) -> bool:
+    """[T, W] rows, which some models flatten [1, T, W] to for a while, get their leading 1 back."""
+    flat: set[fx.Node] = set()
+    roots, ends = [], []
+    for node in traced.graph.nodes:
+        first: Any = node.args[0] if node.args else None
+        if is_op(node, *VIEWS) and first in flat and shape(node) == (1, *shape(first)):
+            ends.append(node)
+        elif is_op(node, *VIEWS) and len(shape(node)) == 2 and shape(first) == (1, *shape(node)):
+            roots.append(node)
+            flat.add(node)
+        elif any(source in flat for source in node.all_input_nodes):
+            rows = [s for s in node.all_input_nodes if traced.weight(s) is None]
+            if not is_op(node, *ROW_WISE) or any(r not in flat for r in rows):
+                return False
+            flat.add(node)
+    for node in flat:
+        node.meta["val"] = node.meta["val"][None]
+    for node in roots + ends:
+        swap(node, node.args[0])
+    report.hits += len(roots)
+    return bool(roots)
 
 
 def _folded(traced: Traced, node: fx.Node) -> Lazy:

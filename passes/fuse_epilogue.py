@@ -19,9 +19,9 @@ def _softcap(x: Any, cap: Any, cap2: Any) -> Any:
 
 def _check_softcap(traced: Traced, found: dict[str, Any]) -> str | None:
     x = found["x"]
-    if found["cap"] != found["cap2"]:
-        return "tanh is scaled by another number than it was divided by"
-    if not is_op(x, ours.linear.default) or not only_user(x) or arguments(x)["residual"] is not None:
+    if found["cap"] != found["cap2"] or not isinstance(found["cap"], int | float):
+        return "tanh is not scaled by the number that it was divided by"
+    if not _plain_linear(x):
         return "not the only use of a linear"
     return None
 

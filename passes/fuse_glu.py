@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from .graph import Traced, arguments, aten, call, is_op, only_user, ours, width
+from .graph import Traced, arguments, aten, call, is_op, only_user, ours, plain_linear, width
 from .rule import Report
 
 ACTIVATIONS: dict[Any, str] = {
@@ -55,7 +55,7 @@ def _fuse(traced: Traced, node: fx.Node, name: str, activated: Any, up: Any, rep
 
 
 def _two_linears(gate: fx.Node, up: fx.Node) -> tuple[Any, list[Any], list[Any]] | None:
-    if not (is_op(gate, ours.linear.default) and is_op(up, ours.linear.default)):
+    if not (plain_linear(gate) and plain_linear(up)):
         return None
     a, b = arguments(gate), arguments(up)
     if a["x"] is not b["x"] or not (only_user(gate) and only_user(up)) or width(gate) != width(up):
@@ -69,7 +69,7 @@ def _two_halves(gate: fx.Node, up: fx.Node) -> tuple[Any, list[Any], list[Any]] 
     if halves[0] is None or halves[1] is None or (halves[0][1], halves[1][1]) != (0, 1):
         return None
     linear = halves[0][0]
-    if linear is not halves[1][0] or not is_op(linear, ours.linear.default):
+    if linear is not halves[1][0] or not plain_linear(linear):
         return None
     a = arguments(linear)
     return a["x"], list(a["weights"]), list(a["biases"])
@@ -77,9 +77,13 @@ def _two_halves(gate: fx.Node, up: fx.Node) -> tuple[Any, list[Any], list[Any]] 
 
 def _half(node: fx.Node) -> tuple[fx.Node, int] | None:
     """(linear, 0 or 1) of a node that is the first or second half of a linear's columns."""
-    if is_op(node, operator.getitem) and is_op(node.args[0], aten.split.Tensor, aten.chunk.default):
-        whole, index = node.args[0].args[0], node.args[1]  # type: ignore[union-attr]
-        return (whole, index) if width(node) * 2 == width(whole) else None  # type: ignore[arg-type, return-value]
-    if is_op(node, aten.slice.Tensor) and width(node) * 2 == width(node.args[0]):  # type: ignore[arg-type]
-        return node.args[0], int(node.args[2] != 0)  # type: ignore[return-value]
+    if is_op(node, operator.getitem):
+        split, index = node.args  # type: Any, Any
+        if is_op(split, aten.split.Tensor, aten.chunk.default) and width(node) * 2 == width(split.args[0]):
+            return split.args[0], index
+    elif is_op(node, aten.slice.Tensor):
+        a = arguments(node)
+        middle = width(node)
+        if width(a["self"]) == 2 * middle and a["step"] == 1 and a["start"] in (None, 0, middle):
+            return a["self"], int(a["start"] == middle)
     return None

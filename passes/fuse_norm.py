@@ -1,4 +1,4 @@
-"""RMS norms, spelled out by models, become one op. (Layer norms are one already.)"""
+"""Norms that models spell out become one op: RMS norms, and layer norms without a bias."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ def _plain(x: Any, eps: Any) -> Any:
     return _normed(x, eps)
 
 
+def _centered(x: Any, weight: Any, eps: Any) -> Any:
+    mean = aten.mean.dim(x, [-1], True)
+    variance = aten.mean.dim(aten.pow.Tensor_Scalar(aten.sub.Tensor(x, mean), 2), [-1], True)
+    scale = aten.rsqrt.default(aten.add.Tensor(variance, eps))
+    return aten.mul.Tensor(weight, aten.mul.Tensor(aten.sub.Tensor(x, mean), scale))
+
+
 def _check(traced: Traced, found: dict[str, Any]) -> str | None:
     weight = traced.weight(found.get("weight"))
     if "weight" in found and (weight is None or weight.shape != (width(found["x"]),)):
@@ -41,9 +48,17 @@ def _replace(traced: Traced, out: fx.Node, found: dict[str, Any]) -> fx.Node:
     )
 
 
+def _replace_centered(traced: Traced, out: fx.Node, found: dict[str, Any]) -> fx.Node:
+    return call(
+        traced, out, ours.layer_norm.default, (found["x"], found["weight"], None, None, float(found["eps"]))
+    )
+
+
+CENTERED = Rule(patterns=(_centered,), check=_check, replace=_replace_centered)
 RULE = Rule(patterns=(_weight_first, _weight_last, _plain), check=_check, replace=_replace)
 
 
 def run(traced: Traced, report: Report) -> None:
+    CENTERED.apply(traced, report)
     RULE.apply(traced, report)
     traced.clean()

@@ -31,10 +31,15 @@ def _partial(x: Any, cos: Any, sin: Any, half: Any, dims: Any) -> Any:
     return aten.cat.default([_half(first, cos, sin, half), aten.slice.Tensor(x, 3, dims, END)], -1)
 
 
-def _interleaved(x: Any, cos: Any, sin: Any) -> Any:
+def _interleaved(x: Any, cos: Any, sin: Any, size: Any) -> Any:
     even, odd = aten.slice.Tensor(x, 3, 0, END, 2), aten.slice.Tensor(x, 3, 1, END, 2)
     pairs = aten.stack.default([aten.neg.default(odd), even], -1)
-    return aten.add.Tensor(aten.mul.Tensor(x, cos), aten.mul.Tensor(aten.flatten.using_ints(pairs, -2), sin))
+    return aten.add.Tensor(aten.mul.Tensor(x, cos), aten.mul.Tensor(aten.view.default(pairs, size), sin))
+
+
+def _interleaved_partial(x: Any, cos: Any, sin: Any, size: Any, dims: Any) -> Any:
+    first = aten.slice.Tensor(x, 3, 0, dims)
+    return aten.cat.default([_interleaved(first, cos, sin, size), aten.slice.Tensor(x, 3, dims, END)], -1)
 
 
 def _tables(traced: Traced, found: dict[str, Any], style: str) -> tuple[Tensor, float] | str:
@@ -51,25 +56,24 @@ def _tables(traced: Traced, found: dict[str, Any], style: str) -> tuple[Tensor, 
             return f"{name} depends on more than the positions"
         values.append(_evaluate(traced, ancestors, node, angles[0].args[0]))
     (cos, angle), (sin, _) = values
-    inv_freq = _first_half(angle[1], style)
-    scale = float(cos[0, 0])
-    expected = _spread(PROBES[:, None].float() * inv_freq, style)
-    wrong = max(_distance(cos, expected.cos() * scale), _distance(sin, expected.sin() * scale))
-    return (
-        (inv_freq, scale)
-        if wrong < 1e-4 * max(scale, 1.0)
-        else f"cos and sin are not rotations by position (off by {wrong:.1e})"
-    )
+    scale, wrong = float(cos[0, 0]), float("inf")
+    for inv_freq in _frequencies(angle[1], cos.shape[1]):
+        expected = _spread(PROBES[:, None].float() * inv_freq, style)
+        wrong = max(_distance(cos, expected.cos() * scale), _distance(sin, expected.sin() * scale))
+        if wrong < 1e-4 * max(scale, 1.0):
+            return inv_freq, scale
+    return f"cos and sin are not rotations by position (off by {wrong:.1e})"
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max()) if a.shape == b.shape else float("inf")
 
 
-def _first_half(angle: Tensor, style: str) -> Tensor:
-    if style == "half":
-        return angle[: angle.shape[0] // 2].clone()
-    return angle[::2].clone()
+def _frequencies(angle: Tensor, dims: int) -> list[Tensor]:
+    """What the frequencies may be, given the angle at position 1: as they are, or each of them twice."""
+    if angle.shape[0] * 2 == dims:
+        return [angle.clone()]
+    return [angle[: dims // 2].clone(), angle[::2].clone()]
 
 
 def _spread(freqs: Tensor, style: str) -> Tensor:
@@ -144,5 +148,7 @@ def _name(traced: Traced, inv_freq: Tensor) -> str:
 def run(traced: Traced, report: Report) -> None:
     half, interleaved = _Fusion("half"), _Fusion("interleaved")
     Rule(patterns=(_partial, _half), check=half.check, replace=half.replace).apply(traced, report)
-    Rule(patterns=(_interleaved,), check=interleaved.check, replace=interleaved.replace).apply(traced, report)
+    Rule(
+        patterns=(_interleaved_partial, _interleaved), check=interleaved.check, replace=interleaved.replace
+    ).apply(traced, report)
     traced.clean()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,18 +118,22 @@ def with_arguments(traced: Traced, node: fx.Node, before: fx.Node, **changes: An
 
 def place(node: fx.Node) -> str:
     """Where a node comes from in the model, for messages: its module path when the tracer knew it."""
-    stack = node.meta.get("nn_module_stack")
-    if isinstance(stack, dict) and stack:
-        path = str(list(stack.values())[-1][0])
-        return f"{node.target} in {path.removeprefix('L__self___').replace('model.', '', 1)}"
-    return str(node.target)
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(entry[0]) for entry in stack.values()]
+    known = [p for p in paths if p and not p.startswith("_")]  # names of the exporter's hooks begin so
+    if not known:
+        return str(node.target)
+    return f"{node.target} in {known[-1].removeprefix('L__self___').replace('model.', '', 1)}"
 
 
 def only_user(node: fx.Node) -> bool:
     return len(node.users) == 1
 
 
-def dead(nodes: Iterable[fx.Node]) -> None:
-    for node in nodes:
-        if not node.users:
-            node.graph.erase_node(node)
+def plain_linear(node: Any) -> bool:
+    """Whether a node is a linear with nothing after its bias."""
+    if not is_op(node, ours.linear.default):
+        return False
+    a = arguments(node)
+    extras = (a["activation"], a["glu"], a["residual"], a["scale"], a["softcap"])
+    return extras == ("none", False, None, 1.0, 0.0)

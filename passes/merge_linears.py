@@ -4,31 +4,20 @@ from __future__ import annotations
 
 from torch import fx
 
-from .graph import Traced, arguments, aten, call, ours, shape
+from .graph import Traced, arguments, aten, call, ours, plain_linear, shape
 from .rule import Report
 
 
 def run(traced: Traced, report: Report) -> None:
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in traced.graph.find_nodes(op="call_function", target=ours.linear.default):
-        if _plain(node):
+        if plain_linear(node) and len(shape(node)) == 3:
             groups.setdefault(node.args[0], []).append(node)
     for group in groups.values():
         if len(group) > 1:
             _merge(traced, group)
             report.hits += 1
     traced.clean()
-
-
-def _plain(node: fx.Node) -> bool:
-    a = arguments(node)
-    return (
-        a["activation"] == "none"
-        and not a["glu"]
-        and a["residual"] is None
-        and a["scale"] == 1.0
-        and a["softcap"] == 0.0
-    )
 
 
 def _merge(traced: Traced, group: list[fx.Node]) -> None:
