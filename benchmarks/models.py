@@ -48,9 +48,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-6,
         "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
         "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-        "max_position_embeddings": 40960, "max_window_layers": 28, "sliding_window": None, "use_sliding_window": False,
-        "rope_theta": 1000000,
-        "rope_scaling": None, "tie_word_embeddings": True, "use_cache": True, "torch_dtype": "bfloat16",
+        "max_position_embeddings": 40960, "max_window_layers": 28, "sliding_window": None,
+        "use_sliding_window": False, "rope_theta": 1000000, "rope_scaling": None,
+        "tie_word_embeddings": True, "use_cache": True, "torch_dtype": "bfloat16",
         "bos_token_id": 151643, "eos_token_id": 151645},
 }
 
