@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def leftovers(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
-def test_what_was_written_is_read(tmp_path):
+def test_what_was_written_is_read(tmp_path: Path) -> None:
     artifact = open_artifact(tiny_artifact(tmp_path / "a"))
     artifact.verify()
     assert artifact.json("evaluation.json") == {"perplexity": 4.0}
@@ -31,7 +32,7 @@ def test_what_was_written_is_read(tmp_path):
     assert leftovers(tmp_path) == []
 
 
-def test_weights_are_aligned_safetensors_without_holes(tmp_path):
+def test_weights_are_aligned_safetensors_without_holes(tmp_path: Path) -> None:
     path = tiny_artifact(tmp_path / "a")
     expected = tiny_weights(tiny_program())
     with safe_open(path / WEIGHTS, "np") as file:
@@ -49,7 +50,7 @@ def test_weights_are_aligned_safetensors_without_holes(tmp_path):
     assert set(read_tensors(path / WEIGHTS)) == set(expected)
 
 
-def test_weights_may_come_in_pieces(tmp_path):
+def test_weights_may_come_in_pieces(tmp_path: Path) -> None:
     array = np.arange(100, dtype=np.int8)
     with ArtifactWriter(tmp_path / "a") as writer:
         weights = writer.declare_weights([TensorSpec("w", "I8", (10, 10)), TensorSpec("v", "I8", (3,))])
@@ -63,14 +64,14 @@ def test_weights_may_come_in_pieces(tmp_path):
         np.testing.assert_array_equal(file.get_tensor("v"), array[:3])
 
 
-def test_same_input_same_bytes(tmp_path):
+def test_same_input_same_bytes(tmp_path: Path) -> None:
     one, two, other = (tiny_artifact(tmp_path / name, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
     for file in one.iterdir():
         assert file.read_bytes() == (two / file.name).read_bytes(), file.name
     assert open_artifact(one).content_id != open_artifact(other).content_id
 
 
-def test_content_id_is_not_about_the_evaluation(tmp_path):
+def test_content_id_is_not_about_the_evaluation(tmp_path: Path) -> None:
     path = tiny_artifact(tmp_path / "a")
     with ArtifactWriter(tmp_path / "b") as writer:
         writer.commit(fill(writer))
@@ -78,14 +79,14 @@ def test_content_id_is_not_about_the_evaluation(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_an_exception_leaves_nothing(tmp_path, error):
+def test_an_exception_leaves_nothing(tmp_path: Path, error: Any) -> None:
     with pytest.raises(error), ArtifactWriter(tmp_path / "a") as writer:
         writer.seal(fill(writer))
         raise error
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_artifact_stays_unless_forced(tmp_path):
+def test_an_existing_artifact_stays_unless_forced(tmp_path: Path) -> None:
     path = tiny_artifact(tmp_path / "a", seed=0)
     before = open_artifact(path).content_id
     with pytest.raises(GristmillError, match="--force"), ArtifactWriter(path):
@@ -100,7 +101,7 @@ def test_an_existing_artifact_stays_unless_forced(tmp_path):
     assert leftovers(tmp_path) == []
 
 
-def test_a_damaged_artifact_can_be_replaced(tmp_path):
+def test_a_damaged_artifact_can_be_replaced(tmp_path: Path) -> None:
     path = tiny_artifact(tmp_path / "a")
     (path / "manifest.json").write_text("")
     with ArtifactWriter(path, force=True) as writer:
@@ -109,7 +110,7 @@ def test_a_damaged_artifact_can_be_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("names", [["notes.txt"], ["config.json", "model.safetensors"], ["manifest.json"]])
-def test_what_is_not_an_artifact_is_never_replaced(tmp_path, names):
+def test_what_is_not_an_artifact_is_never_replaced(tmp_path: Path, names: list[str]) -> None:
     target = tmp_path / "a"
     target.mkdir()
     for name in names:
@@ -119,7 +120,7 @@ def test_what_is_not_an_artifact_is_never_replaced(tmp_path, names):
     assert sorted(path.name for path in target.iterdir()) == sorted(names)
 
 
-def test_targets_that_cannot_be(tmp_path):
+def test_targets_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(GristmillError, match="is a file"), ArtifactWriter(tmp_path / "file", force=True):
         pass
@@ -127,14 +128,14 @@ def test_targets_that_cannot_be(tmp_path):
         pass
 
 
-def test_an_empty_directory_is_a_fine_place(tmp_path):
+def test_an_empty_directory_is_a_fine_place(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     with ArtifactWriter(tmp_path / "a") as writer:
         writer.commit(fill(writer))
     open_artifact(tmp_path / "a").verify()
 
 
-def test_two_writers_of_one_place(tmp_path):
+def test_two_writers_of_one_place(tmp_path: Path) -> None:
     with ArtifactWriter(tmp_path / "a") as first:
         with pytest.raises(GristmillError, match="another compile"), ArtifactWriter(tmp_path / "a"):
             pass
@@ -168,14 +169,14 @@ def start_slow_writer(out: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_leaves_nothing(tmp_path, number):
+def test_a_signal_leaves_nothing(tmp_path: Path, number: int) -> None:
     process = start_slow_writer(tmp_path / "a")
     process.send_signal(number)
     assert process.wait(timeout=30) != 0
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_compile_left_goes_with_the_next(tmp_path):
+def test_what_a_killed_compile_left_goes_with_the_next(tmp_path: Path) -> None:
     process = start_slow_writer(tmp_path / "a")
     process.kill()
     process.wait(timeout=30)
@@ -184,7 +185,7 @@ def test_what_a_killed_compile_left_goes_with_the_next(tmp_path):
     assert leftovers(tmp_path) == []
 
 
-def test_a_living_compile_keeps_its_directory(tmp_path):
+def test_a_living_compile_keeps_its_directory(tmp_path: Path) -> None:
     process = start_slow_writer(tmp_path / "a")
     tiny_artifact(tmp_path / "a")
     assert len(leftovers(tmp_path)) == 1
@@ -192,7 +193,7 @@ def test_a_living_compile_keeps_its_directory(tmp_path):
     process.wait(timeout=30)
 
 
-def test_an_artifact_moved_aside_comes_back(tmp_path):
+def test_an_artifact_moved_aside_comes_back(tmp_path: Path) -> None:
     """A replacement killed between its two renames: the old artifact is found under its temporary name."""
     path = tiny_artifact(tmp_path / "a", seed=3)
     path.rename(tmp_path / ".a.old-999999999")
@@ -210,14 +211,14 @@ tiny_artifact(sys.argv[1])
 """
 
 
-def test_a_full_disk_leaves_nothing(tmp_path):
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-c", FILL_THE_DISK, str(tmp_path / "a")]
     done = subprocess.run(command, capture_output=True, text=True, env=with_path(), cwd=tmp_path, timeout=60)
     assert done.returncode != 0 and "OSError" in done.stderr, done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_opening_costs_little_whatever_the_size(tmp_path):
+def test_opening_costs_little_whatever_the_size(tmp_path: Path) -> None:
     """No byte of the weights' data is read: 600 MB of holes open in milliseconds."""
     size = 600_000_000
     with ArtifactWriter(tmp_path / "a") as writer:

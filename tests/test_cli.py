@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -17,11 +19,11 @@ from gristmill.runtime.errors import GristmillError
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory):
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_artifact(tmp_path_factory.mktemp("cli") / "a"))
 
 
-def output(capsys, *arguments: str, code: int = 0) -> tuple[str, str]:
+def output(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> tuple[str, str]:
     """stdout and stderr of a command that ends with exit code `code`."""
     found = run_command(list(arguments))
     out, err = capsys.readouterr()
@@ -29,7 +31,7 @@ def output(capsys, *arguments: str, code: int = 0) -> tuple[str, str]:
     return out, err
 
 
-def test_run(artifact, capsys):
+def test_run(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
     expected = gristmill.load(artifact).generate("abc", max_new_tokens=6)
     out, err = output(capsys, "run", artifact, "--prompt", "abc", "--max-new-tokens", "6")
     assert out == expected.text + "\n" and "4 + 6 tokens" in err
@@ -40,7 +42,7 @@ def test_run(artifact, capsys):
     assert {"finish_reason", "prompt_tokens", "ttft_s", "decode_tok_s"} <= set(result)
 
 
-def test_run_samples_by_seed(artifact, capsys):
+def test_run_samples_by_seed(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "run",
         artifact,
@@ -58,7 +60,7 @@ def test_run_samples_by_seed(artifact, capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_run_chat(artifact, capsys):
+def test_run_chat(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(
         output(capsys, "run", artifact, "--prompt", "hi", "--chat", "--system", "s", "--json")[0]
     )
@@ -66,7 +68,7 @@ def test_run_chat(artifact, capsys):
     assert "needs --chat" in output(capsys, "run", artifact, "--prompt", "hi", "--system", "s", code=1)[1]
 
 
-def test_inspect(artifact, capsys):
+def test_inspect(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = output(capsys, "inspect", artifact)
     assert "bits per weight" in out and "perplexity" in out and "weights.safetensors" in out
     program = output(capsys, "inspect", artifact, "--program")[0]
@@ -75,13 +77,13 @@ def test_inspect(artifact, capsys):
     assert summary["content_id"] and summary["evaluation"] == {"perplexity": 4.0} and "program" not in summary
 
 
-def test_verify(artifact, capsys):
+def test_verify(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "agree" in output(capsys, "verify", artifact)[0]
     result = json.loads(output(capsys, "verify", artifact, "--selftest", "--json")[0])
     assert result["ok"] and result["selftest"]["largest_difference"] < 1e-4
 
 
-def test_eval(artifact, capsys, tmp_path):
+def test_eval(artifact: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("some text that is long enough for several windows of the tiny model " * 5)
     result = json.loads(output(capsys, "eval", artifact, "--text", str(text), "--json")[0])
@@ -91,7 +93,7 @@ def test_eval(artifact, capsys, tmp_path):
     assert "ppl" in output(capsys, "eval", artifact, "--text", str(text), "--max-tokens", "100")[0]
 
 
-def test_bench(artifact, capsys):
+def test_bench(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "bench",
         artifact,
@@ -113,7 +115,7 @@ def test_bench(artifact, capsys):
     assert "GB/s" in output(capsys, *arguments)[0]
 
 
-def test_bench_makes_room_for_its_context(artifact, capsys):
+def test_bench_makes_room_for_its_context(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "bench",
         artifact,
@@ -154,32 +156,38 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("arguments, message", ERRORS, ids=range(len(ERRORS)))
-def test_errors_are_one_line(artifact, capsys, arguments, message):
+def test_errors_are_one_line(
+    artifact: str, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     out, err = output(capsys, *[part.replace("{a}", artifact) for part in arguments], code=1)
     lines = err.splitlines()
     assert out == "" and lines[-1].startswith("error: ") and message in lines[-1], err
     assert "Traceback" not in err and "defect" not in err
 
 
-def test_wrong_usage_exits_with_2(artifact, capsys):
+def test_wrong_usage_exits_with_2(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "No such option" in output(capsys, "run", artifact, "--prompts", "x", code=2)[1]
     assert "Usage" in output(capsys, "run", artifact, code=2)[1]
     assert "No such command" in output(capsys, "rum", code=2)[1]
 
 
 @pytest.mark.parametrize("command", sorted(cli.commands))
-def test_help_has_an_example_and_explains_every_option(command, capsys):
+def test_help_has_an_example_and_explains_every_option(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, _ = output(capsys, command, "--help")
     assert f"gristmill {command}" in out
     options = [p for p in cli.commands[command].params if isinstance(p, click.Option)]
     assert all(option.help for option in options)
 
 
-def test_version(capsys):
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert gristmill.__version__ in output(capsys, "--version")[0]
 
 
-def test_a_defect_is_one_line_with_a_hint(artifact, capsys, monkeypatch):
+def test_a_defect_is_one_line_with_a_hint(
+    artifact: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("gristmill.runtime.session.load", lambda *a, **k: 1 / 0)
     _, err = output(capsys, "run", artifact, "--prompt", "x", code=1)
     assert len(err.splitlines()) == 1 and "ZeroDivisionError" in err and "--traceback" in err
@@ -196,21 +204,28 @@ def test_a_defect_is_one_line_with_a_hint(artifact, capsys, monkeypatch):
         (GristmillError("two\nlines"), 1, "error: two lines"),
     ],
 )
-def test_other_ends(artifact, capsys, monkeypatch, error, code, message):
-    def fail(*given, **options):
+def test_other_ends(
+    artifact: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Any,
+    code: int,
+    message: str,
+) -> None:
+    def fail(*given: dict[str, Any], **options: Any) -> None:
         raise error
 
     monkeypatch.setattr("gristmill.runtime.session.load", fail)
     assert message in output(capsys, "run", artifact, "--prompt", "x", code=code)[1]
 
 
-def start(cwd, *arguments: str, **given) -> subprocess.Popen:
+def start(cwd: Path, *arguments: str, **given: Any) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-m", "gristmill", *arguments]
     return subprocess.Popen(command, env=environment, cwd=cwd, stderr=subprocess.PIPE, text=True, **given)
 
 
-def test_a_reader_that_goes_away(artifact, tmp_path):
+def test_a_reader_that_goes_away(artifact: str, tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)
     process = start(tmp_path, "inspect", artifact, "--program", stdout=write)
@@ -218,7 +233,7 @@ def test_a_reader_that_goes_away(artifact, tmp_path):
     assert process.communicate(timeout=60)[1] == "" and process.returncode == 1
 
 
-def test_control_c(tmp_path, artifact):
+def test_control_c(tmp_path: Path, artifact: str) -> None:
     arguments = ("bench", artifact, "--prompt", "8", "--tokens", "4", "--rounds", "100000")
     process = start(tmp_path, *arguments, stdout=subprocess.PIPE)
     with pytest.raises(subprocess.TimeoutExpired):
@@ -231,7 +246,7 @@ def test_control_c(tmp_path, artifact):
 # ---- compile's options -------------------------------------------------------------------------------
 
 
-def test_defaults_follow_from_the_weights():
+def test_defaults_follow_from_the_weights() -> None:
     plain, exact = CompileOptions.of(), CompileOptions.of(weights="f32")
     assert (plain.group, plain.embedding_format, plain.head_format, plain.kv_type) == (
         128,
@@ -261,6 +276,6 @@ def test_defaults_follow_from_the_weights():
         ({"weight": "int4"}, "did you mean weights"),
     ],
 )
-def test_options_that_do_not_go_together(given, message):
+def test_options_that_do_not_go_together(given: dict[str, Any], message: str) -> None:
     with pytest.raises(GristmillError, match=message):
         CompileOptions.of(**given)

@@ -1,5 +1,7 @@
 """Sampling, penalties, stop strings: against transformers, and against statistics where they draw."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -38,7 +40,7 @@ def logits_of(seed: int, size: int) -> np.ndarray:
 @pytest.mark.parametrize(
     "top_k, top_p", [(0, 1.0), (5, 1.0), (1, 1.0), (0, 0.9), (0, 0.2), (40, 0.7), (10**6, 0.999)]
 )
-def test_candidates_are_those_of_transformers(size, top_k, top_p):
+def test_candidates_are_those_of_transformers(size: int, top_k: int, top_p: float) -> None:
     scores = logits_of(size, size)
     expected = torch.from_numpy(scores)[None]
     if top_k:
@@ -50,12 +52,12 @@ def test_candidates_are_those_of_transformers(size, top_k, top_p):
     np.testing.assert_array_equal(kept, scores[ids])
 
 
-def test_ties_of_the_kth_stay():
+def test_ties_of_the_kth_stay() -> None:
     ids, _ = candidates(np.array([1, 3, 2, 2, 2, 0], np.float32), 2, 1.0)
     assert ids.tolist() == [1, 2, 3, 4]
 
 
-def test_penalty_is_that_of_transformers():
+def test_penalty_is_that_of_transformers() -> None:
     scores, seen = logits_of(1, 100), np.array([3, 5, 3, 99])
     expected = RepetitionPenaltyLogitsProcessor(1.3)(
         torch.from_numpy(seen)[None], torch.from_numpy(scores)[None]
@@ -63,7 +65,7 @@ def test_penalty_is_that_of_transformers():
     np.testing.assert_array_equal(penalize_repetition(scores, np.unique(seen), 1.3), expected[0].numpy())
 
 
-def test_the_whole_chain_is_that_of_transformers():
+def test_the_whole_chain_is_that_of_transformers() -> None:
     """The processed distribution: penalty, temperature, top-k, top-p in this order."""
     scores, seen = logits_of(2, 500), np.arange(40)
     out = RepetitionPenaltyLogitsProcessor(1.2)(torch.from_numpy(seen)[None], torch.from_numpy(scores)[None])
@@ -87,7 +89,7 @@ def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
     return float((statistic - freedom) / np.sqrt(2 * freedom))
 
 
-def test_draws_follow_the_softmax():
+def test_draws_follow_the_softmax() -> None:
     scores = logits_of(3, 60)
     probabilities = np.exp(scores.astype(np.float64) - scores.max())
     probabilities /= probabilities.sum()
@@ -95,13 +97,13 @@ def test_draws_follow_the_softmax():
     assert chi_square(np.bincount(draws, minlength=60), probabilities) < 4
 
 
-def test_draws_depend_on_seed_sequence_and_position_only():
+def test_draws_depend_on_seed_sequence_and_position_only() -> None:
     assert uniform(1, 2, 3) == uniform(1, 2, 3)
     points = {uniform(s, q, p) for s in (0, 1, 2**64 - 1) for q in (0, 1) for p in (0, 1, 4095)}
     assert len(points) == 18 and all(0 <= p < 1 for p in points)
 
 
-def test_large_nucleus_needs_the_full_sort():
+def test_large_nucleus_needs_the_full_sort() -> None:
     """A flat distribution keeps more than the first candidates looked at."""
     scores = logits_of(4, 20000) * np.float32(0.01)
     kept = nucleus(scores, 0.5)
@@ -109,7 +111,7 @@ def test_large_nucleus_needs_the_full_sort():
     assert abs(len(kept) - int(torch.isfinite(expected).sum())) <= 2  # f32 against f64 sums of 20000 terms
 
 
-def test_extreme_logits():
+def test_extreme_logits() -> None:
     scores = np.array([-np.inf, 1e30, 0, -1e30], np.float32)
     for temperature in (1e-6, 1.0, 1e30):
         options = GenerationOptions.of(temperature=temperature, top_p=0.9)
@@ -118,14 +120,14 @@ def test_extreme_logits():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_logits_that_are_not_numbers(bad):
+def test_logits_that_are_not_numbers(bad: float) -> None:
     with pytest.raises(GristmillError, match="logit"):
         most_likely(np.array([1, bad, 3], np.float32))
     with pytest.raises(GristmillError, match="logit"):
         most_likely(np.full(3, -np.inf, np.float32))
 
 
-def test_greedy_takes_the_first_of_equals():
+def test_greedy_takes_the_first_of_equals() -> None:
     assert most_likely(np.array([1, 7, 7, 3], np.float32)) == 1
 
 
@@ -151,12 +153,12 @@ def test_greedy_takes_the_first_of_equals():
         ({"stop": 3}, "stop"),
     ],
 )
-def test_options_that_cannot_be(given, message):
+def test_options_that_cannot_be(given: dict[str, Any], message: str) -> None:
     with pytest.raises(GristmillError, match=message):
         GenerationOptions.of(**given)
 
 
-def test_stop_strings_are_never_shown_in_part():
+def test_stop_strings_are_never_shown_in_part() -> None:
     stops = StopStrings(["END", "<|user|>"])
     assert [stops.push(piece) for piece in ("abE", "N", "x<|us", "e", "Er")] == [
         "ab",
@@ -170,7 +172,9 @@ def test_stop_strings_are_never_shown_in_part():
 
 
 @given(st.text("ab"), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
-def test_stop_strings_cut_at_the_first_occurrence(text, given_stops, data):
+def test_stop_strings_cut_at_the_first_occurrence(
+    text: str, given_stops: list[str], data: st.DataObject
+) -> None:
     stops, shown, at = StopStrings(given_stops), "", 0
     while at < len(text):
         size = data.draw(st.integers(1, 3))
@@ -189,7 +193,7 @@ BYTES = Tokenizer(byte_tokenizer().to_str().encode())
 
 
 @given(st.text())
-def test_pieces_join_to_the_text_and_split_no_character(text):
+def test_pieces_join_to_the_text_and_split_no_character(text: str) -> None:
     ids = BYTES.encode(text, add_special_tokens=False)
     decoder = StreamDecoder(BYTES)
     pieces = [decoder.push(i) for i in ids]
@@ -199,7 +203,7 @@ def test_pieces_join_to_the_text_and_split_no_character(text):
 
 
 @given(st.lists(st.integers(0, 257), max_size=40), st.lists(st.integers(0, 257), max_size=10))
-def test_pieces_of_any_ids_join_to_their_text(ids, prompt):
+def test_pieces_of_any_ids_join_to_their_text(ids: list[int], prompt: list[int]) -> None:
     """Bytes that are no UTF-8 included; a character begun in the prompt ends in the answer."""
     decoder = StreamDecoder(BYTES, prompt)
     pieces = "".join(decoder.push(i) for i in ids) + decoder.flush()

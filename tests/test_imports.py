@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def imported(path: Path, only_at_import: bool) -> set[str]:
     return names
 
 
-def nodes(tree: ast.AST, only_at_import: bool):
+def nodes(tree: ast.AST, only_at_import: bool) -> Iterator[ast.AST]:
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
@@ -64,7 +65,7 @@ def is_allowed(folder: str, name: str) -> bool:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_each_folder_imports_what_the_table_allows(folder):
+def test_each_folder_imports_what_the_table_allows(folder: str) -> None:
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in files(folder)
@@ -74,7 +75,7 @@ def test_each_folder_imports_what_the_table_allows(folder):
     assert not wrong, wrong
 
 
-def test_the_runtime_imports_nothing_heavy():
+def test_the_runtime_imports_nothing_heavy() -> None:
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in [*files("runtime"), *files("gristmill"), ROOT / "compiler" / "options.py"]
@@ -94,7 +95,7 @@ def python(code: str, cwd: Path) -> str:
     return done.stdout
 
 
-def test_importing_gristmill_is_quick(tmp_path):
+def test_importing_gristmill_is_quick(tmp_path: Path) -> None:
     code = (
         "import time, sys; t = time.perf_counter(); import gristmill; s = time.perf_counter() - t;"
         "print(s); assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
@@ -102,7 +103,7 @@ def test_importing_gristmill_is_quick(tmp_path):
     assert min(float(python(code, tmp_path)) for _ in range(3)) < 0.3
 
 
-def test_an_artifact_runs_without_torch(tmp_path):
+def test_an_artifact_runs_without_torch(tmp_path: Path) -> None:
     path = tiny_artifact(tmp_path / "a")
     code = f"""
 import sys
@@ -118,7 +119,7 @@ for command in (["verify", "--selftest"], ["inspect", "--program"], ["run", "--p
     python(code, tmp_path)
 
 
-def test_compiling_without_torch_says_what_to_install(tmp_path):
+def test_compiling_without_torch_says_what_to_install(tmp_path: Path) -> None:
     code = """
 import sys
 sys.modules["torch"] = sys.modules["transformers"] = None  # importing them fails

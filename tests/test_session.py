@@ -2,16 +2,19 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from tiny import BOS, EOS, VOCABULARY, fake_session, tiny_artifact, tiny_program
+from tiny import BOS, EOS, VOCABULARY, batches, fake_session, tiny_artifact, tiny_program
 
 import gristmill
 from gristmill.runtime import footprint
+from gristmill.runtime.artifact import parse_json
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.evaluation import negative_log_likelihood, score_text, text_windows, token_nll
 from gristmill.runtime.slots import Slots
+from gristmill.runtime.tokenizer import Tokenizer
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "py7m"
 
@@ -19,7 +22,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "py7m"
 # ---- forward -----------------------------------------------------------------------------------------
 
 
-def test_forward_returns_the_asked_rows():
+def test_forward_returns_the_asked_rows() -> None:
     session = fake_session()
     whole = session.forward([5, 6, 7], [0, 1, 2], [0, 0, 0])
     assert whole.shape == (3, VOCABULARY) and whole.dtype == np.float32
@@ -27,7 +30,7 @@ def test_forward_returns_the_asked_rows():
     np.testing.assert_array_equal(again, whole[2:])
 
 
-def test_forward_takes_rows_in_any_order_and_rolls_back():
+def test_forward_takes_rows_in_any_order_and_rolls_back() -> None:
     session = fake_session()
     whole = session.forward([5, 6, 7, 8], [0, 1, 2, 3], [0, 0, 0, 0])
     mixed = session.forward([7, 5, 6, 5], [2, 0, 1, 0], [1, 1, 1, 2])
@@ -60,26 +63,27 @@ def test_forward_takes_rows_in_any_order_and_rolls_back():
         ([2**40], [0], [0], None, "32 bits"),
     ],
 )
-def test_batches_that_cannot_be(tokens, positions, slots, rows, message):
+def test_batches_that_cannot_be(
+    tokens: list[Any], positions: list[int], slots: list[int], rows: list[int] | None, message: str
+) -> None:
     session = fake_session()
     with pytest.raises(GristmillError, match=message):
         session.forward(tokens, positions, slots, rows)
     session.forward([1], [0], [0])  # nothing was noted of the refused batch
 
 
-def test_a_failure_leaves_the_rows_before_the_batch():
+def test_a_failure_leaves_the_rows_before_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     session = fake_session()
     session.forward([1, 2], [0, 1], [0, 0])
-    session.executor.forward = None
-    with pytest.raises(TypeError):
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(session.executor, "forward", None)
         session.forward([3], [2], [0])
-    del session.executor.forward
     session.forward([3], [2], [0])
     with pytest.raises(GristmillError, match="gap"):
         session.forward([3], [4], [0])
 
 
-def test_a_window_limits_how_far_back_a_slot_rolls():
+def test_a_window_limits_how_far_back_a_slot_rolls() -> None:
     slots = Slots(max_slots=1, max_len=100, ring=14, reach=4)  # window 10, max_tokens 4
 
     def go(first: int, count: int) -> None:
@@ -98,14 +102,14 @@ def test_a_window_limits_how_far_back_a_slot_rolls():
     go(2, 1)
 
 
-def test_the_ring_of_a_program():
+def test_the_ring_of_a_program() -> None:
     program = tiny_program(max_tokens=16, max_len=64, window=10)
     assert footprint.smallest_ring(program, 64) == 26
     assert footprint.smallest_ring(program, 20) == 0
     assert footprint.kv_bytes(program, 64, 3) == 3 * 26 * 2 * 8 * 4
 
 
-def test_a_slot_of_ones_own():
+def test_a_slot_of_ones_own() -> None:
     session = fake_session(max_slots=1)
     with session.slot() as slot:
         session.forward([1], [0], [slot])
@@ -114,7 +118,7 @@ def test_a_slot_of_ones_own():
     session.generate("x", max_new_tokens=1)
 
 
-def test_slots_of_forward_and_of_generate_do_not_meet():
+def test_slots_of_forward_and_of_generate_do_not_meet() -> None:
     session = fake_session(max_slots=2)
     session.forward([1], [0], [0])
     stream = session.stream("ab", max_new_tokens=5)
@@ -136,16 +140,17 @@ def test_slots_of_forward_and_of_generate_do_not_meet():
 PROMPTS = ["a", "the longest of all prompts here", "", "two", "five!", "six..."]
 
 
-def test_a_batch_gives_what_each_prompt_gives_alone():
+def test_a_batch_gives_what_each_prompt_gives_alone() -> None:
     alone = [fake_session().generate(p, max_new_tokens=7).token_ids for p in PROMPTS]
-    for shape in ({}, {"max_slots": 1}, {"max_tokens": 2}, {"max_tokens": 64, "max_slots": 8}):
+    shapes: list[Any] = [{}, {"max_slots": 1}, {"max_tokens": 2}, {"max_tokens": 64, "max_slots": 8}]
+    for shape in shapes:
         session = fake_session(**shape)
         together = session.generate(PROMPTS, max_new_tokens=7)
         assert [g.token_ids for g in together] == alone, shape
         assert not session._slots._holders and not session._slots.lengths.any()
 
 
-def test_sampling_does_not_depend_on_the_batch():
+def test_sampling_does_not_depend_on_the_batch() -> None:
     options = {"max_new_tokens": 9, "temperature": 1.5, "top_k": 50, "seed": 3}
     alone = [fake_session().generate(p, **options).token_ids for p in PROMPTS]
     assert [g.token_ids for g in fake_session(max_tokens=3).generate(PROMPTS, **options)] == alone
@@ -156,16 +161,21 @@ def test_sampling_does_not_depend_on_the_batch():
     assert repeated.token_ids == fresh[0].token_ids
 
 
-def test_prefill_asks_for_no_logits_but_the_last():
+def test_prefill_asks_for_no_logits_but_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     session = fake_session(max_tokens=5)
     asked = []
     forward = session.executor.forward
-    session.executor.forward = lambda t, p, s, r: asked.append(len(r)) or forward(t, p, s, r)
+
+    def count(tokens: Any, positions: Any, slots: Any, rows: Any) -> np.ndarray:
+        asked.append(len(rows))
+        return forward(tokens, positions, slots, rows)
+
+    monkeypatch.setattr(session.executor, "forward", count)
     session.generate("x" * 13, max_new_tokens=3)
-    assert asked == [0, 0, 1, 1, 1] and session.executor.batches == [5, 5, 4, 1, 1]
+    assert asked == [0, 0, 1, 1, 1] and batches(session) == [5, 5, 4, 1, 1]
 
 
-def test_the_result_says_what_happened():
+def test_the_result_says_what_happened() -> None:
     result = fake_session().generate("abc", max_new_tokens=4)
     assert result.prompt_tokens == 4 and len(result.token_ids) == 4 and result.finish_reason == "length"
     assert result.ttft_s > 0 and result.decode_tok_s > 0
@@ -173,18 +183,19 @@ def test_the_result_says_what_happened():
     assert one.decode_tok_s == 0 and one.token_ids == result.token_ids[:1]
 
 
-def test_token_ids_as_prompt():
+def test_token_ids_as_prompt() -> None:
     session = fake_session()
     text = session.generate("abc", max_new_tokens=4)
     ids = session.tokenizer.encode("abc")
     assert ids[0] == BOS
-    for prompt in (ids, np.array(ids), tuple(ids)):
+    given: list[Any] = [ids, np.array(ids), tuple(ids)]
+    for prompt in given:
         assert session.generate(prompt, max_new_tokens=4).token_ids == text.token_ids
     both = session.generate([ids, ids], max_new_tokens=4)
     assert [g.token_ids for g in both] == [text.token_ids] * 2
 
 
-def test_end_of_sequence():
+def test_end_of_sequence() -> None:
     session = fake_session()
     third = session.generate("abc", max_new_tokens=5).token_ids[2]
     session.eos_ids = frozenset({EOS, third})
@@ -193,7 +204,7 @@ def test_end_of_sequence():
     assert len(session.generate("abc", max_new_tokens=5, ignore_eos=True).token_ids) == 5
 
 
-def test_stop_strings():
+def test_stop_strings() -> None:
     session = fake_session()
     whole = session.generate("abc", max_new_tokens=12).text
     stop = whole[3:5]
@@ -203,7 +214,7 @@ def test_stop_strings():
     assert "".join(session.stream("abc", max_new_tokens=12, stop=stop)) == stopped.text
 
 
-def test_a_stream_is_the_text_in_pieces():
+def test_a_stream_is_the_text_in_pieces() -> None:
     session = fake_session()
     whole = session.generate("abc", max_new_tokens=20)
     stream = session.stream("abc", max_new_tokens=20)
@@ -212,7 +223,7 @@ def test_a_stream_is_the_text_in_pieces():
     assert stream.result.token_ids == whole.token_ids and stream.result.finish_reason == "length"
 
 
-def test_a_stream_given_up_frees_its_slot():
+def test_a_stream_given_up_frees_its_slot() -> None:
     session = fake_session(max_slots=1)
     stream = session.stream("abc")
     next(stream)
@@ -220,7 +231,7 @@ def test_a_stream_given_up_frees_its_slot():
     assert session.generate("abc", max_new_tokens=2).finish_reason == "length"
 
 
-def test_max_len():
+def test_max_len() -> None:
     session = fake_session(max_len=10)
     assert (
         len(session.generate("abcdefghi", max_new_tokens=50).token_ids) == 1
@@ -233,31 +244,32 @@ def test_max_len():
 @pytest.mark.parametrize(
     "prompt", [[], [VOCABULARY], [-1], [0.5], None, 3, b"x", {"a": 1}, "\ud800", [[1], "x", []]]
 )
-def test_prompts_that_cannot_be(prompt):
+def test_prompts_that_cannot_be(prompt: Any) -> None:
     session = fake_session()
     with pytest.raises(GristmillError):
         session.generate(prompt)
     assert not session._slots._holders
 
 
-def test_an_empty_prompt_needs_a_bos():
+def test_an_empty_prompt_needs_a_bos() -> None:
     assert fake_session(bos=True).generate("", max_new_tokens=1).prompt_tokens == 1
     with pytest.raises(GristmillError, match="empty"):
         fake_session(bos=False).generate("")
 
 
-def test_options_are_checked_before_anything_runs():
+def test_options_are_checked_before_anything_runs() -> None:
     session = fake_session()
     with pytest.raises(GristmillError, match="did you mean temperature"):
         session.generate("a", temperatur=1)
     with pytest.raises(GristmillError, match="top_p"):
         session.stream("a", top_p=3)
-    assert session.executor.batches == []
+    assert batches(session) == []
 
 
-def test_logits_that_are_not_numbers_end_it_and_free_the_slot():
+def test_logits_that_are_not_numbers_end_it_and_free_the_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     session = fake_session()
-    session.executor.forward = lambda t, p, s, r: np.full((len(r), VOCABULARY), np.nan, np.float32)
+    nan = np.full((8, VOCABULARY), np.nan, np.float32)
+    monkeypatch.setattr(session.executor, "forward", lambda t, p, s, rows: nan[: len(rows)])
     with pytest.raises(GristmillError, match="nan"):
         session.generate(["a", "b"])
     with pytest.raises(GristmillError, match="not a number"):
@@ -265,7 +277,7 @@ def test_logits_that_are_not_numbers_end_it_and_free_the_slot():
     assert not session._slots._holders
 
 
-def test_without_a_tokenizer():
+def test_without_a_tokenizer() -> None:
     session = fake_session(tokenizer=False)
     result = session.generate([1, 2, 3], max_new_tokens=3)
     assert len(result.token_ids) == 3 and result.text == ""
@@ -275,13 +287,13 @@ def test_without_a_tokenizer():
         session.generate([1], stop="x")
 
 
-def test_ids_beyond_the_tokenizer_print_as_nothing():
+def test_ids_beyond_the_tokenizer_print_as_nothing() -> None:
     session = fake_session(vocabulary=VOCABULARY + 40)
     assert session.tokenizer.decode([VOCABULARY + 3]) == ""
     assert session.generate("abc", max_new_tokens=30, temperature=5.0, seed=1).finish_reason is not None
 
 
-def test_threads_generate_side_by_side():
+def test_threads_generate_side_by_side() -> None:
     expected = {p: fake_session().generate(p, max_new_tokens=12).token_ids for p in PROMPTS}
     session = fake_session(max_slots=2)  # fewer slots than threads: some wait
     found: dict[str, list[int]] = {}
@@ -300,9 +312,12 @@ def test_threads_generate_side_by_side():
 # ---- chat and tokenizers -----------------------------------------------------------------------------
 
 
-def test_chat():
+def test_chat() -> None:
     session = fake_session()
-    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi", "name": None}]
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "hi", "name": None},
+    ]
     assert session.tokenizer.chat(messages) == "<s>[system]be brief[user]hi[assistant]"
     ids = session.tokenizer.encode_chat(messages)
     assert ids[0] == BOS and ids.count(BOS) == 1
@@ -311,16 +326,13 @@ def test_chat():
 
 
 @pytest.fixture(scope="module")
-def transformers_tokenizer():
+def transformers_tokenizer() -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(EXAMPLE)
 
 
-def example_tokenizer(template=None):
-    from gristmill.runtime.artifact import parse_json
-    from gristmill.runtime.tokenizer import Tokenizer
-
+def example_tokenizer(template: str | None = None) -> Tokenizer:
     config = parse_json((EXAMPLE / "tokenizer_config.json").read_bytes(), "tokenizer_config.json")
     return Tokenizer((EXAMPLE / "tokenizer.json").read_bytes(), config, template)
 
@@ -338,7 +350,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-def test_ids_are_those_of_transformers(transformers_tokenizer, text):
+def test_ids_are_those_of_transformers(transformers_tokenizer: Any, text: str) -> None:
     tokenizer = example_tokenizer()
     ids = transformers_tokenizer(text)["input_ids"]
     assert tokenizer.encode(text) == ids
@@ -358,7 +370,7 @@ TEMPLATE = """{%- set ns = namespace(first=true) %}
 {{ strftime_now('%Y') if tools is none and documents is not defined or true }}"""
 
 
-def test_chats_are_those_of_transformers(transformers_tokenizer):
+def test_chats_are_those_of_transformers(transformers_tokenizer: Any) -> None:
     messages = [
         {"role": r, "content": c} for r, c in (("system", "s"), ("user", " <b>'hé'</b> "), ("assistant", "x"))
     ]
@@ -372,7 +384,7 @@ def test_chats_are_those_of_transformers(transformers_tokenizer):
 # ---- evaluation --------------------------------------------------------------------------------------
 
 
-def test_windows_cover_the_text_once():
+def test_windows_cover_the_text_once() -> None:
     ids = list(range(100, 123))
     pieces = text_windows(ids, [0], 6)
     assert all(piece[0] == 0 and len(piece) <= 6 for piece in pieces)
@@ -380,7 +392,7 @@ def test_windows_cover_the_text_once():
     assert text_windows([5], [], 6) == []
 
 
-def test_nll_is_the_log_softmax():
+def test_nll_is_the_log_softmax() -> None:
     logits = np.random.default_rng(0).normal(0, 5, (7, 50)).astype(np.float32)
     targets = np.arange(7)
     wide = logits.astype(np.float64)
@@ -389,7 +401,7 @@ def test_nll_is_the_log_softmax():
 
 
 @pytest.mark.parametrize("bos, counted", [(True, 50), (False, 50 - 5)])
-def test_nll_of_a_text_is_that_of_its_windows(bos, counted):
+def test_nll_of_a_text_is_that_of_its_windows(bos: bool, counted: int) -> None:
     """Every token but the one without anything before it is counted once, whatever the chunks."""
     text = "The quick brown fox jumps over the lazy dog, twice"
     found = [score_text(fake_session(bos=bos, max_tokens=n), text, window=10) for n in (1, 3, 16)]
@@ -397,7 +409,7 @@ def test_nll_of_a_text_is_that_of_its_windows(bos, counted):
     assert found[0] == found[1] == found[2]
 
 
-def test_texts_that_cannot_be_scored():
+def test_texts_that_cannot_be_scored() -> None:
     with pytest.raises(GristmillError, match="too short"):
         score_text(fake_session(bos=False), "x")
     with pytest.raises(GristmillError, match="max_len"):
@@ -410,11 +422,11 @@ def test_texts_that_cannot_be_scored():
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory):
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_artifact(tmp_path_factory.mktemp("session") / "a")
 
 
-def test_load_and_generate(artifact):
+def test_load_and_generate(artifact: Path) -> None:
     session = gristmill.load(artifact, threads=2)
     assert (session.max_len, session.max_slots, session.threads, session.vocabulary) == (64, 4, 2, VOCABULARY)
     assert session.eos_ids == {EOS, 299}
@@ -424,7 +436,7 @@ def test_load_and_generate(artifact):
     assert [g.token_ids for g in whole] == [g.token_ids for g in alone]
 
 
-def test_load_changes_the_limits(artifact):
+def test_load_changes_the_limits(artifact: Path) -> None:
     session = gristmill.load(artifact, max_len=256, max_slots=9)
     assert (session.max_len, session.max_slots) == (256, 9)
 
@@ -441,12 +453,14 @@ def test_load_changes_the_limits(artifact):
         ({"thread": 2}, "did you mean threads"),
     ],
 )
-def test_loads_that_cannot_be(artifact, given, message):
+def test_loads_that_cannot_be(artifact: Path, given: dict[str, Any], message: str) -> None:
     with pytest.raises(GristmillError, match=message):
         gristmill.load(artifact, **given)
 
 
-def test_more_than_the_memory_is_refused_before_it_is_taken(artifact, monkeypatch):
+def test_more_than_the_memory_is_refused_before_it_is_taken(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("gristmill.runtime.machine.available_memory_bytes", lambda: 100_000)
     with pytest.raises(GristmillError, match="MiB"):
         gristmill.load(artifact, max_slots=64)

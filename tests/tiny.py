@@ -156,6 +156,12 @@ class FakeExecutor:
         self.cache[target, :length] = self.cache[source, :length]
 
 
+def batches(session: Session) -> list[int]:
+    """The rows of each forward of a fake session so far."""
+    assert isinstance(session.executor, FakeExecutor)
+    return session.executor.batches
+
+
 def fake_session(tokenizer: bool = True, bos: bool = True, window: int = 0, **shape: int) -> Session:
     """A Session over a FakeExecutor."""
     from gristmill.runtime.tokenizer import Tokenizer as Wrapped
