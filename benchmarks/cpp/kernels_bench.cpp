@@ -2,7 +2,8 @@
 //
 //   g++ -std=c++17 -O2 -pthread -I kernels/cpu benchmarks/cpp/kernels_bench.cpp kernels/cpu/*.cpp -o
 //   kernels_bench
-//   ./kernels_bench [decode|batch|prefill|attention|all] [threads] [repetitions]
+//   [ISA=avx2] [SCHEME="int4 g128"] ./kernels_bench [decode|batch|prefill|attention|all] [threads]
+//   [repetitions]
 //
 // Stream and instruction sets take turns within each repetition; printed are medians. GB/s counts weights and
 // scales, "of stream" is the share of the stream's rate, GOPS counts two operations per weight and row.
@@ -226,6 +227,8 @@ std::vector<const Kernels*> vector_kernels() {
 }
 
 void measure(const Scheme& scheme, int64_t rows, int layers, bool head, Pool& pool, int repetitions) {
+  const char* only = std::getenv("SCHEME");
+  if (only && scheme.name != only) return;
   Model model;
   fill_model(model, scheme, layers, head);
   Activations a(pool.threads());

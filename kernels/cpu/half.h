@@ -4,6 +4,9 @@
 #include <cstdint>
 #include <cstring>
 
+// For functions over registers: a call would send them through memory.
+#define GRISTMILL_INLINE inline __attribute__((always_inline))
+
 namespace gristmill {
 
 struct f16 {

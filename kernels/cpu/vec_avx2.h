@@ -8,24 +8,24 @@ struct Vec {
   __m256 low, high;
 };
 
-inline Vec set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-inline Vec iota() {
+GRISTMILL_INLINE Vec set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+GRISTMILL_INLINE Vec iota() {
   return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7), _mm256_setr_ps(8, 9, 10, 11, 12, 13, 14, 15)};
 }
 template <typename T>
-inline Vec load(const T* p) {
+GRISTMILL_INLINE Vec load(const T* p) {
   return {load8(p), load8(p + 8)};
 }
 
-inline void store(float* p, Vec a) {
+GRISTMILL_INLINE void store(float* p, Vec a) {
   _mm256_storeu_ps(p, a.low);
   _mm256_storeu_ps(p + 8, a.high);
 }
-inline void store(f16* p, Vec a) {
+GRISTMILL_INLINE void store(f16* p, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.low, _MM_FROUND_TO_NEAREST_INT));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(a.high, _MM_FROUND_TO_NEAREST_INT));
 }
-inline void store(int8_t* p, Vec a) {
+GRISTMILL_INLINE void store(int8_t* p, Vec a) {
   const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high));
   const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
   const __m128i bytes =
@@ -33,47 +33,59 @@ inline void store(int8_t* p, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 
-inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
-inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
-inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
-inline Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
-inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
-inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
-inline Vec fma(Vec a, Vec b, Vec c) {
+GRISTMILL_INLINE Vec add(Vec a, Vec b) {
+  return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+}
+GRISTMILL_INLINE Vec sub(Vec a, Vec b) {
+  return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)};
+}
+GRISTMILL_INLINE Vec mul(Vec a, Vec b) {
+  return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
+}
+GRISTMILL_INLINE Vec div(Vec a, Vec b) {
+  return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)};
+}
+GRISTMILL_INLINE Vec max(Vec a, Vec b) {
+  return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)};
+}
+GRISTMILL_INLINE Vec min(Vec a, Vec b) {
+  return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)};
+}
+GRISTMILL_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
 
-inline Vec abs(Vec a) {
+GRISTMILL_INLINE Vec abs(Vec a) {
   const __m256 sign = _mm256_set1_ps(-0.f);
   return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
 }
-inline __m256 copysign8(__m256 a, __m256 b) {
+GRISTMILL_INLINE __m256 copysign8(__m256 a, __m256 b) {
   const __m256 sign = _mm256_set1_ps(-0.f);
   return _mm256_or_ps(_mm256_andnot_ps(sign, a), _mm256_and_ps(sign, b));
 }
-inline Vec copysign(Vec a, Vec b) { return {copysign8(a.low, b.low), copysign8(a.high, b.high)}; }
+GRISTMILL_INLINE Vec copysign(Vec a, Vec b) { return {copysign8(a.low, b.low), copysign8(a.high, b.high)}; }
 
-inline Vec select_less(Vec a, Vec b, Vec x, Vec y) {
+GRISTMILL_INLINE Vec select_less(Vec a, Vec b, Vec x, Vec y) {
   return {_mm256_blendv_ps(y.low, x.low, _mm256_cmp_ps(a.low, b.low, _CMP_LT_OQ)),
           _mm256_blendv_ps(y.high, x.high, _mm256_cmp_ps(a.high, b.high, _CMP_LT_OQ))};
 }
-inline __m256 power_of_two8(__m256 t) {
+GRISTMILL_INLINE __m256 power_of_two8(__m256 t) {
   const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
   return _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(0x3f800000)));
 }
-inline Vec power_of_two(Vec t) { return {power_of_two8(t.low), power_of_two8(t.high)}; }
+GRISTMILL_INLINE Vec power_of_two(Vec t) { return {power_of_two8(t.low), power_of_two8(t.high)}; }
 
-inline float reduce_add(Vec a) {
+GRISTMILL_INLINE float reduce_add(Vec a) {
   const __m256 eight = _mm256_add_ps(a.low, a.high);
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
-inline float reduce_max(Vec a) {
+GRISTMILL_INLINE float reduce_max(Vec a) {
   const __m256 eight = _mm256_max_ps(a.low, a.high);
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
-inline float first(Vec a) { return _mm256_cvtss_f32(a.low); }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+GRISTMILL_INLINE float first(Vec a) { return _mm256_cvtss_f32(a.low); }
+GRISTMILL_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

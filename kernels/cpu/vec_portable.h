@@ -13,105 +13,105 @@ struct Vec {
 };
 
 template <typename F>
-inline Vec each(F f) {
+GRISTMILL_INLINE Vec each(F f) {
   Vec out;
   for (int i = 0; i < kLanes; i++) out.lane[i] = f(i);
   return out;
 }
 
-inline Vec set1(float x) {
+GRISTMILL_INLINE Vec set1(float x) {
   return each([&](int) { return x; });
 }
-inline Vec iota() {
+GRISTMILL_INLINE Vec iota() {
   return each([](int i) { return static_cast<float>(i); });
 }
-inline Vec load(const float* p) {
+GRISTMILL_INLINE Vec load(const float* p) {
   return each([&](int i) { return p[i]; });
 }
-inline Vec load(const f16* p) {
+GRISTMILL_INLINE Vec load(const f16* p) {
   return each([&](int i) { return to_float(p[i]); });
 }
-inline Vec load(const bf16* p) {
+GRISTMILL_INLINE Vec load(const bf16* p) {
   return each([&](int i) { return to_float(p[i]); });
 }
-inline Vec load(const int8_t* p) {
+GRISTMILL_INLINE Vec load(const int8_t* p) {
   return each([&](int i) { return static_cast<float>(p[i]); });
 }
 
-inline void store(float* p, Vec a) {
+GRISTMILL_INLINE void store(float* p, Vec a) {
   for (int i = 0; i < kLanes; i++) p[i] = a.lane[i];
 }
-inline void store(f16* p, Vec a) {
+GRISTMILL_INLINE void store(f16* p, Vec a) {
   for (int i = 0; i < kLanes; i++) p[i] = to_f16(a.lane[i]);
 }
 // Rounds to nearest even; lanes are within +-127, or not a number (then any value).
-inline void store(int8_t* p, Vec a) {
+GRISTMILL_INLINE void store(int8_t* p, Vec a) {
   for (int i = 0; i < kLanes; i++) {
     p[i] = a.lane[i] > -127.5f && a.lane[i] < 127.5f ? static_cast<int8_t>(__builtin_nearbyintf(a.lane[i]))
                                                      : int8_t{-128};
   }
 }
 
-inline Vec add(Vec a, Vec b) {
+GRISTMILL_INLINE Vec add(Vec a, Vec b) {
   return each([&](int i) { return a.lane[i] + b.lane[i]; });
 }
-inline Vec sub(Vec a, Vec b) {
+GRISTMILL_INLINE Vec sub(Vec a, Vec b) {
   return each([&](int i) { return a.lane[i] - b.lane[i]; });
 }
-inline Vec mul(Vec a, Vec b) {
+GRISTMILL_INLINE Vec mul(Vec a, Vec b) {
   return each([&](int i) { return a.lane[i] * b.lane[i]; });
 }
-inline Vec div(Vec a, Vec b) {
+GRISTMILL_INLINE Vec div(Vec a, Vec b) {
   return each([&](int i) { return a.lane[i] / b.lane[i]; });
 }
-inline Vec fma(Vec a, Vec b, Vec c) {
+GRISTMILL_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return each([&](int i) { return __builtin_fmaf(a.lane[i], b.lane[i], c.lane[i]); });
 }
 // The second operand wins when either is not a number, as the instructions of x86 have it.
-inline Vec max(Vec a, Vec b) {
+GRISTMILL_INLINE Vec max(Vec a, Vec b) {
   return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
-inline Vec min(Vec a, Vec b) {
+GRISTMILL_INLINE Vec min(Vec a, Vec b) {
   return each([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
-inline Vec abs(Vec a) {
+GRISTMILL_INLINE Vec abs(Vec a) {
   return each([&](int i) { return float_of(bits_of(a.lane[i]) & 0x7fffffff); });
 }
-inline Vec copysign(Vec a, Vec sign) {
+GRISTMILL_INLINE Vec copysign(Vec a, Vec sign) {
   return each([&](int i) {
     return float_of((bits_of(a.lane[i]) & 0x7fffffff) | (bits_of(sign.lane[i]) & 0x80000000));
   });
 }
 // a < b ? x : y
-inline Vec select_less(Vec a, Vec b, Vec x, Vec y) {
+GRISTMILL_INLINE Vec select_less(Vec a, Vec b, Vec x, Vec y) {
   return each([&](int i) { return a.lane[i] < b.lane[i] ? x.lane[i] : y.lane[i]; });
 }
 // 2^n where the low bits of t hold n (t = n + 1.5 * 2^23).
-inline Vec power_of_two(Vec t) {
+GRISTMILL_INLINE Vec power_of_two(Vec t) {
   return each([&](int i) { return float_of((bits_of(t.lane[i]) << 23) + 0x3f800000); });
 }
 
 // The fixed tree: i + (i + 8), then + 4, + 2, + 1.
-inline float reduce_add(Vec a) {
+GRISTMILL_INLINE float reduce_add(Vec a) {
   for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; i++) a.lane[i] += a.lane[i + half];
   }
   return a.lane[0];
 }
-inline float reduce_max(Vec a) {
+GRISTMILL_INLINE float reduce_max(Vec a) {
   for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; i++) a.lane[i] = a.lane[i] > a.lane[i + half] ? a.lane[i] : a.lane[i + half];
   }
   return a.lane[0];
 }
-inline float first(Vec a) { return a.lane[0]; }
+GRISTMILL_INLINE float first(Vec a) { return a.lane[0]; }
 
 // out[i * ld + j] = row[j][i] for 16 rows of 16.
 template <typename T>
-inline void transpose_16x16(const T* const* row, int64_t column, float* out, int64_t ld) {
+GRISTMILL_INLINE void transpose_16x16(const T* const* row, int64_t column, float* out, int64_t ld) {
   for (int j = 0; j < kLanes; j++) {
     const Vec a = load(row[j] + column);
     for (int i = 0; i < kLanes; i++) out[i * ld + j] = a.lane[i];
   }
 }
-inline void prefetch(const void*) {}
+GRISTMILL_INLINE void prefetch(const void*) {}

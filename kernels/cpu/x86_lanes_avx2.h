@@ -6,37 +6,39 @@ constexpr int kDecodeRows = 3;
 using Ints = __m256i;
 using Floats = __m256;
 
-inline Ints zero_ints() { return _mm256_setzero_si256(); }
-inline Ints load_ints(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
-inline Ints set1_ints(int32_t x) { return _mm256_set1_epi32(x); }
-inline Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
-inline Ints sub_ints(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
-inline Ints times_16(Ints a) { return _mm256_slli_epi32(a, 4); }
+GRISTMILL_INLINE Ints zero_ints() { return _mm256_setzero_si256(); }
+GRISTMILL_INLINE Ints load_ints(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
+GRISTMILL_INLINE Ints set1_ints(int32_t x) { return _mm256_set1_epi32(x); }
+GRISTMILL_INLINE Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+GRISTMILL_INLINE Ints sub_ints(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
+GRISTMILL_INLINE Ints times_16(Ints a) { return _mm256_slli_epi32(a, 4); }
 // a in 0..255, b within 16 bits (a group's sum is at most 128 * 127): one instruction where mullo takes two
-inline Ints multiply_words(Ints a, Ints b) { return _mm256_madd_epi16(a, b); }
+GRISTMILL_INLINE Ints multiply_words(Ints a, Ints b) { return _mm256_madd_epi16(a, b); }
 // Sums of 16 bits, one output in each pair, to 32.
-inline Ints widen_words(Ints a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
-inline Ints accumulate(Ints sum, Ints w, Ints a) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, a)); }
-inline Ints broadcast_quad(const int8_t* a) {
+GRISTMILL_INLINE Ints widen_words(Ints a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
+GRISTMILL_INLINE Ints accumulate(Ints sum, Ints w, Ints a) {
+  return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, a));
+}
+GRISTMILL_INLINE Ints broadcast_quad(const int8_t* a) {
   int32_t quad;
   std::memcpy(&quad, a, 4);
   return _mm256_set1_epi32(quad);
 }
 
-inline Floats to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
-inline Floats set1_floats(float x) { return _mm256_set1_ps(x); }
-inline Floats load_floats(const float* p) { return _mm256_load_ps(p); }
-inline Floats mul_floats(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
-inline Floats fma_floats(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+GRISTMILL_INLINE Floats to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
+GRISTMILL_INLINE Floats set1_floats(float x) { return _mm256_set1_ps(x); }
+GRISTMILL_INLINE Floats load_floats(const float* p) { return _mm256_load_ps(p); }
+GRISTMILL_INLINE Floats mul_floats(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+GRISTMILL_INLINE Floats fma_floats(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 
-inline Ints lanes_before(int64_t count) {
+GRISTMILL_INLINE Ints lanes_before(int64_t count) {
   const int limit = static_cast<int>(std::max<int64_t>(std::min<int64_t>(count, 8), 0));
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(limit), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-inline Floats load_some(const float* p, int64_t count) {
+GRISTMILL_INLINE Floats load_some(const float* p, int64_t count) {
   return count >= 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, lanes_before(count));
 }
-inline void store_some(float* p, Floats a, int64_t count) {
+GRISTMILL_INLINE void store_some(float* p, Floats a, int64_t count) {
   if (count >= 8) _mm256_storeu_ps(p, a);
   else _mm256_maskstore_ps(p, lanes_before(count), a);
 }
