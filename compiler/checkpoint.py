@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import warnings
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +27,11 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
-INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLE_NAMES = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_NAMES = (  # in the order in which transformers looks for them
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
 MAX_HEADER = 100 << 20
+PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,21 @@ class Checkpoint:
             mapped.madvise(mmap.MADV_DONTNEED, start, entry.end - start)
         return tensor.reshape(entry.shape)
 
+    def same(self, first: str, second: str) -> bool:
+        """Whether two stored tensors have the same bytes."""
+        if first in self._pickled:
+            return torch.equal(self._pickled[first], self._pickled[second])
+        a, b = self.entries[first], self.entries[second]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        one, other = self._map(a.file), self._map(b.file)
+        steps = range(0, a.end - a.begin, PIECE)
+        return all(
+            one[a.begin + i : min(a.begin + i + PIECE, a.end)]
+            == other[b.begin + i : min(b.begin + i + PIECE, b.end)]
+            for i in steps
+        )
+
     def hashes(self) -> dict[str, str]:
         """sha256 of every weight file, by name."""
         return {file.name: file_hash(file) for file in self.files}
@@ -108,7 +126,7 @@ def file_hash(file: Path) -> str:
     """sha256 of a file, read in pieces that do not stay in memory."""
     digest = hashlib.sha256()
     with open(file, "rb", buffering=0) as handle:
-        while piece := handle.read(1 << 20):
+        while piece := handle.read(PIECE):
             digest.update(piece)
     return digest.hexdigest()
 
@@ -118,20 +136,19 @@ def weight_files(directory: Path) -> list[Path]:
 
     Raises GristmillError when there are none or one is missing.
     """
-    for name in INDEX_NAMES:
-        index = directory / name
-        if index.is_file():
-            return [_inside(directory, shard, name) for shard in sorted(set(_weight_map(index).values()))]
-    for name in SINGLE_NAMES:
-        if (directory / name).is_file():
-            return [directory / name]
-    raise GristmillError(f"{directory}: no weights found; expected {', '.join(SINGLE_NAMES + INDEX_NAMES)}")
+    for name in WEIGHT_NAMES:
+        path = directory / name
+        if path.is_file() and path.suffix == ".json":
+            return [_inside(directory, shard, name) for shard in sorted(set(_weight_map(path).values()))]
+        if path.is_file():
+            return [path]
+    raise GristmillError(f"{directory}: no weights found; expected {', '.join(WEIGHT_NAMES)}")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         table = json.loads(index.read_text("utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise GristmillError(
             f"{index}: not a shard index ({error}); expected a JSON object with weight_map"
         ) from None
@@ -168,7 +185,7 @@ def _safetensors_entries(file: Path) -> dict[str, Entry]:
     try:
         header = json.loads(raw)
         entries = {k: _entry(file, v, 8 + length, size) for k, v in header.items() if k != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, GristmillError):
             raise
         raise GristmillError(f"{file}: damaged safetensors header ({error}); download it again") from None
@@ -197,10 +214,11 @@ def _entry(file: Path, info: dict[str, Any], start: int, size: int) -> Entry:
 
 
 def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
+    mapped = zipfile.is_zipfile(file)  # files from before torch 1.6 cannot be mapped
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds; all mean the same to the user
-        reason = str(error).splitlines()[0][:120]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise GristmillError(
             f"{file}: refused, torch's weights_only loader does not accept it ({reason}); "
             "convert it to safetensors"

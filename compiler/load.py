@@ -45,9 +45,9 @@ def load_config(directory: Path) -> Any:
         raise GristmillError(f"{directory}: no config.json; expected a Hugging Face model directory")
     try:
         raw = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise GristmillError(f"{path}: not valid JSON ({error}); download the model again") from None
-    if not isinstance(raw, dict) or "model_type" not in raw:
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise GristmillError(f"{path}: no model_type; expected a Hugging Face model configuration")
     if raw.get("auto_map"):
         raise GristmillError(
@@ -55,7 +55,8 @@ def load_config(directory: Path) -> Any:
             "use a built-in one"
         )
     if raw.get("quantization_config"):
-        method = (raw["quantization_config"] or {}).get("quant_method", "unknown")
+        settings = raw["quantization_config"]
+        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
         raise GristmillError(f"{path}: already quantized ({method}); give the original float model")
     return _transformers_config(directory, raw["model_type"])
 

@@ -65,6 +65,10 @@ class _Lowering:
                 self.views[node] = self._slice(node)
             else:
                 LOWERINGS[node.target](self, node, arguments(node))
+        if self.views[self.head].value != LOGITS:
+            raise GristmillError(
+                "the logits are not computed from the rows asked for; expected a linear head"
+            )
         self.program.vocabulary = shape(self.head)[-1]
         return self.result
 
@@ -96,7 +100,7 @@ class _Lowering:
 
     def _output(self, node: fx.Node, rows: str) -> View:
         width = shape(node)[-1]
-        if node is self.head:
+        if node is self.head and rows == "R":
             return View(LOGITS, 0, width)
         self.program.values.append(Value(rows, width))
         return View(len(self.program.values) - 1, 0, width)
@@ -108,8 +112,9 @@ class _Lowering:
                 f"a slice over dimension {a['dim']} with step {a['step']} cannot be lowered; "
                 "expected columns of a row"
             )
-        whole = self.views[a["self"]]
-        return View(whole.value, whole.column + int(a["start"] or 0), shape(node)[-1])
+        whole, start = self.views[a["self"]], int(a["start"] or 0)
+        column = start if start >= 0 else whole.width + start
+        return View(whole.value, whole.column + column, shape(node)[-1])
 
     def vector(self, node: fx.Node) -> str:
         """The stored name of a vector weight."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ from .names import parameter_sources, require
 NAME = "gristmill"
 # transformers' builders of masks that our attention implements; "packed" says that sequences of a batch do
 # not see each other
+WINDOW = "sliding_window_overlay"
 KNOWN_MASKS = {
-    "causal_mask_function", "sliding_window_overlay", "and_masks", "packed_sequence_mask_function",
+    "causal_mask_function", WINDOW, "and_masks", "packed_sequence_mask_function",
     "remap_positions_for_packed_sequence",
 }  # fmt: skip
 
@@ -47,7 +49,7 @@ def trace(config: Any, checkpoint: Checkpoint, max_len: int) -> Traced:
     model = _build(config)
     limit = _freeze_ropes(model, max_len)
     program = _export(model)
-    _refuse_masks(masks)
+    _refuse_masks(masks, program)
     traced = _lift(program, model, config, checkpoint)
     traced.max_position = limit
     return traced
@@ -69,6 +71,10 @@ def _attention(
     sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
+    extra = [name for name, value in kwargs.items() if isinstance(value, Tensor) and name != "position_ids"]
+    if attention_mask is not None or extra:
+        strange = "a mask of its own" if attention_mask is not None else f"the tensor {extra[0]!r}"
+        raise GristmillError(f"{type(module).__name__} brings {strange} to attention, which is not supported")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     layer = int(getattr(module, "layer_idx", 0) or 0)
     out = torch.ops.gristmill.attention_heads(
@@ -153,30 +159,46 @@ def _export(model: torch.nn.Module) -> torch.export.ExportedProgram:
             warnings.simplefilter("ignore")
             exported = torch.export.export(_Wrapper(model), example, dynamic_shapes=shapes, strict=False)
             return exported.run_decompositions({})
+    except GristmillError:
+        raise
     except Exception as error:  # the exporter raises whatever the model's code raises
         raise GristmillError(
             f"{type(model).__name__} cannot be traced ({_first_line(error)}); see the README for the families"
         ) from error
 
 
-def _refuse_masks(masks: list[Any]) -> None:
-    for mask in masks:
-        strange = _mask_names(mask) - KNOWN_MASKS
-        if strange:
-            raise GristmillError(
-                f"attention mask {sorted(strange)[0]!r} is not supported; expected causal or sliding window"
-            )
+def _refuse_masks(masks: list[Any], program: torch.export.ExportedProgram) -> None:
+    """Only causal masks and sliding windows; a window that only the mask knows would be lost with it."""
+    parts = [part for mask in masks for part in _mask_parts(mask)]
+    strange = {_builder(part) for part in parts} - KNOWN_MASKS
+    if strange:
+        raise GristmillError(
+            f"attention mask {sorted(strange)[0]!r} is not supported; expected causal or sliding window"
+        )
+    masked = {cell.cell_contents for p in parts if _builder(p) == WINDOW for cell in p.__closure__}
+    op = torch.ops.gristmill.attention_heads.default
+    calls = program.graph_module.graph.find_nodes(op="call_function", target=op)
+    used = {call.args[5] for call in calls} - {0}
+    if masks and masked != used:
+        raise GristmillError(
+            f"the model masks windows of {sorted(masked)} but its attention says {sorted(used)}; "
+            "expected the same"
+        )
 
 
-def _mask_names(function: Any) -> set[str]:
-    """The names of the mask functions that a transformers mask closure is made of."""
-    names = {function.__qualname__.split(".")[0]}
+def _builder(part: Any) -> str:
+    """The name of the function that made (or is) a mask function."""
+    return str(part.__qualname__.split(".")[0])
+
+
+def _mask_parts(function: Any) -> Iterator[Any]:
+    """The mask functions that a transformers mask closure is made of, itself first."""
+    yield function
     for cell in function.__closure__ or ():
-        parts = cell.cell_contents if isinstance(cell.cell_contents, tuple | list) else (cell.cell_contents,)
-        for part in parts:
+        held = cell.cell_contents if isinstance(cell.cell_contents, tuple | list) else (cell.cell_contents,)
+        for part in held:
             if callable(part) and hasattr(part, "__qualname__"):
-                names |= _mask_names(part)
-    return names
+                yield from _mask_parts(part)
 
 
 def _lift(
@@ -188,17 +210,42 @@ def _lift(
     aliases = _aliases(model)
     sources = parameter_sources(model, checkpoint)
     weights: dict[str, Lazy] = {}
+    _refuse_untied(aliases, sources, checkpoint)
     for node in graph.find_nodes(op="placeholder"):
-        if node.name in signature.inputs_to_parameters:
-            name = signature.inputs_to_parameters[node.name].removeprefix("model.")
-            source = require(sources, aliases[name])
+        name = _target(signature, node)
+        if name is None:
+            continue
+        if name in aliases or name in sources:
+            source = require(sources, aliases.get(name, (name,)))
             weights[node.name] = _stored(checkpoint, source, tuple(node.meta["val"].shape))
-        elif (
-            node.name in signature.inputs_to_buffers
-            or node.name in signature.inputs_to_lifted_tensor_constants
-        ):
+        else:
             weights[node.name] = _constant(program, signature, node)
     return Traced(graph, weights, config)
+
+
+def _target(signature: Any, node: fx.Node) -> str | None:
+    """The model's name of the parameter or buffer that a placeholder stands for; None for an input."""
+    kinds = (
+        signature.inputs_to_parameters,
+        signature.inputs_to_buffers,
+        signature.inputs_to_lifted_tensor_constants,
+    )
+    names = (kind[node.name] for kind in kinds if node.name in kind)
+    return next((name.removeprefix("model.") for name in names), None)
+
+
+def _refuse_untied(
+    aliases: dict[str, tuple[str, ...]], sources: dict[str, str], checkpoint: Checkpoint
+) -> None:
+    """A checkpoint may hold a tied tensor twice, but not with two values."""
+    for names in aliases.values():
+        stored = [sources[name] for name in names if name in sources]
+        for other in stored[1:]:
+            if not checkpoint.same(stored[0], other):
+                raise GristmillError(
+                    f"config.json ties {stored[0]!r} to {other!r}, but they differ in the checkpoint; "
+                    'set "tie_word_embeddings": false in config.json'
+                )
 
 
 def _stored(checkpoint: Checkpoint, source: str, shape: tuple[int, ...]) -> Lazy:

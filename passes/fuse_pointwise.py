@@ -72,7 +72,7 @@ def _collect(node: fx.Node, inputs: list[fx.Node], steps: list[list[Any]], known
     args = node.args[:1] if node.target is aten.pow.Tensor_Scalar else node.args
     for arg in args:
         if not isinstance(arg, fx.Node):
-            operands.append({"const": float(arg)})
+            operands.append({"const": float(arg)})  # type: ignore[arg-type]
         elif _name(arg) is not None and only_user(arg):
             operands.append(_collect(arg, inputs, steps, known))
         else:
