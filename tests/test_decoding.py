@@ -21,6 +21,7 @@ from gristmill.runtime.decoding.sampling import (
     candidates,
     choose,
     draw,
+    kth_largest,
     nucleus,
     penalize_repetition,
     uniform,
@@ -93,8 +94,29 @@ def test_draws_follow_the_softmax() -> None:
     scores = logits_of(3, 60)
     probabilities = np.exp(scores.astype(np.float64) - scores.max())
     probabilities /= probabilities.sum()
-    draws = [draw(np.arange(60), scores, uniform(11, 0, i)) for i in range(100_000)]
+    draws = [draw(scores, uniform(11, 0, i)) for i in range(100_000)]
     assert chi_square(np.bincount(draws, minlength=60), probabilities) < 4
+
+
+@pytest.mark.parametrize("size", [1, 511, 512, 513, 1500])
+def test_a_draw_is_the_inverse_of_the_cumulative_distribution(size: int) -> None:
+    scores = logits_of(size, size)
+    ends = np.cumsum(np.exp(scores - scores.max()), dtype=np.float64)
+    for point in (0.0, 0.1, 0.5, 0.999, 1 - 2**-53):
+        expected = min(int(np.searchsorted(ends, point * ends[-1], side="right")), size - 1)
+        assert draw(scores, point) == expected
+
+
+def test_a_draw_skips_what_has_no_weight() -> None:
+    scores = np.full(1300, -np.inf, np.float32)
+    scores[[600, 1200]] = 0
+    assert [draw(scores, point) for point in (0.0, 0.49, 0.51, 1 - 2**-53)] == [600, 600, 1200, 1200]
+
+
+@pytest.mark.parametrize("size, k", [(10, 3), (800, 1), (803, 100), (5000, 50), (4000, 1000), (100, 99)])
+def test_kth_largest(size: int, k: int) -> None:
+    scores = np.round(logits_of(k, size), 1)  # with ties
+    assert kth_largest(scores, k) == np.sort(scores)[-k]
 
 
 def test_draws_depend_on_seed_sequence_and_position_only() -> None:

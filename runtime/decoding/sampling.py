@@ -14,6 +14,7 @@ from gristmill.runtime.decoding.greedy import most_likely
 from gristmill.runtime.decoding.options import GenerationOptions
 
 FIRST_CANDIDATES = 1024  # top-p looks at this many of the most likely tokens before it sorts them all
+BLOCK = 512  # entries whose weights are summed together when one is drawn
 
 
 def choose(
@@ -28,8 +29,11 @@ def choose(
     scaled = (logits - logits[best]) / np.float32(
         options.temperature
     )  # shifted first: no temperature overflows
+    point = uniform(seed, sequence, position)
+    if options.top_k == 0 and options.top_p == 1.0:
+        return draw(scaled, point)
     ids, scores = candidates(scaled, options.top_k, options.top_p)
-    return draw(ids, scores, uniform(seed, sequence, position))
+    return int(ids[draw(scores, point)])
 
 
 def penalize_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
@@ -42,35 +46,58 @@ def penalize_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) ->
 
 def candidates(scores: np.ndarray, top_k: int, top_p: float) -> tuple[np.ndarray, np.ndarray]:
     """The ids that may be drawn and their scores; equals of the k-th best stay in, as in transformers."""
-    ids = np.arange(scores.size)
     if 0 < top_k < scores.size:
-        ids = np.flatnonzero(scores >= np.partition(scores, scores.size - top_k)[scores.size - top_k])
-    scores = scores[ids]
-    if top_p < 1.0:
-        kept = nucleus(scores, top_p)
-        ids, scores = ids[kept], scores[kept]
-    return ids, scores
+        ids = np.flatnonzero(scores >= kth_largest(scores, top_k))
+        ids = ids[nucleus(scores[ids], top_p)] if top_p < 1.0 else ids
+    else:
+        ids = nucleus(scores, top_p) if top_p < 1.0 else np.arange(scores.size)
+    return ids, scores[ids]
+
+
+def kth_largest(scores: np.ndarray, k: int) -> np.float32:
+    """The value that exactly k entries reach, ties apart; k < scores.size.
+
+    The k-th largest of the maxima of disjoint groups is a lower bound that few entries reach: only those are
+    sorted.
+    """
+    groups = 4 * k
+    if scores.size >= 2 * groups:
+        whole = scores.size // groups * groups
+        maxima = scores[:whole].reshape(-1, groups).max(axis=0)
+        scores = scores[scores >= np.partition(maxima, groups - k)[groups - k]]
+    return np.partition(scores, scores.size - k)[scores.size - k]
 
 
 def nucleus(scores: np.ndarray, top_p: float) -> np.ndarray:
     """Ascending indices of the fewest most likely entries that reach `top_p`; one at least."""
     weights = np.exp(scores - scores.max())
     total = weights.sum(dtype=np.float64)
-    for count in (min(FIRST_CANDIDATES, scores.size), scores.size):
-        top = np.argpartition(-weights, count - 1)[:count] if count < scores.size else np.arange(count)
-        top = top[np.lexsort((top, -weights[top]))]
-        before = np.cumsum(weights[top], dtype=np.float64) - weights[top]  # mass of all that are more likely
-        keep = int(np.count_nonzero(before < top_p * total))
-        if keep < count:
-            break
+    top = np.arange(scores.size)
+    if scores.size > FIRST_CANDIDATES:
+        likely = np.flatnonzero(scores >= kth_largest(scores, FIRST_CANDIDATES))
+        if weights[likely].sum(dtype=np.float64) >= top_p * total:
+            top = likely
+    top = top[np.lexsort((top, -weights[top]))]
+    before = np.cumsum(weights[top], dtype=np.float64) - weights[top]  # mass of all that are more likely
+    keep = int(np.count_nonzero(before < top_p * total))
     return np.sort(top[: max(keep, 1)])
 
 
-def draw(ids: np.ndarray, scores: np.ndarray, point: float) -> int:
-    """The id at `point` (0 to 1) of the cumulative softmax of `scores`."""
-    cumulative = np.cumsum(np.exp(scores - scores.max()), dtype=np.float64)
-    index = int(np.searchsorted(cumulative, point * cumulative[-1], side="right"))
-    return int(ids[min(index, len(ids) - 1)])
+def draw(scores: np.ndarray, point: float) -> int:
+    """The index at `point` (0 to 1) of the cumulative softmax of `scores`: its block, then its place."""
+    weights = np.exp(scores - scores.max())
+    blocks = np.zeros(-(-weights.size // BLOCK) * BLOCK, np.float32)
+    blocks[: weights.size] = weights
+    sums = np.cumsum(blocks.reshape(-1, BLOCK).sum(axis=1), dtype=np.float64)
+    target = point * sums[-1]
+    block = first_above(sums, target)
+    ends = np.cumsum(weights[block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
+    return block * BLOCK + first_above(ends, target - (sums[block - 1] if block else 0.0))
+
+
+def first_above(ends: np.ndarray, target: float) -> int:
+    """The first index whose cumulative weight exceeds `target`: an entry that has weight, rounding or not."""
+    return int(np.searchsorted(ends, min(target, np.nextafter(ends[-1], 0.0)), side="right"))
 
 
 def uniform(seed: int, sequence: int, position: int) -> float:
