@@ -122,11 +122,15 @@ class CompileOptions:
 
 
 def parse_percent(text: str) -> float:
-    """ "2%" or "2" -> 0.02."""
+    """ "2%" or "0.02" -> 0.02; a bare number from 1 is refused, for it could mean either."""
+    number = text.strip().removesuffix("%")
     try:
-        return float(text.strip().removesuffix("%")) / 100
-    except ValueError as error:
-        raise GristmillError(f"max_ppl_increase is {text!r}, expected a percentage such as 2%") from error
+        share = float(number) / 100 if text.strip().endswith("%") else float(number)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share < math.inf or (share >= 1 and not text.strip().endswith("%")):
+        raise GristmillError(f"max_ppl_increase is {text!r}, expected a percentage such as 2% (or 0.02)")
+    return share
 
 
 def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:

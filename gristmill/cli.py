@@ -77,6 +77,7 @@ def run(
     gristmill run story.grist --prompt "Once upon a time"
     gristmill run chat.grist --chat --prompt "Who are you?" --temperature 0.7 --top-p 0.9
     """
+    from gristmill.runtime.report import memory_text
     from gristmill.runtime.session import load
 
     session = load(artifact, threads=threads, max_len=max_len, max_slots=1)
@@ -98,6 +99,7 @@ def run(
         click.echo(piece, nl=False)
     click.echo()
     done = stream.result
+    note(memory_text(session.memory))
     note(
         f"{done.prompt_tokens} + {len(done.token_ids)} tokens, first after {done.ttft_s:.3f} s, "
         f"then {done.decode_tok_s:.1f} tok/s, ended by {done.finish_reason}"

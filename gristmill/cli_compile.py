@@ -90,7 +90,7 @@ def compile_command(
 
 def summary_rows(path: str, summary: dict[str, Any]) -> Rows:
     """The summary of a compile as a table."""
-    from gristmill.runtime.report import evaluation_rows, size_text
+    from gristmill.runtime.report import size_text
 
     rows: Rows = [("artifact", path)]
     if "bits_per_weight" in summary:
@@ -101,4 +101,7 @@ def summary_rows(path: str, summary: dict[str, Any]) -> Rows:
         rows.append(("compile", f"{summary['compile_s']:.1f} s"))
     if "peak_memory_bytes" in summary:
         rows.append(("peak memory", size_text(summary["peak_memory_bytes"])))
-    return rows + (evaluation_rows(summary["evaluation"]) if summary.get("evaluation") else [])
+    for line in summary.get("gate", []):
+        name, _, value = line.partition("  ")
+        rows.append((name, value.strip()) if value else ("gate", line))
+    return rows

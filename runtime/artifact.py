@@ -23,7 +23,15 @@ KIND = "gristmill artifact"
 MANIFEST, PROGRAM, WEIGHTS = "manifest.json", "program.json", "weights.safetensors"
 TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 GENERATION_CONFIG, SELFTEST, EVALUATION = "generation_config.json", "selftest.json", "evaluation.json"
-IDENTITY_FILES = (PROGRAM, WEIGHTS, TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE)  # what content_id covers
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"  # older models name their special tokens here
+IDENTITY_FILES = (
+    PROGRAM,
+    WEIGHTS,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    SPECIAL_TOKENS_MAP,
+    CHAT_TEMPLATE,
+)  # what content_id covers
 
 MAX_MANIFEST_BYTES = 16_000_000
 BLANK_HASH = "0" * 64

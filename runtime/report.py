@@ -65,8 +65,23 @@ def artifact_rows(summary: dict[str, Any]) -> Rows:
 
 
 def evaluation_rows(evaluation: dict[str, Any]) -> Rows:
-    """What the gate measured, as a table."""
-    return [(str(key).replace("_", " "), _flat(value)) for key, value in evaluation.items()]
+    """What the gate measured, as a table; a record of another shape is listed as it stands."""
+    e = evaluation
+    try:
+        growth, kl = e["ppl_increase"], e["kl"]
+        return [
+            ("measured on", f"{e['text']}, {e['tokens']} tokens in windows of {e['window']}"),
+            (
+                "perplexity",
+                f"{e['ppl']:.4f}, float {e['reference_ppl']:.4f}: {growth['estimate']:+.2%} "
+                f"({growth['low']:+.2%} to {growth['high']:+.2%})",
+            ),
+            ("KL divergence", f"{kl['estimate']:.3g} nats ({kl['low']:.3g} to {kl['high']:.3g})"),
+            ("top token", f"the same in {e['top1_agreement']:.2%}"),
+            ("measure again", str(e["command"])),
+        ]
+    except (KeyError, TypeError, ValueError):
+        return [(str(key).replace("_", " "), _flat(value)) for key, value in e.items()]
 
 
 def size_text(size_bytes: int | float) -> str:
@@ -77,6 +92,12 @@ def size_text(size_bytes: int | float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def memory_text(memory: dict[str, int]) -> str:
+    """Session.memory in one line."""
+    weights, kv, arena = (size_text(memory[key]) for key in ("weight_bytes", "kv_bytes", "arena_bytes"))
+    return f"memory: weights {weights} mapped, KV cache {kv}, buffers {arena}"
 
 
 def _flat(value: Any) -> str:

@@ -8,7 +8,13 @@ from typing import Any
 
 import tokenizers
 
-from gristmill.runtime.artifact import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, Artifact
+from gristmill.runtime.artifact import (
+    CHAT_TEMPLATE,
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    Artifact,
+)
 from gristmill.runtime.errors import GristmillError
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -34,7 +40,8 @@ class Tokenizer:
         """The tokenizer stored in `artifact`."""
         if TOKENIZER not in artifact.files:
             raise GristmillError(f"{artifact.path} holds no tokenizer; give prompts as token ids")
-        config = artifact.json(TOKENIZER_CONFIG) if TOKENIZER_CONFIG in artifact.files else None
+        configs = [artifact.json(n) for n in (SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG) if n in artifact.files]
+        config = {key: value for found in configs for key, value in found.items() if value is not None}
         template = (
             artifact.read(CHAT_TEMPLATE).decode("utf-8", "replace")
             if CHAT_TEMPLATE in artifact.files

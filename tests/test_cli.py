@@ -256,7 +256,9 @@ def test_defaults_follow_from_the_weights() -> None:
     )
     assert (exact.embedding_format, exact.head_format, exact.kv_type) == ("f32", "f32", "f32")
     assert CompileOptions.of(group_size="row").group == 0
-    assert CompileOptions.of(max_ppl_increase="2%").max_ppl_increase == pytest.approx(0.02)
+    assert [CompileOptions.of(max_ppl_increase=x).max_ppl_increase for x in ("2%", "0.02", 0.02)] == [
+        0.02
+    ] * 3
 
 
 @pytest.mark.parametrize(
@@ -273,6 +275,9 @@ def test_defaults_follow_from_the_weights() -> None:
         ({"gate": "yes"}, "gate"),
         ({"max_kl": float("nan")}, "max_kl"),
         ({"gate": False, "text": "x"}, "gate"),
+        ({"max_ppl_increase": "2"}, "percentage"),
+        ({"max_ppl_increase": "-1%"}, "percentage"),
+        ({"max_ppl_increase": "nan"}, "percentage"),
         ({"weight": "int4"}, "did you mean weights"),
     ],
 )
