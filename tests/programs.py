@@ -1,8 +1,5 @@
-"""Small random programs with their weights, and a plain numpy interpreter of them, for tests of the executors.
+"""Small random programs with their weights, for tests of the executors."""
 
-The interpreter follows the format's definition (docs of program.json) with no thought of speed: float64 inside, activations and
-caches rounded where the format says so.
-"""
 from __future__ import annotations
 
 import json
@@ -20,7 +17,7 @@ ALIGNMENT = 64
 DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16", "int8": "I8", "uint8": "U8"}
 
 
-# ---- weights -------------------------------------------------------------------------------------------------------------------
+# ---- weights
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ def bf16(w: Array) -> Array:
 
 
 def pack_nibbles(q: Array) -> Array:
-    """[n, kp] of 0..15 -> [n, kp / 2]: byte i of a 64-column block holds columns i (low) and i + 32 (high)."""
+    """[n, kp] of 0..15 -> [n, kp / 2]: byte i of a block holds columns i (low) and i + 32 (high)."""
     blocks = q.reshape(q.shape[0], -1, 2, 32).astype(np.uint8)
     return (blocks[:, :, 0] | blocks[:, :, 1] << 4).reshape(q.shape[0], -1)
 
@@ -97,7 +94,10 @@ def store_integer(name: str, w: Array, form: Format, group: int, segment: dict[s
     if form.name == "int4":
         full[:] = 8
     full[:, :k] = q.reshape(n, -1)[:, :k]
-    tensors = {f"{name}.weight": pack_nibbles(full) if form.name == "int4" else full.astype(np.int8), f"{name}.scale": stored_scale}
+    tensors = {
+        f"{name}.weight": pack_nibbles(full) if form.name == "int4" else full.astype(np.int8),
+        f"{name}.scale": stored_scale,
+    }
     if not form.symmetric:
         tensors[f"{name}.zero"] = pack_zeros(zero) if form.name == "int4" else zero.astype(np.int8)
     return Stored(tensors, values, segment)
@@ -130,12 +130,12 @@ def write_safetensors(path: Path, tensors: dict[str, Array]) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(chunks))
 
 
-# ---- programs ------------------------------------------------------------------------------------------------------------------
+# ---- programs
 
 
 @dataclass
 class Program:
-    """A program under construction: `json` is what program.json holds, `matrices` what its weights stand for."""
+    """A program under construction: `json` as in program.json, `matrices` what its weights stand for."""
 
     vocabulary: int
     max_tokens: int = 32
@@ -149,9 +149,21 @@ class Program:
 
     def __post_init__(self) -> None:
         self.random = np.random.default_rng(self.seed)
-        limits = {name: getattr(self, name) for name in ("max_tokens", "max_slots", "max_len", "max_position")}
-        self.json = {"format": 1, "name": "decoder", "vocabulary": self.vocabulary, "limits": limits, "arena_bytes": 0,
-                     "values": [], "caches": [], "ropes": [], "weights": {}, "instructions": []}
+        limits = {
+            name: getattr(self, name) for name in ("max_tokens", "max_slots", "max_len", "max_position")
+        }
+        self.json = {
+            "format": 1,
+            "name": "decoder",
+            "vocabulary": self.vocabulary,
+            "limits": limits,
+            "arena_bytes": 0,
+            "values": [],
+            "caches": [],
+            "ropes": [],
+            "weights": {},
+            "instructions": [],
+        }
 
     def value(self, width: int, rows: str = "T") -> View:
         offset = self.json["arena_bytes"]
@@ -168,8 +180,10 @@ class Program:
 
     def weight(self, key: str, sizes: list[int], k: int, formats: list[Format]) -> str:
         """Random segments of `sizes` rows each, stacked."""
-        parts = [store(f"{key}.{i}", self.random.standard_normal((n, k)) / math.sqrt(k), form)
-                 for i, (n, form) in enumerate(zip(sizes, formats, strict=True))]
+        parts = [
+            store(f"{key}.{i}", self.random.standard_normal((n, k)) / math.sqrt(k), form)
+            for i, (n, form) in enumerate(zip(sizes, formats, strict=True))
+        ]
         for part in parts:
             self.tensors.update(part.tensors)
         self.json["weights"][key] = [part.segment for part in parts]
@@ -220,9 +234,21 @@ class Llama:
 
 
 def llama(c: Llama) -> Program:
-    p = Program(c.vocabulary, max_tokens=c.max_tokens, max_position=c.max_position, max_len=min(64, c.max_position), seed=c.seed)
-    p.json["ropes"].append({"inv_freq": p.vector("inv_freq", 100.0 ** -(np.arange(0, c.rope_dims, 2) / c.rope_dims)),
-                            "dims": c.rope_dims, "style": c.rope_style, "scale": 1.0})
+    p = Program(
+        c.vocabulary,
+        max_tokens=c.max_tokens,
+        max_position=c.max_position,
+        max_len=min(64, c.max_position),
+        seed=c.seed,
+    )
+    p.json["ropes"].append(
+        {
+            "inv_freq": p.vector("inv_freq", 100.0 ** -(np.arange(0, c.rope_dims, 2) / c.rope_dims)),
+            "dims": c.rope_dims,
+            "style": c.rope_style,
+            "scale": 1.0,
+        }
+    )
     x = p.value(c.hidden)
     p.add("embedding", ids="tokens", weight=p.weight("embed", [c.vocabulary], c.hidden, [c.embedding]), out=x)
     for i in range(c.layers):
@@ -232,23 +258,60 @@ def llama(c: Llama) -> Program:
     p.add("gather_rows", **{"in": x, "out": last})
     p.add("rms_norm", **{"in": last, "weight": p.gain("norm", c.hidden), "eps": 1e-5, "out": normed})
     head = p.weight("head", [c.vocabulary], c.hidden, [c.form])
-    p.add("linear", **{"in": normed, "weight": head, "act_group": c.act_group, "softcap": c.final_softcap, "out": [-1, 0, c.vocabulary]})
+    p.add(
+        "linear",
+        **{
+            "in": normed,
+            "weight": head,
+            "act_group": c.act_group,
+            "softcap": c.final_softcap,
+            "out": [-1, 0, c.vocabulary],
+        },
+    )
     return p
 
 
 def attention_block(p: Program, c: Llama, name: str, x: View) -> View:
     layer = len(p.json["caches"])
-    p.json["caches"].append({"kv_heads": c.kv_heads, "k_dim": c.k_dim, "v_dim": c.v_dim, "dtype": c.cache, "window": c.window})
+    p.json["caches"].append(
+        {"kv_heads": c.kv_heads, "k_dim": c.k_dim, "v_dim": c.v_dim, "dtype": c.cache, "window": c.window}
+    )
     sizes = [c.heads * c.k_dim, c.kv_heads * c.k_dim, c.kv_heads * c.v_dim]
-    normed, qkv, attended, out = p.value(c.hidden), p.value(sum(sizes)), p.value(c.heads * c.v_dim), p.value(c.hidden)
+    normed, qkv, attended, out = (
+        p.value(c.hidden),
+        p.value(sum(sizes)),
+        p.value(c.heads * c.v_dim),
+        p.value(c.hidden),
+    )
     p.add("rms_norm", **{"in": x, "weight": p.gain(f"{name}.norm", c.hidden), "eps": 1e-5, "out": normed})
-    p.add("linear", **{"in": normed, "weight": p.weight(f"{name}.qkv", sizes, c.hidden, [c.form] * 3), "act_group": c.act_group,
-                       "bias": p.gain(f"{name}.bias", sum(sizes)) if c.bias else None, "out": qkv})
+    p.add(
+        "linear",
+        **{
+            "in": normed,
+            "weight": p.weight(f"{name}.qkv", sizes, c.hidden, [c.form] * 3),
+            "act_group": c.act_group,
+            "bias": p.gain(f"{name}.bias", sum(sizes)) if c.bias else None,
+            "out": qkv,
+        },
+    )
     views = [[qkv[0], sum(sizes[:i]), sizes[i]] for i in range(3)]
     norms = {f"{w}_norm": p.gain(f"{name}.{w}_norm", c.k_dim) if c.qk_norm else None for w in "qk"}
     sinks = p.vector(f"{name}.sinks", p.random.standard_normal(c.heads)) if c.sinks else None
-    p.add("attention", q=views[0], k=views[1], v=views[2], out=attended, cache=layer, heads=c.heads, scale=c.k_dim**-0.5,
-          softcap=c.softcap, rope=0, norm_eps=1e-6, sinks=sinks, **norms)
+    p.add(
+        "attention",
+        q=views[0],
+        k=views[1],
+        v=views[2],
+        out=attended,
+        cache=layer,
+        heads=c.heads,
+        scale=c.k_dim**-0.5,
+        softcap=c.softcap,
+        rope=0,
+        norm_eps=1e-6,
+        sinks=sinks,
+        **norms,
+    )
     o = p.weight(f"{name}.o", [c.hidden], c.heads * c.v_dim, [c.form])
     p.add("linear", **{"in": attended, "weight": o, "act_group": c.act_group, "residual": x, "out": out})
     return out
@@ -258,145 +321,17 @@ def mlp_block(p: Program, c: Llama, name: str, x: View) -> View:
     normed, inner = p.value(c.hidden), p.value(c.intermediate)
     p.add("rms_norm", **{"in": x, "weight": p.gain(f"{name}.mlp_norm", c.hidden), "eps": 1e-5, "out": normed})
     gate_up = p.weight(f"{name}.gate_up", [c.intermediate] * 2, c.hidden, [c.form] * 2)
-    p.add("linear", **{"in": normed, "weight": gate_up, "act_group": c.act_group, "activation": c.activation, "glu": True, "out": inner})
+    p.add(
+        "linear",
+        **{
+            "in": normed,
+            "weight": gate_up,
+            "act_group": c.act_group,
+            "activation": c.activation,
+            "glu": True,
+            "out": inner,
+        },
+    )
     down = p.weight(f"{name}.down", [c.hidden], c.intermediate, [c.form])
     p.add("linear", **{"in": inner, "weight": down, "act_group": c.act_group, "residual": x, "out": x})
     return x
-
-
-# ---- the interpreter -----------------------------------------------------------------------------------------------------------
-
-ERF = np.vectorize(math.erf)
-ACTIVATIONS = {
-    "none": lambda x: x,
-    "silu": lambda x: x / (1 + np.exp(-x)),
-    "gelu": lambda x: 0.5 * x * (1 + ERF(x / math.sqrt(2))),
-    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
-    "relu": lambda x: np.maximum(x, 0),
-}
-FUNCTIONS = {
-    **ACTIVATIONS, "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "neg": np.negative, "exp": np.exp,
-    "tanh": np.tanh, "sigmoid": lambda x: 1 / (1 + np.exp(-x)), "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x), "square": np.square,
-    "maximum": np.maximum, "minimum": np.minimum, "abs": np.abs, "reciprocal": np.reciprocal,
-}
-
-
-def quantize_rows(x: Array, group: int) -> Array:
-    """int8 per row and group of columns, and back."""
-    out = x.astype(np.float64).copy()
-    for at in range(0, x.shape[1], group):
-        part = x[:, at:at + group]
-        amax = np.abs(part).max(1, keepdims=True)
-        out[:, at:at + group] = np.rint(part * (127 / np.where(amax > 0, amax, 1))) * (amax / 127)
-    return out
-
-
-def quantize_cache(x: Array, dtype: str) -> Array:
-    if dtype == "int8":
-        return quantize_rows(x[None], len(x))[0]
-    return x.astype({"f32": np.float32, "f16": np.float16}[dtype]).astype(np.float64)
-
-
-class Reference:
-    """Runs a Program row by row in numpy; keeps every position it was ever given."""
-
-    def __init__(self, program: Program) -> None:
-        self.p = program
-        self.cache: dict[tuple[int, int, int], tuple[Array, Array]] = {}  # (cache, slot, position) -> k, v [kv_heads, dim]
-
-    def forward(self, tokens: Array, positions: Array, slots: Array, rows: Array) -> Array:
-        self.ids = {"tokens": tokens, "positions": positions, "slots": slots, "rows": rows}
-        self.values = {i: np.full((len(tokens) if v["rows"] == "T" else len(rows), v["width"]), np.nan)
-                       for i, v in enumerate(self.p.json["values"])}
-        self.values[-1] = np.full((len(rows), self.p.vocabulary), np.nan)
-        for instruction in self.p.json["instructions"]:
-            result = getattr(self, instruction["op"])(instruction)
-            self.view(instruction["out"])[:] = result
-        return self.values[-1].astype(np.float32)
-
-    def view(self, view: View) -> Array:
-        return self.values[view[0]][:, view[1]:view[1] + view[2]]
-
-    def vector(self, name: str | None, absent: float) -> Array:
-        return np.array(absent) if name is None else self.p.tensors[name].astype(np.float64)
-
-    def residual(self, i: dict[str, Any]) -> Array:
-        return self.view(i["residual"]) if i.get("residual") else np.array(0.0)
-
-    def embedding(self, i: dict[str, Any]) -> Array:
-        rows = self.p.matrices[i["weight"]][self.ids[i["ids"]] + i.get("offset", 0)]
-        return i.get("scale", 1.0) * rows + self.residual(i)
-
-    def rms_norm(self, i: dict[str, Any]) -> Array:
-        return rms(self.view(i["in"]), i["eps"]) * self.vector(i.get("weight"), 1) + self.residual(i)
-
-    def layer_norm(self, i: dict[str, Any]) -> Array:
-        x = self.view(i["in"])
-        x = x - x.mean(1, keepdims=True)
-        return rms(x, i["eps"]) * self.vector(i.get("weight"), 1) + self.vector(i.get("bias"), 0) + self.residual(i)
-
-    def linear(self, i: dict[str, Any]) -> Array:
-        x = self.view(i["in"])
-        if i["act_group"]:
-            x = quantize_rows(x, i["act_group"])
-        y = x @ self.p.matrices[i["weight"]].T + self.vector(i.get("bias"), 0)
-        activation = ACTIVATIONS[i.get("activation", "none")]
-        half = y.shape[1] // 2
-        out = activation(y[:, :half]) * y[:, half:] if i.get("glu") else activation(y)
-        return cap(out * i.get("scale", 1.0), i.get("softcap", 0.0)) + self.residual(i)
-
-    def gather_rows(self, i: dict[str, Any]) -> Array:
-        return self.view(i["in"])[self.ids["rows"]]
-
-    def pointwise(self, i: dict[str, Any]) -> Array:
-        registers = [self.view(view) for view in i["in"]]
-        for name, *arguments in i["steps"]:
-            parts = [np.array(a["const"]) if isinstance(a, dict) else registers[a] for a in arguments if a is not None]
-            registers.append(FUNCTIONS[name](*parts))
-        return registers[-1]
-
-    def attention(self, i: dict[str, Any]) -> Array:
-        spec = self.p.json["caches"][i["cache"]]
-        for t in range(len(self.ids["tokens"])):
-            k = self.heads(i, "k", t, spec["kv_heads"], i.get("k_norm"))
-            v = self.view(i["v"])[t].reshape(spec["kv_heads"], -1)
-            rounded = tuple(np.stack([quantize_cache(head, spec["dtype"]) for head in part]) for part in (k, v))
-            self.cache[i["cache"], int(self.ids["slots"][t]), int(self.ids["positions"][t])] = rounded
-        return np.stack([self.attend(i, spec, t) for t in range(len(self.ids["tokens"]))])
-
-    def heads(self, i: dict[str, Any], name: str, t: int, count: int, norm: str | None) -> Array:
-        x = self.view(i[name])[t].reshape(count, -1)
-        if norm:
-            x = rms(x, i["norm_eps"]) * self.vector(norm, 1)
-        return x if i.get("rope", -1) < 0 else self.rotate(x, self.p.json["ropes"][i["rope"]], int(self.ids["positions"][t]))
-
-    def rotate(self, x: Array, rope: dict[str, Any], position: int) -> Array:
-        angle = (np.float32(position) * self.p.tensors[rope["inv_freq"]]).astype(np.float64)
-        cos, sin, half = np.cos(angle) * rope["scale"], np.sin(angle) * rope["scale"], rope["dims"] // 2
-        first, second = (slice(0, half), slice(half, 2 * half)) if rope["style"] == "half" else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
-        out = x.copy()
-        out[:, first] = x[:, first] * cos - x[:, second] * sin
-        out[:, second] = x[:, second] * cos + x[:, first] * sin
-        return out
-
-    def attend(self, i: dict[str, Any], spec: dict[str, Any], t: int) -> Array:
-        slot, position = int(self.ids["slots"][t]), int(self.ids["positions"][t])
-        first = max(0, position - spec["window"] + 1) if spec["window"] else 0
-        seen = [self.cache[i["cache"], slot, p] for p in range(first, position + 1)]
-        group = i["heads"] // spec["kv_heads"]
-        k, v = (np.repeat(np.stack([s[part] for s in seen]), group, axis=1) for part in (0, 1))  # [seen, heads, dim]
-        q = self.heads(i, "q", t, i["heads"], i.get("q_norm"))
-        score = cap(np.einsum("hd,shd->hs", q, k) * i["scale"], i.get("softcap", 0.0))
-        sink = self.vector(i.get("sinks"), -np.inf) * np.ones(i["heads"])
-        most = np.maximum(score.max(1), sink)[:, None]
-        weight = np.exp(score - most)
-        total = weight.sum(1, keepdims=True) + np.exp(sink[:, None] - most)
-        return np.einsum("hs,shd->hd", weight / total, v).reshape(-1)
-
-
-def rms(x: Array, eps: float) -> Array:
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
-
-
-def cap(x: Array, limit: float) -> Array:
-    return limit * np.tanh(x / limit) if limit else x

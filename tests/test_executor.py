@@ -1,4 +1,5 @@
-"""The C++ executor against the numpy interpreter, and against itself: the bits of a row depend on its own tokens only."""
+"""The C++ executor against the numpy interpreter, and itself: a row's bits depend on its own tokens."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -9,24 +10,37 @@ from typing import Any
 
 import numpy as np
 import pytest
+from interpreter import Reference
+from programs import Array, Format, Llama, Program, llama
 
 from gristmill.runtime.cpu import _native
 from gristmill.runtime.errors import GristmillError
-from programs import Array, Format, Llama, Program, Reference, llama
 
 FLOAT_TOLERANCE = 2e-5  # of the largest logit, f32 against f64 through two layers
-INTEGER_TOLERANCE = 2e-2  # a rounding of an activation that falls the other way moves it by 1/127 of its group's largest
+INTEGER_TOLERANCE = 2e-2  # an activation rounded the other way moves by 1/127 of its group's largest
 
 CASES: dict[str, Llama] = {
     "f32": Llama(),
-    "f16": Llama(form=Format("f16"), embedding=Format("f16"), cache="f16", qk_norm=True, rope_style="interleaved"),
-    "bf16": Llama(form=Format("bf16"), embedding=Format("bf16"), softcap=3.0, final_softcap=2.0, activation="gelu_tanh"),
+    "f16": Llama(
+        form=Format("f16"), embedding=Format("f16"), cache="f16", qk_norm=True, rope_style="interleaved"
+    ),
+    "bf16": Llama(
+        form=Format("bf16"), embedding=Format("bf16"), softcap=3.0, final_softcap=2.0, activation="gelu_tanh"
+    ),
     "int8": Llama(form=Format("int8"), embedding=Format("int8"), act_group=32, cache="int8", bias=True),
-    "int8_group": Llama(form=Format("int8", 64), embedding=Format("int8", 32), act_group=64, hidden=136, cache="f16"),
+    "int8_group": Llama(
+        form=Format("int8", 64), embedding=Format("int8", 32), act_group=64, hidden=136, cache="f16"
+    ),
     "int8_asymmetric": Llama(form=Format("int8", 32, False, "float32"), act_group=32, hidden=200, sinks=True),
     "int4": Llama(form=Format("int4", 32), embedding=Format("int4"), act_group=32, hidden=136, cache="int8"),
     "int4_row": Llama(form=Format("int4"), act_group=128, hidden=200, intermediate=264),
-    "int4_128": Llama(form=Format("int4", 128, False), embedding=Format("int4", 32, False), act_group=128, hidden=320, intermediate=264),
+    "int4_128": Llama(
+        form=Format("int4", 128, False),
+        embedding=Format("int4", 32, False),
+        act_group=128,
+        hidden=320,
+        intermediate=264,
+    ),
     "window": Llama(window=7, cache="int8"),
     "uneven_heads": Llama(heads=6, kv_heads=1, k_dim=24, v_dim=10, rope_dims=8, cache="f16"),
     "many_heads": Llama(heads=8, kv_heads=8, k_dim=64, v_dim=64, rope_dims=64, hidden=128),
@@ -49,13 +63,15 @@ def run(executor: Any, tokens: Array, start: int = 0, slot: int = 0) -> Array:
     """All logits of one sequence's tokens, in one forward."""
     count = len(tokens)
     positions = np.arange(start, start + count, dtype=np.int32)
-    return np.asarray(executor.forward(tokens, positions, np.full(count, slot, np.int32), np.arange(count, dtype=np.int32)))
+    return np.asarray(
+        executor.forward(tokens, positions, np.full(count, slot, np.int32), np.arange(count, dtype=np.int32))
+    )
 
 
 def in_chunks(executor: Any, tokens: Array, sizes: list[int], slot: int = 0) -> Array:
     parts, at = [], 0
     for size in sizes:
-        parts.append(run(executor, tokens[at:at + size], at, slot))
+        parts.append(run(executor, tokens[at : at + size], at, slot))
         at += size
     assert at == len(tokens)
     return np.concatenate(parts)
@@ -68,7 +84,9 @@ def tokens_for(program: Program, count: int, seed: int = 1) -> Array:
 def assert_close(got: Array, expected: Array, tolerance: float) -> None:
     error = np.abs(got - expected) / np.abs(expected).max()
     worst = np.unravel_index(error.argmax(), error.shape)
-    assert error.max() <= tolerance, f"largest {error.max():.2e} at {worst}, mean {error.mean():.2e}, tolerance {tolerance:.0e}"
+    assert error.max() <= tolerance, (
+        f"largest {error.max():.2e} at {worst}, mean {error.mean():.2e}, tolerance {tolerance:.0e}"
+    )
 
 
 @pytest.mark.parametrize("isa", _native.isas())
@@ -81,7 +99,9 @@ def test_equals_the_interpreter(case: str, isa: str, tmp_path: Path) -> None:
     if CASES[case].cache == "f16":
         tolerance = max(tolerance, 2e-3)
     tokens = tokens_for(program, 30)
-    assert_close(in_chunks(executor, tokens, [11, 1, 16, 2]), in_chunks(reference, tokens, [11, 1, 16, 2]), tolerance)
+    assert_close(
+        in_chunks(executor, tokens, [11, 1, 16, 2]), in_chunks(reference, tokens, [11, 1, 16, 2]), tolerance
+    )
 
 
 @pytest.mark.parametrize("isa", _native.isas())
@@ -97,8 +117,12 @@ def test_bits_do_not_depend_on_chunks_threads_or_company(case: str, isa: str, tm
     others = tokens_for(program, 12, seed=2)
     run(executor, others[:9], slot=1)
     run(executor, tokens[:20], slot=2)
-    mixed = executor.forward(np.concatenate([others[9:], tokens[20:]]), ints([9, 10, 11, *range(20, 30)]),
-                             ints([1] * 3 + [2] * 10), ints([12, 3, 7]))
+    mixed = executor.forward(
+        np.concatenate([others[9:], tokens[20:]]),
+        ints([9, 10, 11, *range(20, 30)]),
+        ints([1] * 3 + [2] * 10),
+        ints([12, 3, 7]),
+    )
     assert mixed.tobytes() == expected[[29, 20, 24]].tobytes()
 
 
@@ -110,8 +134,12 @@ def test_interleaved_rows_of_several_slots(tmp_path: Path) -> None:
     order = np.random.default_rng(0).permutation(24)
     rows = [(slot, position) for slot in range(3) for position in range(8)]
     shuffled = [rows[i] for i in order]
-    got = executor.forward(ints([texts[s][p] for s, p in shuffled]), ints([p for _, p in shuffled]), ints([s for s, _ in shuffled]),
-                           np.arange(24, dtype=np.int32))
+    got = executor.forward(
+        ints([texts[s][p] for s, p in shuffled]),
+        ints([p for _, p in shuffled]),
+        ints([s for s, _ in shuffled]),
+        np.arange(24, dtype=np.int32),
+    )
     for row, (slot, position) in zip(got, shuffled, strict=True):
         assert row.tobytes() == expected[slot][position].tobytes()
 
@@ -119,7 +147,7 @@ def test_interleaved_rows_of_several_slots(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cache", ["f32", "f16", "int8"])
 @pytest.mark.parametrize("window", [0, 600])
 def test_long_context_over_several_splits(cache: str, window: int, tmp_path: Path) -> None:
-    """More than one split of 512 positions: shared by threads in decode, taken whole in prefill, the same bits."""
+    """Several splits of 512 positions: shared by threads in decode, taken whole in prefill, the same bits."""
     config = Llama(layers=1, cache=cache, window=window, max_tokens=128, sinks=True)
     program = llama(config)
     tokens = tokens_for(program, 1400)
@@ -129,7 +157,11 @@ def test_long_context_over_several_splits(cache: str, window: int, tmp_path: Pat
     assert got.tobytes() == expected.tobytes()
     reference = Reference(program)
     in_chunks(reference, tokens[:1390], [139] * 10)
-    assert_close(expected[1390:], run(reference, tokens[1390:], 1390), {"f32": FLOAT_TOLERANCE, "f16": 2e-3, "int8": INTEGER_TOLERANCE}[cache])
+    assert_close(
+        expected[1390:],
+        run(reference, tokens[1390:], 1390),
+        {"f32": FLOAT_TOLERANCE, "f16": 2e-3, "int8": INTEGER_TOLERANCE}[cache],
+    )
 
 
 def test_window_crossed_inside_one_chunk(tmp_path: Path) -> None:
@@ -138,7 +170,9 @@ def test_window_crossed_inside_one_chunk(tmp_path: Path) -> None:
     executor = make(program, tmp_path, max_len=4096)
     got = in_chunks(executor, tokens, [32, 28])
     assert_close(got, in_chunks(Reference(program), tokens, [60]), FLOAT_TOLERANCE)
-    assert executor.kv_bytes < 4 * 2 * 2 * 64 * 36 * 4 + 4096, "a window's ring holds window + max_tokens rows"
+    assert executor.kv_bytes < 4 * 2 * 2 * 64 * 36 * 4 + 4096, (
+        "a window's ring holds window + max_tokens rows"
+    )
 
 
 def test_copied_slot_continues_alike(tmp_path: Path) -> None:
@@ -148,7 +182,10 @@ def test_copied_slot_continues_alike(tmp_path: Path) -> None:
         tokens = tokens_for(program, 20)
         run(executor, tokens[:15], slot=0)
         executor.copy_slot(0, 3, 15)
-        assert run(executor, tokens[15:], 15, slot=3).tobytes() == run(executor, tokens[15:], 15, slot=0).tobytes()
+        assert (
+            run(executor, tokens[15:], 15, slot=3).tobytes()
+            == run(executor, tokens[15:], 15, slot=0).tobytes()
+        )
         with pytest.raises(GristmillError, match="destination is 4, expected 0 to 3"):
             executor.copy_slot(0, 4, 1)
         with pytest.raises(GristmillError, match="length is 65, expected 0 to 64"):
@@ -156,19 +193,47 @@ def test_copied_slot_continues_alike(tmp_path: Path) -> None:
 
 
 def gpt2_like() -> Program:
-    """Learned positions, layer norms, biases, partly merged weights, leftovers as pointwise, a scaled tied head."""
+    """Learned positions, layer norms, biases, mixed segments, leftovers as pointwise, a scaled tied head."""
     p = Program(61)
     x, y, z = p.value(48), p.value(48), p.value(96)
     embed = p.weight("embed", [40, 21], 48, [Format("int8"), Format("int4", 32)])
     p.add("embedding", ids="positions", weight=p.weight("wpe", [4100], 48, [Format()]), offset=2, out=y)
     p.add("embedding", ids="tokens", weight=embed, scale=1.5, residual=y, out=x)
-    p.add("layer_norm", **{"in": x, "weight": p.gain("w", 48), "bias": p.gain("b", 48), "eps": 1e-5, "residual": x, "out": y})
+    p.add(
+        "layer_norm",
+        **{"in": x, "weight": p.gain("w", 48), "bias": p.gain("b", 48), "eps": 1e-5, "residual": x, "out": y},
+    )
     up = p.weight("up", [60, 36], 48, [Format("int4", 32, False), Format("int8", 32)])
-    p.add("linear", **{"in": y, "weight": up, "bias": p.gain("ub", 96), "activation": "gelu", "act_group": 32, "out": z})
+    p.add(
+        "linear",
+        **{"in": y, "weight": up, "bias": p.gain("ub", 96), "activation": "gelu", "act_group": 32, "out": z},
+    )
     one = p.value(1)
-    p.add("linear", **{"in": z, "weight": p.weight("one", [1], 96, [Format()]), "act_group": 0, "scale": 0.5, "softcap": 1.0, "out": one})
-    p.add("pointwise", **{"in": [[z[0], 48, 48], one, x], "out": x,
-                          "steps": [["sigmoid", 0], ["mul", 3, 1], ["add", 4, {"const": 0.25}], ["maximum", 5, 2], ["gelu_tanh", 6]]})
+    p.add(
+        "linear",
+        **{
+            "in": z,
+            "weight": p.weight("one", [1], 96, [Format()]),
+            "act_group": 0,
+            "scale": 0.5,
+            "softcap": 1.0,
+            "out": one,
+        },
+    )
+    p.add(
+        "pointwise",
+        **{
+            "in": [[z[0], 48, 48], one, x],
+            "out": x,
+            "steps": [
+                ["sigmoid", 0],
+                ["mul", 3, 1],
+                ["add", 4, {"const": 0.25}],
+                ["maximum", 5, 2],
+                ["gelu_tanh", 6],
+            ],
+        },
+    )
     last = p.value(48, "R")
     p.add("gather_rows", **{"in": x, "out": last})
     p.add("linear", **{"in": last, "weight": "embed", "act_group": 32, "scale": 0.125, "out": [-1, 0, 61]})
@@ -244,24 +309,27 @@ def test_fork_after_a_forward_and_during_one(tmp_path: Path) -> None:
     assert run(executor, tokens).tobytes() == expected
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (([97], [0], [0], [0]), r"tokens\[0\] is 97, expected 0 to 96"),
-    (([-1], [0], [0], [0]), r"tokens\[0\] is -1"),
-    (([1], [64], [0], [0]), r"positions\[0\] is 64, expected 0 to 63"),
-    (([1], [0], [4], [0]), r"slots\[0\] is 4, expected 0 to 3"),
-    (([1], [0], [0], [1]), r"rows\[0\] is 1, expected 0 to 0"),
-    (([], [], [], []), "got 0 tokens"),
-    (([1] * 33, range(33), [0] * 33, []), "got 33 tokens, expected 1 to 32"),
-    (([1, 1], [3, 3], [0, 0], [0]), "slot 0 has position 3 twice"),
-    (([1, 1], [0], [0], [0]), "got 2 tokens, 1 positions and 1 slots"),
-    (([1], [0], [0], [0] * 33), "got 33 rows"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([97], [0], [0], [0]), r"tokens\[0\] is 97, expected 0 to 96"),
+        (([-1], [0], [0], [0]), r"tokens\[0\] is -1"),
+        (([1], [64], [0], [0]), r"positions\[0\] is 64, expected 0 to 63"),
+        (([1], [0], [4], [0]), r"slots\[0\] is 4, expected 0 to 3"),
+        (([1], [0], [0], [1]), r"rows\[0\] is 1, expected 0 to 0"),
+        (([], [], [], []), "got 0 tokens"),
+        (([1] * 33, range(33), [0] * 33, []), "got 33 tokens, expected 1 to 32"),
+        (([1, 1], [3, 3], [0, 0], [0]), "slot 0 has position 3 twice"),
+        (([1, 1], [0], [0], [0]), "got 2 tokens, 1 positions and 1 slots"),
+        (([1], [0], [0], [0] * 33), "got 33 rows"),
+    ],
+)
 def test_bad_rows_are_refused(arguments: Any, message: str, tmp_path: Path) -> None:
     executor = make(llama(CASES["f32"]), tmp_path)
     with pytest.raises(GristmillError, match=message):
         executor.forward(*(ints(list(a)) for a in arguments))
     with pytest.raises(GristmillError, match="int32"):
-        executor.forward(*(np.array(list(a), np.int64) for a in arguments))
+        executor.forward(*(np.array(list(a), np.int64) for a in arguments))  # type: ignore[arg-type]
     assert executor.forward(ints([1]), ints([0]), ints([0]), ints([])).shape == (0, 97)
 
 
@@ -271,15 +339,20 @@ def test_positions_too_far_apart_for_a_ring(tmp_path: Path) -> None:
         executor.forward(ints([1, 1]), ints([0, 39]), ints([0, 0]), ints([0]))
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"max_len": 4097}, "max_len is 4097, expected 1 to 4096"),
-    ({"max_slots": 0}, "max_slots is 0"),
-    ({"threads": -1}, "threads is -1"),
-    ({"isa": "sse"}, "isa is 'sse', this CPU can run: auto, "),
-    ({"max_len": 4096, "max_slots": 65536}, "caches for max_len 4096 and max_slots 65536"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_len": 4097}, "max_len is 4097, expected 1 to 4096"),
+        ({"max_slots": 0}, "max_slots is 0"),
+        ({"threads": -1}, "threads is -1"),
+        ({"isa": "sse"}, "isa is 'sse', this CPU can run: auto, "),
+        ({"max_len": 4096, "max_slots": 65536}, "caches for max_len 4096 and max_slots 65536"),
+    ],
+)
 def test_bad_options_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    program = llama(Llama(kv_heads=4, k_dim=512, v_dim=512, rope_dims=2) if len(options) == 2 else CASES["f32"])
+    program = llama(
+        Llama(kv_heads=4, k_dim=512, v_dim=512, rope_dims=2) if len(options) == 2 else CASES["f32"]
+    )
     with pytest.raises(GristmillError, match=message):
         make(program, tmp_path, **options)
 
@@ -294,43 +367,49 @@ def edit(change: str) -> Program:
     return program
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ("j['format'] = 2", "field 'format' is 2, expected 1 to 1"),
-    ("j['extra'] = 1", "program.json: unknown field 'extra'"),
-    ("del j['values']", "field 'values' is missing"),
-    ("linear['op'] = 'conv'", r"instructions\[2\]: field 'op' is 'conv', expected one of: embedding"),
-    ("linear['in'] = [999, 0, 72]", r"instructions\[2\] linear: field 'in' is 999"),
-    ("linear['in'] = [1, 0, 73]", "field 'in' is 73, expected 1 to 72"),
-    ("linear['out'][2] = 71", "out has width 71, expected 144"),
-    ("linear['act_group'] = 0", "act_group is 0, but the weight is integer"),
-    ("linear['weight'] = 'none'", "weight 'none' is not listed"),
-    ("linear['bias'] = 'none'", "tensor 'none' is missing"),
-    ("linear['bias'] = 'norm'", r"tensor 'norm' is 'F32' \[72\], expected F32 \[144\]"),
-    ("linear['colour'] = 1", "linear: unknown field 'colour'"),
-    ("linear['in'] = embedding['out']; linear['out'] = embedding['out']", "out has width 72"),
-    ("rms_norm['out'] = rms_norm['in']", "in overlaps out in the arena"),
-    ("rms_norm['in'] = [1, 0, 72]", "reads value 1 before it is written"),
-    ("j['values'][1]['offset'] = 0", "in overlaps out in the arena"),
-    ("j['values'][4]['offset'] = j['values'][0]['offset']", "residual overlaps out in the arena"),
-    ("j['values'][5]['offset'] = 32", "offset 32 is not a multiple of 64"),
-    ("j['arena_bytes'] -= 64", "of the arena, which has"),
-    ("j['arena_bytes'] = 2**40", "'arena_bytes' is 1099511627776, expected 0 to"),
-    ("attention['heads'] = 3", "3 heads over 2 kv heads"),
-    ("attention['rope'] = 1", "field 'rope' is 1, expected -1 to 0"),
-    ("attention['cache'] = 1", "caches\\[0\\]: no attention uses it|cache 1 is shared"),
-    ("j['ropes'][0]['dims'] = 17", "dims is 17, expected an even number"),
-    ("j['caches'][0]['dtype'] = 'int3'", "'dtype' is 'int3', expected one of: f32, f16, int8"),
-    ("j['instructions'].pop()", "no instruction writes the logits"),
-    ("j['instructions'].append(j['instructions'][-1])", "writes the logits a second time"),
-    ("gather_rows['out'] = embedding['out']", "expected in with rows T and out with rows R"),
-    ("j['weights']['head'][0]['format'] = 'int3'", "'format' is 'int3'"),
-    ("j['weights']['head'][0]['n'] = 98", r"tensor 'head.0.weight' is 'I8' \[97, 128\], expected I8 \[98, 128\]"),
-    ("j['weights']['head'][0]['symmetric'] = False", "tensor 'head.0.zero' is missing"),
-    ("j['vocabulary'] = 98", "ids reach 97, its weight has 97 rows|field 'out'|logits"),
-    ("j['limits']['max_tokens'] = 10**6", "'max_tokens' is 1000000, expected 1 to 65536"),
-    ("linear['scale'] = 1e300", "field 'scale' does not fit a float"),
-    ("linear['glu'] = 1", "'glu' is a number, expected a boolean"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("j['format'] = 2", "field 'format' is 2, expected 1 to 1"),
+        ("j['extra'] = 1", "program.json: unknown field 'extra'"),
+        ("del j['values']", "field 'values' is missing"),
+        ("linear['op'] = 'conv'", r"instructions\[2\]: field 'op' is 'conv', expected one of: embedding"),
+        ("linear['in'] = [999, 0, 72]", r"instructions\[2\] linear: field 'in' is 999"),
+        ("linear['in'] = [1, 0, 73]", "field 'in' is 73, expected 1 to 72"),
+        ("linear['out'][2] = 71", "out has width 71, expected 144"),
+        ("linear['act_group'] = 0", "act_group is 0, but the weight is integer"),
+        ("linear['weight'] = 'none'", "weight 'none' is not listed"),
+        ("linear['bias'] = 'none'", "tensor 'none' is missing"),
+        ("linear['bias'] = 'norm'", r"tensor 'norm' is 'F32' \[72\], expected F32 \[144\]"),
+        ("linear['colour'] = 1", "linear: unknown field 'colour'"),
+        ("linear['in'] = embedding['out']; linear['out'] = embedding['out']", "out has width 72"),
+        ("rms_norm['out'] = rms_norm['in']", "in overlaps out in the arena"),
+        ("rms_norm['in'] = [1, 0, 72]", "reads value 1 before it is written"),
+        ("j['values'][1]['offset'] = 0", "in overlaps out in the arena"),
+        ("j['values'][4]['offset'] = j['values'][0]['offset']", "residual overlaps out in the arena"),
+        ("j['values'][5]['offset'] = 32", "offset 32 is not a multiple of 64"),
+        ("j['arena_bytes'] -= 64", "of the arena, which has"),
+        ("j['arena_bytes'] = 2**40", "'arena_bytes' is 1099511627776, expected 0 to"),
+        ("attention['heads'] = 3", "3 heads over 2 kv heads"),
+        ("attention['rope'] = 1", "field 'rope' is 1, expected -1 to 0"),
+        ("attention['cache'] = 1", "caches\\[0\\]: no attention uses it|cache 1 is shared"),
+        ("j['ropes'][0]['dims'] = 17", "dims is 17, expected an even number"),
+        ("j['caches'][0]['dtype'] = 'int3'", "'dtype' is 'int3', expected one of: f32, f16, int8"),
+        ("j['instructions'].pop()", "no instruction writes the logits"),
+        ("j['instructions'].append(j['instructions'][-1])", "writes the logits a second time"),
+        ("gather_rows['out'] = embedding['out']", "expected in with rows T and out with rows R"),
+        ("j['weights']['head'][0]['format'] = 'int3'", "'format' is 'int3'"),
+        (
+            "j['weights']['head'][0]['n'] = 98",
+            r"tensor 'head.0.weight' is 'I8' \[97, 128\], expected I8 \[98, 128\]",
+        ),
+        ("j['weights']['head'][0]['symmetric'] = False", "tensor 'head.0.zero' is missing"),
+        ("j['vocabulary'] = 98", "ids reach 97, its weight has 97 rows|field 'out'|logits"),
+        ("j['limits']['max_tokens'] = 10**6", "'max_tokens' is 1000000, expected 1 to 65536"),
+        ("linear['scale'] = 1e300", "field 'scale' does not fit a float"),
+        ("linear['glu'] = 1", "'glu' is a number, expected a boolean"),
+    ],
+)
 def test_bad_programs_are_refused(change: str, message: str, tmp_path: Path) -> None:
     llama(CASES["int8"]).write(tmp_path)
     with pytest.raises(GristmillError, match=message):

@@ -1,4 +1,5 @@
-// Attention: norm and rotate heads, append to the cache, attend in splits of the context, combine the splits in order.
+// Attention: norm and rotate heads, append to the cache, attend in splits of the context, combine the splits
+// in order.
 #include <algorithm>
 #include <cstring>
 
@@ -13,7 +14,10 @@ constexpr int64_t kPartialBudget = int64_t{4} << 20;  // bytes of one thread's p
 class AttentionStep : public Step {
  public:
   AttentionStep(const Machine& machine, const Instruction& in)
-      : Step(machine), in_(in), spec_(machine.program->caches[static_cast<size_t>(in.cache)]), group_(in.heads / spec_.kv_heads) {}
+      : Step(machine),
+        in_(in),
+        spec_(machine.program->caches[static_cast<size_t>(in.cache)]),
+        group_(in.heads / spec_.kv_heads) {}
 
  protected:
   const Cache& cache() const { return m.caches[static_cast<size_t>(in_.cache)]; }
@@ -53,7 +57,8 @@ class Append final : public AttentionStep {
       for (int64_t head = 0; head < spec_.kv_heads; head++) append(t, head, memory);
       if (bare_queries()) continue;
       float* out = m.queries + t * in_.q.width;
-      for (int64_t at = 0; at < in_.q.width; at += spec_.k_dim) norm_and_rotate(q.row(t) + at, in_.q_norm, t, out + at);
+      for (int64_t at = 0; at < in_.q.width; at += spec_.k_dim)
+        norm_and_rotate(q.row(t) + at, in_.q_norm, t, out + at);
     }
   }
 
@@ -103,16 +108,22 @@ class Attend final : public AttentionStep {
 
  private:
   // First and one-past-last split that any row of the block, or one row, sees.
-  int64_t first_split(int64_t position) const { return spec_.window ? std::max<int64_t>(0, position - spec_.window + 1) / kSplit : 0; }
+  int64_t first_split(int64_t position) const {
+    return spec_.window ? std::max<int64_t>(0, position - spec_.window + 1) / kSplit : 0;
+  }
   int64_t end_split(int64_t position) const { return position / kSplit + 1; }
-  int64_t splits(const Block& block) const { return end_split(block.position + block.rows - 1) - first_split(block.position); }
+  int64_t splits(const Block& block) const {
+    return end_split(block.position + block.rows - 1) - first_split(block.position);
+  }
 
   size_t layout(Carver carver, char** attention, float** head, float** partials) const {
-    const auto bytes = static_cast<int64_t>(m.kernels->attention_scratch_bytes(group_, spec_.k_dim, spec_.v_dim));
+    const auto bytes =
+        static_cast<int64_t>(m.kernels->attention_scratch_bytes(group_, spec_.k_dim, spec_.v_dim));
     const int64_t most_splits = (m.max_len + kSplit - 1) / kSplit;
     char* a = carver.take<char>(bytes);
     auto* h = carver.take<float>((group_ + 1) * spec_.k_dim);
-    auto* p = carver.take<float>(most_splits * partial_chunk(spec_, in_.heads, attention_block_rows(m, most_splits)));
+    auto* p = carver.take<float>(most_splits *
+                                 partial_chunk(spec_, in_.heads, attention_block_rows(m, most_splits)));
     if (attention) *attention = a, *head = h, *partials = p;
     return carver.used() + kPartialBudget;
   }
@@ -129,7 +140,8 @@ class Attend final : public AttentionStep {
     char* attention;
     float *own, *partials;
     layout(Carver(scratch(thread)), &attention, &own, &partials);
-    for (int64_t i = 0; i < splits(block); i++) attend(block, head, first + i, partials + i * chunk_, attention, own);
+    for (int64_t i = 0; i < splits(block); i++)
+      attend(block, head, first + i, partials + i * chunk_, attention, own);
     combine(block, head, partials);
   }
 
@@ -145,7 +157,8 @@ class Attend final : public AttentionStep {
     layout(Carver(scratch(thread)), &attention, &own, &unused);
     float* partials = m.partials + (unit - split) * chunk_;
     attend(block, head, first_split(block.position) + split, partials + split * chunk_, attention, own);
-    const int32_t arrived = m.arrivals[index * spec_.kv_heads + head].fetch_add(1, std::memory_order_acq_rel) + 1;
+    const int32_t arrived =
+        m.arrivals[index * spec_.kv_heads + head].fetch_add(1, std::memory_order_acq_rel) + 1;
     if (arrived == count) combine(block, head, partials);
   }
 
@@ -154,14 +167,16 @@ class Attend final : public AttentionStep {
     const AttentionShape shape{in_.heads, in_.scale, in_.softcap, in_.sinks};
     int64_t stride = 0;
     const float* q = queries(block, head, split, own, &stride);
-    m.kernels->attention_split(cache(), shape, q, stride, block.rows, block.slot, head, block.position, split, out.m, out.l, out.acc,
-                               memory);
+    m.kernels->attention_split(cache(), shape, q, stride, block.rows, block.slot, head, block.position, split,
+                               out.m, out.l, out.acc, memory);
   }
 
-  // The block's queries of one kv head; with one row per slot they are made here, and the row is appended by its last split.
+  // The block's queries of one kv head; with one row per slot they are made here, and the row is appended by
+  // its last split.
   const float* queries(const Block& block, int64_t head, int64_t split, float* own, int64_t* stride) const {
     const int64_t column = head * group_ * spec_.k_dim;
-    if (m.batch.one_row_per_slot && split == end_split(block.position) - 1) append(block.row, head, own + group_ * spec_.k_dim);
+    if (m.batch.one_row_per_slot && split == end_split(block.position) - 1)
+      append(block.row, head, own + group_ * spec_.k_dim);
     const Rows q = m.rows(in_.q);
     *stride = bare_queries() ? q.stride : in_.q.width;
     if (bare_queries()) return q.row(block.row) + column;
@@ -210,7 +225,9 @@ int64_t attention_block_rows(const Machine& machine, int64_t splits) {
   return rows;
 }
 
-std::unique_ptr<Step> make_append(const Machine& machine, const Instruction& in) { return std::make_unique<Append>(machine, in); }
+std::unique_ptr<Step> make_append(const Machine& machine, const Instruction& in) {
+  return std::make_unique<Append>(machine, in);
+}
 std::unique_ptr<Step> make_attend(const Machine& machine, const Instruction& in) {
   auto step = std::make_unique<Attend>(machine, in);
   step->reserve();

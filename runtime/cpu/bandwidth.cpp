@@ -54,8 +54,8 @@ double seconds_since(std::chrono::steady_clock::time_point begin) {
 
 double read_bandwidth(int64_t bytes, int threads, double seconds) {
   if (bytes < kPiece || threads < 1 || threads > 256 || !(seconds >= 0 && seconds <= 3600))
-    fail("read_bandwidth: got ", bytes, " bytes, ", threads, " threads, ", seconds, " s; expected at least ", kPiece,
-         " bytes, 1 to 256 threads, 0 to 3600 s");
+    fail("read_bandwidth: got ", bytes, " bytes, ", threads, " threads, ", seconds, " s; expected at least ",
+         kPiece, " bytes, 1 to 256 threads, 0 to 3600 s");
   const int64_t units = bytes / kPiece;
   const Region region(static_cast<size_t>(units * kPiece + kPrefetch + 64), "the bandwidth probe");
   std::memset(region.data(), 1, region.bytes());

@@ -22,11 +22,13 @@ Ids ids(const py::object& given, const char* name) {
   return array;
 }
 
-py::array_t<float> forward(Executor& executor, const py::object& tokens, const py::object& positions, const py::object& slots,
-                           const py::object& rows) {
-  const Ids t = ids(tokens, "tokens"), p = ids(positions, "positions"), s = ids(slots, "slots"), r = ids(rows, "rows");
+py::array_t<float> forward(Executor& executor, const py::object& tokens, const py::object& positions,
+                           const py::object& slots, const py::object& rows) {
+  const Ids t = ids(tokens, "tokens"), p = ids(positions, "positions"), s = ids(slots, "slots"),
+            r = ids(rows, "rows");
   if (p.size() != t.size() || s.size() != t.size())
-    fail("got ", t.size(), " tokens, ", p.size(), " positions and ", s.size(), " slots, expected as many of each");
+    fail("got ", t.size(), " tokens, ", p.size(), " positions and ", s.size(),
+         " slots, expected as many of each");
   if (r.size() > executor.program().max_tokens)
     fail("got ", r.size(), " rows, expected 0 to ", executor.program().max_tokens, " in one forward");
   py::array_t<float> logits({r.size(), static_cast<py::ssize_t>(executor.program().vocabulary)});
@@ -37,8 +39,8 @@ py::array_t<float> forward(Executor& executor, const py::object& tokens, const p
   return logits;
 }
 
-std::unique_ptr<Executor> make(const py::bytes& program, const std::string& path, int threads, int64_t max_len, int64_t max_slots,
-                               const std::string& isa) {
+std::unique_ptr<Executor> make(const py::bytes& program, const std::string& path, int threads,
+                               int64_t max_len, int64_t max_slots, const std::string& isa) {
   const std::string_view json = program;
   const py::gil_scoped_release release;
   return std::make_unique<Executor>(json, path, Options{threads, max_len, max_slots, isa});
@@ -67,10 +69,11 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "The C++ executor of compiled programs.";
   py::register_local_exception_translator(translate);
   py::class_<Executor>(module, "Executor")
-      .def(py::init(&make), py::arg("program_json"), py::arg("weights_path"), py::kw_only(), py::arg("threads"), py::arg("max_len"),
-           py::arg("max_slots"), py::arg("isa") = "auto")
+      .def(py::init(&make), py::arg("program_json"), py::arg("weights_path"), py::kw_only(),
+           py::arg("threads"), py::arg("max_len"), py::arg("max_slots"), py::arg("isa") = "auto")
       .def("forward", &forward, py::arg("tokens"), py::arg("positions"), py::arg("slots"), py::arg("rows"))
-      .def("copy_slot", &Executor::copy_slot, py::arg("src"), py::arg("dst"), py::arg("length"), py::call_guard<py::gil_scoped_release>())
+      .def("copy_slot", &Executor::copy_slot, py::arg("src"), py::arg("dst"), py::arg("length"),
+           py::call_guard<py::gil_scoped_release>())
       .def("profile", &Executor::profile, py::arg("enable"), py::call_guard<py::gil_scoped_release>())
       .def("profile_results",
            [](Executor& self) {
@@ -96,5 +99,6 @@ PYBIND11_MODULE(_native, module) {
   module.def("isas", &isas, "Instruction sets this CPU can run, best first.");
   module.def("default_threads", &default_threads, "Physical cores that this process may run on.");
   module.def("read_bandwidth", &read_bandwidth, py::arg("bytes"), py::arg("threads"), py::arg("seconds"),
-             py::call_guard<py::gil_scoped_release>(), "GB/s of the best read-only pass over anonymous memory.");
+             py::call_guard<py::gil_scoped_release>(),
+             "GB/s of the best read-only pass over anonymous memory.");
 }

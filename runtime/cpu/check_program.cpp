@@ -14,10 +14,12 @@ namespace {
 
 class Checker {
  public:
-  explicit Checker(const Program& program) : program_(program), written_(program.values.size()), attended_(program.caches.size()) {}
+  explicit Checker(const Program& program)
+      : program_(program), written_(program.values.size()), attended_(program.caches.size()) {}
 
   void check() {
-    for (index_ = 0; index_ < program_.instructions.size(); index_++) check_instruction(program_.instructions[index_]);
+    for (index_ = 0; index_ < program_.instructions.size(); index_++)
+      check_instruction(program_.instructions[index_]);
     if (!logits_written_) fail("program.json: no instruction writes the logits");
     for (size_t i = 0; i < attended_.size(); i++)
       if (!attended_[i]) fail("caches[", i, "]: no attention uses it");
@@ -32,7 +34,9 @@ class Checker {
   }
   const Value& value(const View& view) const { return program_.values[static_cast<size_t>(view.value)]; }
   bool requested(const View& view) const { return view.value == View::kLogits || value(view).requested; }
-  int64_t stride(const View& view) const { return view.value == View::kLogits ? program_.vocabulary : value(view).width; }
+  int64_t stride(const View& view) const {
+    return view.value == View::kLogits ? program_.vocabulary : value(view).width;
+  }
 
   void check_instruction(const Instruction& in) {
     switch (in.op) {
@@ -50,7 +54,8 @@ class Checker {
   void check_embedding(const Instruction& in) {
     const int64_t ids = in.positions ? program_.max_position : program_.vocabulary;
     need(in.out.width == in.weight->k, "out has width ", in.out.width, ", its weight has k ", in.weight->k);
-    need(ids + in.offset <= in.weight->n, "ids reach ", ids + in.offset - 1, ", its weight has ", in.weight->n, " rows");
+    need(ids + in.offset <= in.weight->n, "ids reach ", ids + in.offset - 1, ", its weight has ",
+         in.weight->n, " rows");
     need(!requested(in.out), "out has rows R, expected T");
     read_residual(in);
   }
@@ -67,7 +72,8 @@ class Checker {
     const int64_t n = in.weight->n;
     need(in.in.width == in.weight->k, "in has width ", in.in.width, ", its weight has k ", in.weight->k);
     need(!in.glu || n % 2 == 0, "glu over ", n, " outputs, expected an even number");
-    need(in.out.width == (in.glu ? n / 2 : n), "out has width ", in.out.width, ", expected ", in.glu ? n / 2 : n);
+    need(in.out.width == (in.glu ? n / 2 : n), "out has width ", in.out.width, ", expected ",
+         in.glu ? n / 2 : n);
     need(in.softcap >= 0, "softcap is negative");
     check_act_group(in);
     same_rows(in.in, in.out);
@@ -77,25 +83,33 @@ class Checker {
 
   void check_act_group(const Instruction& in) const {
     const int64_t group = in.act_group;
-    need(group == 0 || group == 32 || group == 64 || group == 128, "act_group is ", group, ", expected 0, 32, 64 or 128");
-    need((group != 0) == in.weight->integer, "act_group is ", group, ", but the weight is ", in.weight->integer ? "integer" : "float");
+    need(group == 0 || group == 32 || group == 64 || group == 128, "act_group is ", group,
+         ", expected 0, 32, 64 or 128");
+    need((group != 0) == in.weight->integer, "act_group is ", group, ", but the weight is ",
+         in.weight->integer ? "integer" : "float");
     for (const Matrix& segment : in.weight->segments)
-      need(group == 0 || segment.group % group == 0, "act_group ", group, " does not divide the weight's group ", segment.group);
+      need(group == 0 || segment.group % group == 0, "act_group ", group,
+           " does not divide the weight's group ", segment.group);
   }
 
   void check_attention(const Instruction& in) {
     const CacheSpec& cache = program_.caches[static_cast<size_t>(in.cache)];
     need(in.heads % cache.kv_heads == 0, in.heads, " heads over ", cache.kv_heads, " kv heads");
-    need(in.q.width == in.heads * cache.k_dim, "q has width ", in.q.width, ", expected ", in.heads * cache.k_dim);
-    need(in.k.width == cache.kv_heads * cache.k_dim, "k has width ", in.k.width, ", expected ", cache.kv_heads * cache.k_dim);
-    need(in.v.width == cache.kv_heads * cache.v_dim, "v has width ", in.v.width, ", expected ", cache.kv_heads * cache.v_dim);
-    need(in.out.width == in.heads * cache.v_dim, "out has width ", in.out.width, ", expected ", in.heads * cache.v_dim);
+    need(in.q.width == in.heads * cache.k_dim, "q has width ", in.q.width, ", expected ",
+         in.heads * cache.k_dim);
+    need(in.k.width == cache.kv_heads * cache.k_dim, "k has width ", in.k.width, ", expected ",
+         cache.kv_heads * cache.k_dim);
+    need(in.v.width == cache.kv_heads * cache.v_dim, "v has width ", in.v.width, ", expected ",
+         cache.kv_heads * cache.v_dim);
+    need(in.out.width == in.heads * cache.v_dim, "out has width ", in.out.width, ", expected ",
+         in.heads * cache.v_dim);
     need(in.softcap >= 0 && in.eps >= 0, "softcap or norm_eps is negative");
     if (in.rope >= 0) {
       const int64_t dims = program_.ropes[static_cast<size_t>(in.rope)].dims;
       need(dims <= cache.k_dim, "rope rotates ", dims, " columns of heads with ", cache.k_dim);
     }
-    need(!requested(in.q) && !requested(in.k) && !requested(in.v) && !requested(in.out), "q, k, v and out must have rows T");
+    need(!requested(in.q) && !requested(in.k) && !requested(in.v) && !requested(in.out),
+         "q, k, v and out must have rows T");
     check_sharing(in);
     read(in.q, in.out, "q");
     read(in.k, in.out, "k");
@@ -106,7 +120,8 @@ class Checker {
   void check_sharing(const Instruction& in) {
     const Instruction*& first = attended_[static_cast<size_t>(in.cache)];
     if (!first) first = &in;
-    need(first->k == in.k && first->v == in.v && first->rope == in.rope && first->k_norm == in.k_norm && first->eps == in.eps,
+    need(first->k == in.k && first->v == in.v && first->rope == in.rope && first->k_norm == in.k_norm &&
+             first->eps == in.eps,
          "cache ", in.cache, " is shared with an instruction that appends something else");
   }
 
@@ -118,7 +133,8 @@ class Checker {
 
   void check_pointwise(const Instruction& in) {
     for (const View& input : in.inputs) {
-      need(input.width == in.out.width || input.width == 1, "an input has width ", input.width, ", out ", in.out.width);
+      need(input.width == in.out.width || input.width == 1, "an input has width ", input.width, ", out ",
+           in.out.width);
       same_rows(input, in.out);
       if (input == in.out) {
         read_written(input, "in");
@@ -128,7 +144,9 @@ class Checker {
     }
   }
 
-  void same_rows(const View& a, const View& b) const { need(requested(a) == requested(b), "mixes rows T and rows R"); }
+  void same_rows(const View& a, const View& b) const {
+    need(requested(a) == requested(b), "mixes rows T and rows R");
+  }
 
   void read_residual(const Instruction& in) {
     if (!in.residual.present()) return;
@@ -151,7 +169,8 @@ class Checker {
     int64_t at = view.column;
     for (const auto& [begin, end] : written_[static_cast<size_t>(view.value)])
       if (begin <= at && at < end) at = end;
-    need(at >= view.column + view.width, name, " reads value ", view.value, " before it is written (or after it is overwritten)");
+    need(at >= view.column + view.width, name, " reads value ", view.value,
+         " before it is written (or after it is overwritten)");
   }
 
   bool overlap(const View& a, const View& b) const {
@@ -160,7 +179,8 @@ class Checker {
     return share_bytes(value(a), value(b));
   }
   bool share_bytes(const Value& a, const Value& b) const {
-    const int64_t a_end = a.offset + program_.max_tokens * a.width * 4, b_end = b.offset + program_.max_tokens * b.width * 4;
+    const int64_t a_end = a.offset + program_.max_tokens * a.width * 4,
+                  b_end = b.offset + program_.max_tokens * b.width * 4;
     return a.offset < b_end && b.offset < a_end;
   }
 
@@ -173,7 +193,9 @@ class Checker {
       return;
     }
     for (size_t i = 0; i < written_.size(); i++)
-      if (static_cast<int32_t>(i) != out.value && !written_[i].empty() && share_bytes(program_.values[i], value(out))) written_[i].clear();
+      if (static_cast<int32_t>(i) != out.value && !written_[i].empty() &&
+          share_bytes(program_.values[i], value(out)))
+        written_[i].clear();
     add(written_[static_cast<size_t>(out.value)], out.column, out.column + out.width);
   }
 

@@ -12,7 +12,8 @@ constexpr int64_t kMostSlots = 65536;
 constexpr size_t kMostCacheBytes = size_t{1} << 50;  // far beyond any machine, far below overflow
 
 int choose_threads(int asked) {
-  if (asked < 0 || asked > kMostThreads) fail("threads is ", asked, ", expected 1 to ", kMostThreads, ", or 0 for all cores");
+  if (asked < 0 || asked > kMostThreads)
+    fail("threads is ", asked, ", expected 1 to ", kMostThreads, ", or 0 for all cores");
   return asked ? asked : default_threads();
 }
 
@@ -28,7 +29,9 @@ const Kernels* choose_kernels(const std::string& isa) {
 }  // namespace
 
 Executor::Executor(std::string_view program_json, const std::string& weights_path, const Options& options)
-    : weights_(Weights::open(weights_path)), program_(parse_program(program_json, *weights_)), pool_(choose_threads(options.threads)) {
+    : weights_(Weights::open(weights_path)),
+      program_(parse_program(program_json, *weights_)),
+      pool_(choose_threads(options.threads)) {
   check_options(options);
   machine_.program = &program_;
   machine_.kernels = choose_kernels(options.isa);
@@ -43,8 +46,10 @@ Executor::Executor(std::string_view program_json, const std::string& weights_pat
 
 void Executor::check_options(const Options& options) const {
   if (options.max_len < 1 || options.max_len > program_.max_position)
-    fail("max_len is ", options.max_len, ", expected 1 to ", program_.max_position, " (the most this model was compiled for)");
-  if (options.max_slots < 1 || options.max_slots > kMostSlots) fail("max_slots is ", options.max_slots, ", expected 1 to ", kMostSlots);
+    fail("max_len is ", options.max_len, ", expected 1 to ", program_.max_position,
+         " (the most this model was compiled for)");
+  if (options.max_slots < 1 || options.max_slots > kMostSlots)
+    fail("max_slots is ", options.max_slots, ", expected 1 to ", kMostSlots);
 }
 
 void Executor::build_steps() {
@@ -77,7 +82,8 @@ void Executor::add_step(int64_t instruction, std::unique_ptr<Step> step) {
 void Executor::add_linear(size_t index) {
   const Instruction& in = program_.instructions[index];
   const Instruction* before = index ? &program_.instructions[index - 1] : nullptr;
-  const bool at_hand = before && before->op == Op::linear && before->in == in.in && before->act_group == in.act_group;
+  const bool at_hand =
+      before && before->op == Op::linear && before->in == in.in && before->act_group == in.act_group;
   const auto number = static_cast<int64_t>(index);
   if (in.act_group && !at_hand) add_step(number, make_quantize(machine_, in));
   add_step(number, make_product(machine_, in));
@@ -85,18 +91,19 @@ void Executor::add_linear(size_t index) {
 }
 
 void Executor::lay_out_memory() {
-  const size_t kv = lay_out_caches(Carver()), scratch = lay_out_scratch(Carver());
+  const size_t kv = lay_out_caches(Carver(nullptr, true)), scratch = lay_out_scratch(Carver(nullptr, true));
   const auto arena = static_cast<size_t>(program_.arena_bytes);
   const size_t total = arena + kv + scratch;
   if (total > physical_memory())
-    fail("needs ", total >> 20, " MiB (", kv >> 20, " of them caches for max_len ", max_len(), " and max_slots ", max_slots(),
-         "), this machine has ", physical_memory() >> 20, " MiB: ask for a smaller max_len or max_slots");
+    fail("needs ", total >> 20, " MiB (", kv >> 20, " of them caches for max_len ", max_len(),
+         " and max_slots ", max_slots(), "), this machine has ", physical_memory() >> 20,
+         " MiB: ask for a smaller max_len or max_slots");
   arena_ = Region(arena, "the arena");
   kv_ = Region(kv, "the KV cache");
   scratch_ = Region(scratch, "scratch memory");
   machine_.arena = arena_.data();
-  lay_out_caches(Carver(kv_.data()));
-  lay_out_scratch(Carver(scratch_.data()));
+  lay_out_caches(Carver(kv_.data(), true));
+  lay_out_scratch(Carver(scratch_.data(), true));
 }
 
 size_t Executor::lay_out_caches(Carver carver) {
@@ -112,8 +119,11 @@ size_t Executor::lay_out_caches(Carver carver) {
     cache.ring = spec.window ? std::min(max_len(), spec.window + program_.max_tokens) : max_len();
     const int64_t rows = max_slots() * spec.kv_heads * cache.ring;  // < 2^52
     const int64_t element = spec.type == CacheType::f32 ? 4 : spec.type == CacheType::f16 ? 2 : 1;
-    if (static_cast<size_t>(rows) > kMostCacheBytes / static_cast<size_t>((spec.k_dim + spec.v_dim + 2) * 4) || carver.used() > kMostCacheBytes)
-      fail("the caches for max_len ", max_len(), " and max_slots ", max_slots(), " are larger than any machine's memory");
+    if (static_cast<size_t>(rows) >
+            kMostCacheBytes / static_cast<size_t>((spec.k_dim + spec.v_dim + 2) * 4) ||
+        carver.used() > kMostCacheBytes)
+      fail("the caches for max_len ", max_len(), " and max_slots ", max_slots(),
+           " are larger than any machine's memory");
     cache.k = carver.take<char>(rows * spec.k_dim * element);
     cache.v = carver.take<char>(rows * spec.v_dim * element);
     if (spec.type == CacheType::int8) {
@@ -201,7 +211,8 @@ std::vector<InstructionTime> Executor::profile_results() {
     results.push_back({instruction_label(program_, i), 0, in.op == Op::linear ? in.weight->bytes : 0});
   }
   for (size_t i = 0; i < times_.size(); i++)
-    if (step_instruction_[i] >= 0) results[static_cast<size_t>(step_instruction_[i])].nanoseconds += times_[i];
+    if (step_instruction_[i] >= 0)
+      results[static_cast<size_t>(step_instruction_[i])].nanoseconds += times_[i];
   return results;
 }
 

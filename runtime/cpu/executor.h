@@ -35,9 +35,10 @@ class Executor final : private Job {
   Executor(std::string_view program_json, const std::string& weights_path, const Options& options);
   ~Executor() override = default;
 
-  // One step for `rows` rows: logits[r] is of row wanted[r]. Every argument is checked; calls from several threads take turns.
-  void forward(const int32_t* tokens, const int32_t* positions, const int32_t* slots, int64_t rows, const int32_t* wanted,
-               int64_t wanted_rows, float* logits);
+  // One step for `rows` rows: logits[r] is of row wanted[r]. Every argument is checked; calls from several
+  // threads take turns.
+  void forward(const int32_t* tokens, const int32_t* positions, const int32_t* slots, int64_t rows,
+               const int32_t* wanted, int64_t wanted_rows, float* logits);
   // Slot `to` gets the first `length` positions of slot `from`.
   void copy_slot(int64_t from, int64_t to, int64_t length);
 
@@ -79,7 +80,8 @@ class Executor final : private Job {
   Machine machine_;
   Steps steps_;
   std::vector<int64_t> step_instruction_;  // of each step; -1: none
-  std::vector<std::pair<int64_t, int32_t>> order_;  // (slot, position) and row, sorted; reserved for max_tokens
+  std::vector<std::pair<int64_t, int32_t>>
+      order_;  // (slot, position) and row, sorted; reserved for max_tokens
   int64_t shortest_ring_ = 0;
   int64_t weight_elements_ = 0;  // multiplied for each row
   Pool pool_;

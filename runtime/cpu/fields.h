@@ -1,4 +1,5 @@
-// Reads the fields of one JSON object; what is missing, of the wrong kind, out of range or unknown is refused by name.
+// Reads the fields of one JSON object; what is missing, of the wrong kind, out of range or unknown is refused
+// by name.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -16,7 +17,8 @@ namespace gristmill {
 
 class Fields {
  public:
-  Fields(const Json& object, std::string where) : object_(object), where_(std::move(where)), used_(object.keys.size(), false) {
+  Fields(const Json& object, std::string where)
+      : object_(object), where_(std::move(where)), used_(object.keys.size(), false) {
     if (object.kind != Json::Kind::object) fail(where_, ": got ", object.kind_name(), ", expected an object");
   }
 
@@ -39,7 +41,9 @@ class Fields {
       if (!used_[i]) fail(where_, ": unknown field ", quote(object_.keys[i]));
   }
 
-  int64_t integer(std::string_view name, int64_t low, int64_t high) { return as_integer(required(name), name, low, high); }
+  int64_t integer(std::string_view name, int64_t low, int64_t high) {
+    return as_integer(required(name), name, low, high);
+  }
   int64_t integer(std::string_view name, int64_t low, int64_t high, int64_t absent) {
     const Json* field = optional(name);
     return field ? as_integer(*field, name, low, high) : absent;

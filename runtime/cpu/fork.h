@@ -1,4 +1,5 @@
-// What a fork must not tear: objects that keep threads or locks hear of it in the child, before anything else runs there.
+// What a fork must not tear: objects that keep threads or locks hear of it in the child, before anything else
+// runs there.
 #pragma once
 #include <mutex>
 
@@ -21,7 +22,8 @@ class ForkListener {
   ForkListener* previous_ = nullptr;
 };
 
-// Held around a fork; guards the process-wide tables (listeners, open mappings). Never held while work is done.
+// Held around a fork; guards the process-wide tables (listeners, open mappings). Never held while work is
+// done.
 std::mutex& fork_mutex();
 
 }  // namespace gristmill

@@ -13,8 +13,8 @@ constexpr int64_t kTinyProducts = 1 << 20;
 
 }  // namespace
 
-void Executor::forward(const int32_t* tokens, const int32_t* positions, const int32_t* slots, int64_t rows, const int32_t* wanted,
-                       int64_t wanted_rows, float* logits) {
+void Executor::forward(const int32_t* tokens, const int32_t* positions, const int32_t* slots, int64_t rows,
+                       const int32_t* wanted, int64_t wanted_rows, float* logits) {
   const std::lock_guard<std::mutex> lock(mutex_);
   Batch& batch = machine_.batch;
   batch.tokens = tokens;
@@ -26,7 +26,8 @@ void Executor::forward(const int32_t* tokens, const int32_t* positions, const in
   batch.logits = logits;
   const int64_t most = program_.max_tokens;
   if (rows < 1 || rows > most) fail("got ", rows, " tokens, expected 1 to ", most, " in one forward");
-  if (wanted_rows < 0 || wanted_rows > most) fail("got ", wanted_rows, " rows, expected 0 to ", most, " in one forward");
+  if (wanted_rows < 0 || wanted_rows > most)
+    fail("got ", wanted_rows, " rows, expected 0 to ", most, " in one forward");
   check_rows(tokens, rows, program_.vocabulary, "tokens");
   check_rows(positions, rows, max_len(), "positions");
   check_rows(slots, rows, max_slots(), "slots");
@@ -39,14 +40,16 @@ void Executor::forward(const int32_t* tokens, const int32_t* positions, const in
 
 void Executor::check_rows(const int32_t* values, int64_t count, int64_t limit, const char* what) const {
   for (int64_t i = 0; i < count; i++)
-    if (values[i] < 0 || values[i] >= limit) fail(what, "[", i, "] is ", values[i], ", expected 0 to ", limit - 1);
+    if (values[i] < 0 || values[i] >= limit)
+      fail(what, "[", i, "] is ", values[i], ", expected 0 to ", limit - 1);
 }
 
 // No position of a slot twice, and none so far apart that one would overwrite the other in a window's ring.
 void Executor::check_slots() {
   Batch& batch = machine_.batch;
   order_.clear();
-  for (int32_t t = 0; t < batch.rows; t++) order_.emplace_back(int64_t{batch.slots[t]} << 32 | batch.positions[t], t);
+  for (int32_t t = 0; t < batch.rows; t++)
+    order_.emplace_back(int64_t{batch.slots[t]} << 32 | batch.positions[t], t);
   std::sort(order_.begin(), order_.end());
   batch.one_row_per_slot = true;
   size_t first = 0;  // of the slot
@@ -60,7 +63,9 @@ void Executor::check_slots() {
     const int64_t span = order_[i].first - order_[first].first;
     if (order_[i].first == order_[i - 1].first)
       fail("slot ", slot, " has position ", batch.positions[order_[i].second], " twice in one forward");
-    if (span >= shortest_ring_) fail("slot ", slot, " has positions ", span, " apart in one forward, at most ", shortest_ring_ - 1, " are possible");
+    if (span >= shortest_ring_)
+      fail("slot ", slot, " has positions ", span, " apart in one forward, at most ", shortest_ring_ - 1,
+           " are possible");
   }
 }
 
@@ -72,7 +77,8 @@ void Executor::cut_blocks() {
   machine_.block_rows = 1;
   for (int64_t t = 0; t < batch.rows; t++) {
     Block* block = batch.blocks.empty() ? nullptr : &batch.blocks.back();
-    if (block && block->rows < most && block->slot == batch.slots[t] && block->position + block->rows == batch.positions[t]) {
+    if (block && block->rows < most && block->slot == batch.slots[t] &&
+        block->position + block->rows == batch.positions[t]) {
       block->rows++;
       machine_.block_rows = std::max(machine_.block_rows, block->rows);
     } else {
@@ -95,7 +101,8 @@ void Executor::work(int64_t phase, int64_t begin, int64_t end, int thread) noexc
 // The time since the last call belongs to the step that was opened then.
 void Executor::note_time(int64_t next_step) {
   const auto now = std::chrono::steady_clock::now();
-  if (timed_step_ >= 0) times_[static_cast<size_t>(timed_step_)] += std::chrono::nanoseconds(now - since_).count();
+  if (timed_step_ >= 0)
+    times_[static_cast<size_t>(timed_step_)] += std::chrono::nanoseconds(now - since_).count();
   timed_step_ = next_step;
   since_ = now;
 }
@@ -116,7 +123,8 @@ void Executor::copy_slot(int64_t from, int64_t to, int64_t length) {
       if (!data) return;
       for (int64_t head = 0; head < cache.kv_heads; head++)
         std::memcpy(static_cast<char*>(data) + cache.row(to, head, 0) * row_bytes,
-                    static_cast<char*>(data) + cache.row(from, head, 0) * row_bytes, static_cast<size_t>(rows * row_bytes));
+                    static_cast<char*>(data) + cache.row(from, head, 0) * row_bytes,
+                    static_cast<size_t>(rows * row_bytes));
     };
     copy(cache.k, cache.k_dim * element);
     copy(cache.v, cache.v_dim * element);

@@ -18,7 +18,8 @@ class Parser {
   Parser(std::string_view text, const std::string& what) : text_(text), what_(what) {}
 
   Json document() {
-    if (text_.size() > kMostBytes) fail(what_, ": ", text_.size(), " bytes of JSON, at most ", kMostBytes, " are read");
+    if (text_.size() > kMostBytes)
+      fail(what_, ": ", text_.size(), " bytes of JSON, at most ", kMostBytes, " are read");
     Json value = parse_value(0);
     skip_space();
     if (at_ != text_.size()) refuse("expected the end");
@@ -31,7 +32,9 @@ class Parser {
     fail(what_, ": not valid JSON at byte ", at_, ": ", why, ", got ", got);
   }
   void skip_space() {
-    while (at_ < text_.size() && (text_[at_] == ' ' || text_[at_] == '\n' || text_[at_] == '\t' || text_[at_] == '\r')) at_++;
+    while (at_ < text_.size() &&
+           (text_[at_] == ' ' || text_[at_] == '\n' || text_[at_] == '\t' || text_[at_] == '\r'))
+      at_++;
   }
   char peek() const { return at_ < text_.size() ? text_[at_] : '\0'; }
   bool accept(char c) {
@@ -142,7 +145,8 @@ class Parser {
     value.kind = Json::Kind::number;
     const char* end = digits.data() + digits.size();
     const auto real = std::from_chars(digits.data(), end, value.number);
-    if (real.ec != std::errc() || real.ptr != end || !std::isfinite(value.number)) refuse("a number out of range");
+    if (real.ec != std::errc() || real.ptr != end || !std::isfinite(value.number))
+      refuse("a number out of range");
     if (integer) value.is_integer = std::from_chars(digits.data(), end, value.integer).ec == std::errc();
     return value;
   }

@@ -17,7 +17,7 @@ struct Json {
   double number = 0;
   int64_t integer = 0;
   std::string string;
-  std::vector<Json> items;       // of an array; values of an object
+  std::vector<Json> items;        // of an array; values of an object
   std::vector<std::string> keys;  // of an object, in the file's order
 
   const Json* find(std::string_view key) const;

@@ -56,7 +56,8 @@ class Product final : public Step {
   }
 
   size_t scratch_bytes() const override {
-    return m.kernels->product_scratch_bytes(in_.in.width) + 64 + static_cast<size_t>(2 * kBand * kMostStrip) * sizeof(float);
+    return m.kernels->product_scratch_bytes(in_.in.width) + 64 +
+           static_cast<size_t>(2 * kBand * kMostStrip) * sizeof(float);
   }
 
  private:
@@ -70,7 +71,8 @@ class Product final : public Step {
     int64_t first = 0, most = in_.out.width;
     for (const Matrix& segment : in_.weight->segments) {
       const int64_t row_bytes = segment.row_bytes() * (in_.glu ? 2 : 1), tile = m.kernels->tile;
-      const int64_t step = std::clamp(bytes / row_bytes / tile * tile, tile, std::max(tile, kMostStrip / tile * tile));
+      const int64_t step =
+          std::clamp(bytes / row_bytes / tile * tile, tile, std::max(tile, kMostStrip / tile * tile));
       const int64_t end = std::min(first + segment.n, most);
       for (int64_t at = first; at < end; at += step) all.push_back({at, std::min(at + step, end)});
       first = end;
@@ -79,7 +81,8 @@ class Product final : public Step {
   }
 
   // y[t, n - begin] for columns [begin, end) of all segments as one.
-  void product(int64_t begin, int64_t end, int64_t first, int64_t rows, float* y, int64_t stride, char* memory) const {
+  void product(int64_t begin, int64_t end, int64_t first, int64_t rows, float* y, int64_t stride,
+               char* memory) const {
     for (const Matrix& segment : in_.weight->segments) {
       const int64_t n0 = std::max<int64_t>(begin, 0), n1 = std::min(end, segment.n);
       if (n0 < n1) segment_product(segment, n0, n1, first, rows, y + (n0 - begin), stride, memory);
@@ -87,8 +90,8 @@ class Product final : public Step {
       end -= segment.n;
     }
   }
-  void segment_product(const Matrix& segment, int64_t n0, int64_t n1, int64_t first, int64_t rows, float* y, int64_t stride,
-                       char* memory) const {
+  void segment_product(const Matrix& segment, int64_t n0, int64_t n1, int64_t first, int64_t rows, float* y,
+                       int64_t stride, char* memory) const {
     if (in_.act_group) {
       m.kernels->product_int(segment, quantized_rows(m, in_, first), rows, n0, n1, y, stride, memory);
     } else {
@@ -98,29 +101,32 @@ class Product final : public Step {
   }
 
   bool plain() const {
-    return !in_.bias && !in_.glu && in_.activation == Activation::none && in_.scale == 1 && in_.softcap == 0 && !in_.residual.present();
+    return !in_.bias && !in_.glu && in_.activation == Activation::none && in_.scale == 1 &&
+           in_.softcap == 0 && !in_.residual.present();
   }
 
   void tile(const Strip& strip, int64_t first, int64_t last, int thread) const {
     const Rows out = m.rows(in_.out);
     const int64_t width = strip.end - strip.begin, rows = last - first, half = in_.out.width;
     char* memory = scratch(thread);
-    if (plain()) return product(strip.begin, strip.end, first, rows, out.row(first) + strip.begin, out.stride, memory);
+    if (plain())
+      return product(strip.begin, strip.end, first, rows, out.row(first) + strip.begin, out.stride, memory);
     Carver carver(memory);
     carver.take<char>(static_cast<int64_t>(m.kernels->product_scratch_bytes(in_.in.width)));
     auto* y = carver.take<float>(kBand * kMostStrip);
     auto* up = in_.glu ? carver.take<float>(kBand * kMostStrip) : nullptr;
     product(strip.begin, strip.end, first, rows, y, width, memory);
     if (up) product(half + strip.begin, half + strip.end, first, rows, up, width, memory);
-    for (int64_t t = 0; t < rows; t++) finish(strip, first + t, y + t * width, up ? up + t * width : nullptr, out);
+    for (int64_t t = 0; t < rows; t++)
+      finish(strip, first + t, y + t * width, up ? up + t * width : nullptr, out);
   }
 
   void finish(const Strip& strip, int64_t t, const float* y, const float* up, const Rows& out) const {
     const float* residual = in_.residual.present() ? m.rows(in_.residual).row(t) + strip.begin : nullptr;
     const float* bias = in_.bias ? in_.bias + strip.begin : nullptr;
     const float* up_bias = in_.bias && up ? bias + in_.out.width : nullptr;
-    m.kernels->epilogue(y, bias, up, up_bias, in_.activation, in_.scale, in_.softcap, residual, strip.end - strip.begin,
-                        out.row(t) + strip.begin);
+    m.kernels->epilogue(y, bias, up, up_bias, in_.activation, in_.scale, in_.softcap, residual,
+                        strip.end - strip.begin, out.row(t) + strip.begin);
   }
 
   const Instruction& in_;
@@ -131,7 +137,11 @@ class Product final : public Step {
 
 }  // namespace
 
-std::unique_ptr<Step> make_quantize(const Machine& machine, const Instruction& in) { return std::make_unique<Quantize>(machine, in); }
-std::unique_ptr<Step> make_product(const Machine& machine, const Instruction& in) { return std::make_unique<Product>(machine, in); }
+std::unique_ptr<Step> make_quantize(const Machine& machine, const Instruction& in) {
+  return std::make_unique<Quantize>(machine, in);
+}
+std::unique_ptr<Step> make_product(const Machine& machine, const Instruction& in) {
+  return std::make_unique<Product>(machine, in);
+}
 
 }  // namespace gristmill

@@ -42,16 +42,16 @@ struct Machine {
 
   char* arena = nullptr;
   std::vector<Cache> caches;
-  std::vector<Rope> ropes;       // tables of this batch, [max_tokens, dims / 2]
-  int8_t* quantized = nullptr;   // activations of the linear at work: [max_tokens, kp]
-  float* scales = nullptr;       // [max_tokens, groups]
+  std::vector<Rope> ropes;      // tables of this batch, [max_tokens, dims / 2]
+  int8_t* quantized = nullptr;  // activations of the linear at work: [max_tokens, kp]
+  float* scales = nullptr;      // [max_tokens, groups]
   int32_t* sums = nullptr;
-  float* queries = nullptr;      // normed and rotated queries of the attention at work
-  float* partials = nullptr;     // of a context shared by several threads
+  float* queries = nullptr;   // normed and rotated queries of the attention at work
+  float* partials = nullptr;  // of a context shared by several threads
   int64_t partial_floats = 0;
   std::atomic<int32_t>* arrivals = nullptr;  // splits done, per block and kv head
-  std::vector<char*> scratch;    // per thread, 64-byte aligned
-  int64_t block_rows = 1;        // most rows of a block in this batch
+  std::vector<char*> scratch;                // per thread, 64-byte aligned
+  int64_t block_rows = 1;                    // most rows of a block in this batch
   Batch batch;
 
   Rows rows(const View& view) const {
@@ -111,7 +111,8 @@ std::unique_ptr<Step> make_append(const Machine& machine, const Instruction& ins
 std::unique_ptr<Step> make_attend(const Machine& machine, const Instruction& instruction);
 
 // Sizes of the attention's shared buffers, for the Machine's builder.
-int64_t partial_chunk(const CacheSpec& cache, int64_t heads, int64_t rows);  // floats of one (block, kv head, split)
+int64_t partial_chunk(const CacheSpec& cache, int64_t heads,
+                      int64_t rows);  // floats of one (block, kv head, split)
 int64_t attention_block_rows(const Machine& machine, int64_t splits);
 
 }  // namespace gristmill

@@ -1,4 +1,5 @@
-// Leftover elementwise work: a small expression over registers, in pieces of a row that stay in the first cache.
+// Leftover elementwise work: a small expression over registers, in pieces of a row that stay in the first
+// cache.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -19,7 +20,8 @@ class Pointwise final : public RowStep {
   int64_t rows() const override { return m.rows(in_.out).count; }
   void each(int64_t begin, int64_t end, int thread) override {
     for (int64_t t = begin; t < end; t++)
-      for (int64_t at = 0; at < in_.out.width; at += kPiece) piece(t, at, std::min(kPiece, in_.out.width - at), thread);
+      for (int64_t at = 0; at < in_.out.width; at += kPiece)
+        piece(t, at, std::min(kPiece, in_.out.width - at), thread);
   }
   size_t scratch_bytes() const override {
     return (in_.inputs.size() + in_.steps.size() + 2) * kPiece * sizeof(float);
@@ -53,7 +55,8 @@ class Pointwise final : public RowStep {
     }
   }
 
-  static const float* operand(const Operand& operand, const float* registers, float* constants, int64_t count) {
+  static const float* operand(const Operand& operand, const float* registers, float* constants,
+                              int64_t count) {
     if (operand.reg >= 0) return registers + operand.reg * kPiece;
     std::fill(constants, constants + count, operand.constant);
     return constants;
@@ -94,6 +97,8 @@ class Pointwise final : public RowStep {
 
 }  // namespace
 
-std::unique_ptr<Step> make_pointwise(const Machine& machine, const Instruction& in) { return std::make_unique<Pointwise>(machine, in); }
+std::unique_ptr<Step> make_pointwise(const Machine& machine, const Instruction& in) {
+  return std::make_unique<Pointwise>(machine, in);
+}
 
 }  // namespace gristmill

@@ -35,7 +35,8 @@ void pause() {
 }
 
 long futex(std::atomic<uint32_t>& word, int operation, uint32_t value) {
-  return syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), operation | FUTEX_PRIVATE_FLAG, value, nullptr, nullptr, 0);
+  return syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), operation | FUTEX_PRIVATE_FLAG, value,
+                 nullptr, nullptr, 0);
 }
 
 }  // namespace
@@ -62,7 +63,8 @@ void Pool::start_threads() {
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
   if (status == 0) return;
   stop_threads();
-  fail("thread ", handles_.size() + 1, " of ", threads_, " cannot be started: ", std::strerror(status), "; ask for fewer threads");
+  fail("thread ", handles_.size() + 1, " of ", threads_, " cannot be started: ", std::strerror(status),
+       "; ask for fewer threads");
 }
 
 void Pool::stop_threads() {
@@ -118,7 +120,9 @@ void Pool::help(int thread, bool caller) {
 void Pool::claim(uint64_t word, int thread) {
   const int64_t left = units_of(word) - next_of(word);
   const int64_t take = std::max<int64_t>(1, left / (2 * threads_));
-  if (!word_.compare_exchange_strong(word, word + (static_cast<uint64_t>(take) << 16), std::memory_order_acq_rel)) return;
+  if (!word_.compare_exchange_strong(word, word + (static_cast<uint64_t>(take) << 16),
+                                     std::memory_order_acq_rel))
+    return;
   const int64_t begin = next_of(word) * grain_;
   const int64_t end = std::min(units_, (next_of(word) + take) * grain_);
   job_->work(phase_, begin, end, thread);

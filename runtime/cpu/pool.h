@@ -1,11 +1,11 @@
 // Threads that run the phases of one job together.
 //
-// A phase is a number of units; a thread claims a run of units, works, and counts them as done. The thread that finishes the
-// last unit of a phase opens the next one. So nobody waits for a thread that holds no work: a thread that another process has
-// pushed off its core delays the others only if it was pushed off in the middle of a claim.
-// Claims shrink as a phase drains (a share of what is left), which unit goes to which thread never shows in the results.
-// Phases with a single unit run on the thread that opened them, without telling anyone.
-// Who finds nothing to claim spins for some 50 us, then sleeps on a futex.
+// A phase is a number of units; a thread claims a run of units, works, and counts them as done. The thread
+// that finishes the last unit of a phase opens the next one. So nobody waits for a thread that holds no work:
+// a thread that another process has pushed off its core delays the others only if it was pushed off in the
+// middle of a claim. Claims shrink as a phase drains (a share of what is left), which unit goes to which
+// thread never shows in the results. Phases with a single unit run on the thread that opened them, without
+// telling anyone. Who finds nothing to claim spins for some 50 us, then sleeps on a futex.
 #pragma once
 #include <pthread.h>
 
@@ -19,7 +19,8 @@ namespace gristmill {
 class Job {
  public:
   virtual ~Job() = default;
-  // Called once per phase, by one thread, when all earlier phases are done: the number of units (0: nothing to do).
+  // Called once per phase, by one thread, when all earlier phases are done: the number of units (0: nothing
+  // to do).
   virtual int64_t open(int64_t phase) noexcept = 0;
   virtual void work(int64_t phase, int64_t begin, int64_t end, int thread) noexcept = 0;
 };

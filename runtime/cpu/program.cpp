@@ -16,15 +16,29 @@ constexpr int64_t kMostHeads = 4096;
 constexpr size_t kMostItems = 16384;  // values, instructions, weights ...
 
 const std::initializer_list<std::pair<const char*, Function>> kFunctions = {
-    {"add", Function::add},   {"sub", Function::sub},         {"mul", Function::mul},         {"div", Function::div},
-    {"neg", Function::neg},   {"exp", Function::exp},         {"tanh", Function::tanh},       {"sigmoid", Function::sigmoid},
-    {"silu", Function::silu}, {"gelu", Function::gelu},       {"gelu_tanh", Function::gelu_tanh}, {"relu", Function::relu},
-    {"sqrt", Function::sqrt}, {"rsqrt", Function::rsqrt},     {"square", Function::square},   {"maximum", Function::maximum},
-    {"minimum", Function::minimum}, {"abs", Function::abs},   {"reciprocal", Function::reciprocal}};
+    {"add", Function::add},
+    {"sub", Function::sub},
+    {"mul", Function::mul},
+    {"div", Function::div},
+    {"neg", Function::neg},
+    {"exp", Function::exp},
+    {"tanh", Function::tanh},
+    {"sigmoid", Function::sigmoid},
+    {"silu", Function::silu},
+    {"gelu", Function::gelu},
+    {"gelu_tanh", Function::gelu_tanh},
+    {"relu", Function::relu},
+    {"sqrt", Function::sqrt},
+    {"rsqrt", Function::rsqrt},
+    {"square", Function::square},
+    {"maximum", Function::maximum},
+    {"minimum", Function::minimum},
+    {"abs", Function::abs},
+    {"reciprocal", Function::reciprocal}};
 
 bool takes_two(Function f) {
-  return f == Function::add || f == Function::sub || f == Function::mul || f == Function::div || f == Function::maximum ||
-         f == Function::minimum;
+  return f == Function::add || f == Function::sub || f == Function::mul || f == Function::div ||
+         f == Function::maximum || f == Function::minimum;
 }
 
 class Loader {
@@ -51,8 +65,10 @@ class Loader {
   template <typename Each>
   void each(const char* name, Each load) {
     const std::vector<Json>& items = root_.array(name);
-    if (items.size() > kMostItems) fail("program.json: ", items.size(), " ", name, ", at most ", kMostItems, " are read");
-    for (size_t i = 0; i < items.size(); i++) load(items[i], std::string(name) + "[" + std::to_string(i) + "]");
+    if (items.size() > kMostItems)
+      fail("program.json: ", items.size(), " ", name, ", at most ", kMostItems, " are read");
+    for (size_t i = 0; i < items.size(); i++)
+      load(items[i], std::string(name) + "[" + std::to_string(i) + "]");
   }
 
   void load_limits(const Json& json) {
@@ -73,7 +89,8 @@ class Loader {
     const int64_t bytes = program_.max_tokens * value.width * 4;  // < 2^16 * 2^24 * 4
     if (value.offset % 64) fail(fields.where(), ": offset ", value.offset, " is not a multiple of 64");
     if (bytes > program_.arena_bytes - value.offset)
-      fail(fields.where(), ": ends at byte ", value.offset + bytes, " of the arena, which has ", program_.arena_bytes);
+      fail(fields.where(), ": ends at byte ", value.offset + bytes, " of the arena, which has ",
+           program_.arena_bytes);
     program_.values.push_back(value);
   }
 
@@ -82,7 +99,8 @@ class Loader {
     cache.kv_heads = fields.integer("kv_heads", 1, kMostHeads);
     cache.k_dim = fields.integer("k_dim", 1, kMostHeads);
     cache.v_dim = fields.integer("v_dim", 1, kMostHeads);
-    cache.type = fields.choice<CacheType>("dtype", {{"f32", CacheType::f32}, {"f16", CacheType::f16}, {"int8", CacheType::int8}});
+    cache.type = fields.choice<CacheType>(
+        "dtype", {{"f32", CacheType::f32}, {"f16", CacheType::f16}, {"int8", CacheType::int8}});
     cache.window = fields.integer("window", 0, kMostPosition, 0);
     fields.done();
     program_.caches.push_back(cache);
@@ -107,8 +125,10 @@ class Loader {
   }
 
   void load_weights(const Json& json) {
-    if (json.kind != Json::Kind::object) fail("program.json: weights is ", json.kind_name(), ", expected an object");
-    if (json.keys.size() > kMostItems) fail("program.json: ", json.keys.size(), " weights, at most ", kMostItems, " are read");
+    if (json.kind != Json::Kind::object)
+      fail("program.json: weights is ", json.kind_name(), ", expected an object");
+    if (json.keys.size() > kMostItems)
+      fail("program.json: ", json.keys.size(), " weights, at most ", kMostItems, " are read");
     for (size_t i = 0; i < json.keys.size(); i++) {
       const std::string where = "weights[" + quote(json.keys[i]) + "]";
       program_.weights.push_back(load_weight(json.items[i], where));
@@ -137,17 +157,22 @@ class Loader {
   Matrix load_segment(Fields fields, int64_t& bytes) const {
     Matrix matrix;
     const std::string& name = fields.text("name");
-    matrix.format = fields.choice<Format>("format", {{"f32", Format::f32}, {"f16", Format::f16}, {"bf16", Format::bf16},
-                                                     {"int8", Format::int8}, {"int4", Format::int4}});
+    matrix.format = fields.choice<Format>("format", {{"f32", Format::f32},
+                                                     {"f16", Format::f16},
+                                                     {"bf16", Format::bf16},
+                                                     {"int8", Format::int8},
+                                                     {"int4", Format::int4}});
     matrix.n = fields.integer("n", 1, kMostWidth);
     matrix.k = fields.integer("k", 1, kMostWidth);
     matrix.group = fields.integer("group", 0, 128, 0);
     matrix.symmetric = fields.flag("symmetric", true);
     fields.done();
     const bool integer = matrix.format == Format::int8 || matrix.format == Format::int4;
-    const bool known_group = matrix.group == 0 || matrix.group == 32 || matrix.group == 64 || matrix.group == 128;
+    const bool known_group =
+        matrix.group == 0 || matrix.group == 32 || matrix.group == 64 || matrix.group == 128;
     if (!known_group || (matrix.group >= matrix.k && matrix.group) || (!integer && matrix.group))
-      fail(fields.where(), ": group ", matrix.group, ", expected 32, 64 or 128 below k, or 0 (whole row; float formats: always)");
+      fail(fields.where(), ": group ", matrix.group,
+           ", expected 32, 64 or 128 below k, or 0 (whole row; float formats: always)");
     if (!integer && !matrix.symmetric) fail(fields.where(), ": float formats have no zero point");
     bytes += matrix.n * matrix.row_bytes();
     matrix.data = load_data(name, matrix);
@@ -183,10 +208,14 @@ class Loader {
 
   View view(const Json& json, const Fields& fields, const char* name) const {
     const std::vector<Json>& parts = fields.as_array(json, name);
-    if (parts.size() != 3) fail(fields.where(), ": field ", quote(name), " has ", parts.size(), " items, expected [value, column, width]");
+    if (parts.size() != 3)
+      fail(fields.where(), ": field ", quote(name), " has ", parts.size(),
+           " items, expected [value, column, width]");
     View view;
-    view.value = static_cast<int32_t>(fields.as_integer(parts[0], name, -1, static_cast<int64_t>(program_.values.size()) - 1));
-    const int64_t width = view.value < 0 ? program_.vocabulary : program_.values[static_cast<size_t>(view.value)].width;
+    view.value = static_cast<int32_t>(
+        fields.as_integer(parts[0], name, -1, static_cast<int64_t>(program_.values.size()) - 1));
+    const int64_t width =
+        view.value < 0 ? program_.vocabulary : program_.values[static_cast<size_t>(view.value)].width;
     view.column = fields.as_integer(parts[1], name, 0, width - 1);
     view.width = fields.as_integer(parts[2], name, 1, width - view.column);
     return view;
@@ -198,15 +227,21 @@ class Loader {
   }
   const Weight* weight(Fields& fields) const {
     const auto found = weight_index_.find(fields.text("weight"));
-    if (found == weight_index_.end()) fail(fields.where(), ": weight ", quote(fields.text("weight")), " is not listed under weights");
+    if (found == weight_index_.end())
+      fail(fields.where(), ": weight ", quote(fields.text("weight")), " is not listed under weights");
     return found->second;
   }
 
   void load_instruction(const Json& json, const std::string& where) {
     Instruction in;
-    in.op = Fields(json, where).choice<Op>("op", {{"embedding", Op::embedding}, {"rms_norm", Op::rms_norm}, {"layer_norm", Op::layer_norm},
-                                                  {"linear", Op::linear}, {"attention", Op::attention},
-                                                  {"gather_rows", Op::gather_rows}, {"pointwise", Op::pointwise}});
+    in.op = Fields(json, where)
+                .choice<Op>("op", {{"embedding", Op::embedding},
+                                   {"rms_norm", Op::rms_norm},
+                                   {"layer_norm", Op::layer_norm},
+                                   {"linear", Op::linear},
+                                   {"attention", Op::attention},
+                                   {"gather_rows", Op::gather_rows},
+                                   {"pointwise", Op::pointwise}});
     Fields fields(json, where + " " + op_name(in.op));
     fields.text("op");
     in.out = view(fields, "out");
@@ -244,8 +279,10 @@ class Loader {
     in.weight = weight(fields);
     in.bias = vector(fields.optional("bias"), fields, "bias", in.weight->n);
     if (fields.has("activation"))
-      in.activation = fields.choice<Activation>("activation", {{"none", Activation::none}, {"silu", Activation::silu},
-                                                               {"gelu", Activation::gelu}, {"gelu_tanh", Activation::gelu_tanh},
+      in.activation = fields.choice<Activation>("activation", {{"none", Activation::none},
+                                                               {"silu", Activation::silu},
+                                                               {"gelu", Activation::gelu},
+                                                               {"gelu_tanh", Activation::gelu_tanh},
                                                                {"relu", Activation::relu}});
     in.glu = fields.flag("glu", false);
     in.scale = fields.real("scale", 1);
@@ -275,14 +312,17 @@ class Loader {
     const std::vector<Json>& inputs = fields.array("in");
     const std::vector<Json>& steps = fields.array("steps");
     if (inputs.empty() || steps.empty() || inputs.size() + steps.size() > kMostRegisters)
-      fail(fields.where(), ": ", inputs.size(), " inputs and ", steps.size(), " steps, expected 1 or more each, ", kMostRegisters, " together");
+      fail(fields.where(), ": ", inputs.size(), " inputs and ", steps.size(),
+           " steps, expected 1 or more each, ", kMostRegisters, " together");
     for (const Json& input : inputs) in.inputs.push_back(view(input, fields, "in"));
-    for (const Json& step : steps) in.steps.push_back(load_step(step, fields, inputs.size() + in.steps.size()));
+    for (const Json& step : steps)
+      in.steps.push_back(load_step(step, fields, inputs.size() + in.steps.size()));
   }
 
   PointwiseStep load_step(const Json& json, const Fields& fields, size_t registers) const {
     const std::vector<Json>& parts = fields.as_array(json, "steps");
-    if (parts.empty() || parts.size() > 3) fail(fields.where(), ": a step has ", parts.size(), " items, expected [name, a, b]");
+    if (parts.empty() || parts.size() > 3)
+      fail(fields.where(), ": a step has ", parts.size(), " items, expected [name, a, b]");
     const std::string& name = fields.as_text(parts[0], "steps");
     PointwiseStep step;
     bool known = false;
@@ -290,7 +330,8 @@ class Loader {
       if (name == word) step.function = function, known = true;
     if (!known) fail(fields.where(), ": unknown function ", quote(name));
     const bool two = takes_two(step.function), has_b = parts.size() == 3 && parts[2].kind != Json::Kind::null;
-    if (parts.size() < 2 || two != has_b) fail(fields.where(), ": ", name, " takes ", two ? "two arguments" : "one argument");
+    if (parts.size() < 2 || two != has_b)
+      fail(fields.where(), ": ", name, " takes ", two ? "two arguments" : "one argument");
     step.a = operand(parts[1], fields, registers);
     if (two) step.b = operand(parts[2], fields, registers);
     return step;
@@ -303,7 +344,8 @@ class Loader {
       operand.constant = constant.real("const");
       constant.done();
     } else {
-      operand.reg = static_cast<int32_t>(fields.as_integer(json, "steps", 0, static_cast<int64_t>(registers) - 1));
+      operand.reg =
+          static_cast<int32_t>(fields.as_integer(json, "steps", 0, static_cast<int64_t>(registers) - 1));
     }
     return operand;
   }
@@ -317,7 +359,8 @@ class Loader {
 }  // namespace
 
 const char* op_name(Op op) {
-  static const char* const kNames[] = {"embedding", "rms_norm", "layer_norm", "linear", "attention", "gather_rows", "pointwise"};
+  static const char* const kNames[] = {"embedding", "rms_norm",    "layer_norm", "linear",
+                                       "attention", "gather_rows", "pointwise"};
   return kNames[static_cast<int>(op)];
 }
 

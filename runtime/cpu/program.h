@@ -1,4 +1,5 @@
-// program.json as structs whose every pointer, range and shape has been checked against the weights: what loads, runs.
+// program.json as structs whose every pointer, range and shape has been checked against the weights: what
+// loads, runs.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -20,7 +21,9 @@ struct View {
   int32_t value = kAbsent;
   int64_t column = 0, width = 0;
   bool present() const { return value != kAbsent; }
-  bool operator==(const View& other) const { return value == other.value && column == other.column && width == other.width; }
+  bool operator==(const View& other) const {
+    return value == other.value && column == other.column && width == other.width;
+  }
 };
 
 // A matrix of f32 in the arena, one row per token ("T") or per requested row ("R").
@@ -50,7 +53,25 @@ struct Weight {
 };
 
 enum class Function : uint8_t {
-  add, sub, mul, div, neg, exp, tanh, sigmoid, silu, gelu, gelu_tanh, relu, sqrt, rsqrt, square, maximum, minimum, abs, reciprocal
+  add,
+  sub,
+  mul,
+  div,
+  neg,
+  exp,
+  tanh,
+  sigmoid,
+  silu,
+  gelu,
+  gelu_tanh,
+  relu,
+  sqrt,
+  rsqrt,
+  square,
+  maximum,
+  minimum,
+  abs,
+  reciprocal
 };
 
 struct Operand {
@@ -99,7 +120,8 @@ struct Program {
 // Parses and checks; throws Error naming the instruction and op. The Program points into `weights`.
 Program parse_program(std::string_view json, const Weights& weights);
 
-// What does not depend on the file's syntax: widths, row kinds, written before read, overlaps in the arena. Called by parse_program.
+// What does not depend on the file's syntax: widths, row kinds, written before read, overlaps in the arena.
+// Called by parse_program.
 void check_program(const Program& program);
 std::string instruction_label(const Program& program, size_t index);
 

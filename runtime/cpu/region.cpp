@@ -22,7 +22,11 @@ Region::Region(size_t bytes, const char* what) : bytes_(bytes) {
 }
 
 Region::~Region() {
-  if (data_) munmap(data_, bytes_);
+  if (!data_) return;
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(data_, bytes_);
+#endif
+  munmap(data_, bytes_);
 }
 
 uint64_t physical_memory() {

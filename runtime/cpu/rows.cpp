@@ -110,8 +110,14 @@ class Gather final : public RowStep {
 }  // namespace
 
 std::unique_ptr<Step> make_ropes(const Machine& machine) { return std::make_unique<RopeTables>(machine); }
-std::unique_ptr<Step> make_embedding(const Machine& machine, const Instruction& in) { return std::make_unique<Embedding>(machine, in); }
-std::unique_ptr<Step> make_norm(const Machine& machine, const Instruction& in) { return std::make_unique<Norm>(machine, in); }
-std::unique_ptr<Step> make_gather(const Machine& machine, const Instruction& in) { return std::make_unique<Gather>(machine, in); }
+std::unique_ptr<Step> make_embedding(const Machine& machine, const Instruction& in) {
+  return std::make_unique<Embedding>(machine, in);
+}
+std::unique_ptr<Step> make_norm(const Machine& machine, const Instruction& in) {
+  return std::make_unique<Norm>(machine, in);
+}
+std::unique_ptr<Step> make_gather(const Machine& machine, const Instruction& in) {
+  return std::make_unique<Gather>(machine, in);
+}
 
 }  // namespace gristmill

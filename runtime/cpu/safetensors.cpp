@@ -32,9 +32,10 @@ struct Descriptor {
 };
 
 uint64_t dtype_bits(const std::string& dtype) {
-  static const std::map<std::string, uint64_t> kBits = {{"F64", 64}, {"F32", 32}, {"F16", 16}, {"BF16", 16},   {"I64", 64},
-                                                        {"I32", 32}, {"I16", 16}, {"I8", 8},   {"U8", 8},      {"BOOL", 8},
-                                                        {"U16", 16}, {"U32", 32}, {"U64", 64}, {"F8_E4M3", 8}, {"F8_E5M2", 8}};
+  static const std::map<std::string, uint64_t> kBits = {
+      {"F64", 64}, {"F32", 32}, {"F16", 16}, {"BF16", 16},   {"I64", 64},
+      {"I32", 32}, {"I16", 16}, {"I8", 8},   {"U8", 8},      {"BOOL", 8},
+      {"U16", 16}, {"U32", 32}, {"U64", 64}, {"F8_E4M3", 8}, {"F8_E5M2", 8}};
   const auto found = kBits.find(dtype);
   return found == kBits.end() ? 0 : found->second;
 }
@@ -57,7 +58,8 @@ std::map<Key, std::weak_ptr<const Weights>>& open_files() {
 std::shared_ptr<const Weights> find_open(const Key& key) {
   const std::lock_guard<std::mutex> lock(fork_mutex());
   auto& files = open_files();
-  for (auto file = files.begin(); file != files.end();) file = file->second.expired() ? files.erase(file) : std::next(file);
+  for (auto file = files.begin(); file != files.end();)
+    file = file->second.expired() ? files.erase(file) : std::next(file);
   const auto found = files.find(key);
   return found == files.end() ? nullptr : found->second.lock();
 }
@@ -67,7 +69,7 @@ std::shared_ptr<const Weights> find_open(const Key& key) {
 std::shared_ptr<const Weights> Weights::open(const std::string& path) {
   const Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
   if (file.value < 0) fail(quote(path), ": cannot be opened: ", std::strerror(errno));
-  struct stat status {};
+  struct stat status{};
   if (fstat(file.value, &status) != 0) fail(quote(path), ": ", std::strerror(errno));
   if (!S_ISREG(status.st_mode)) fail(quote(path), ": not a regular file");
   const Key key{status.st_dev, status.st_ino, status.st_size, status.st_mtim.tv_sec, status.st_mtim.tv_nsec};
@@ -78,7 +80,8 @@ std::shared_ptr<const Weights> Weights::open(const std::string& path) {
   return weights;
 }
 
-Weights::Weights(int descriptor, uint64_t bytes, const std::string& path) : path_(quote(path)), bytes_(bytes) {
+Weights::Weights(int descriptor, uint64_t bytes, const std::string& path)
+    : path_(quote(path)), bytes_(bytes) {
   if (bytes < 16) fail(path_, ": ", bytes, " bytes are too few for a safetensors file");
   map(descriptor);
   try {
@@ -101,9 +104,11 @@ void Weights::read_header() {
   uint64_t length = 0;
   for (int i = 7; i >= 0; i--) length = length << 8 | static_cast<unsigned char>(data_[i]);
   if (length > kMostHeader || length > bytes_ - 8)
-    fail(path_, ": the header says ", length, " bytes, the file has ", bytes_, " and at most ", kMostHeader, " are read");
+    fail(path_, ": the header says ", length, " bytes, the file has ", bytes_, " and at most ", kMostHeader,
+         " are read");
   const Json header = parse_json({data_ + 8, length}, path_ + " header");
-  if (header.kind != Json::Kind::object) fail(path_, ": the header is ", header.kind_name(), ", expected an object");
+  if (header.kind != Json::Kind::object)
+    fail(path_, ": the header is ", header.kind_name(), ", expected an object");
   for (size_t i = 0; i < header.keys.size(); i++)
     if (header.keys[i] != "__metadata__") read_tensor(header.keys[i], header.items[i], 8 + length);
   refuse_holes(8 + length);
@@ -114,7 +119,8 @@ void Weights::read_tensor(const std::string& name, const Json& entry, uint64_t d
   const Json* shape = entry.find("shape");
   const Json* offsets = entry.find("data_offsets");
   const auto refuse = [&](const char* why) { fail(path_, ": tensor ", quote(name), ": ", why); };
-  if (!dtype || !shape || !offsets || entry.keys.size() != 3) refuse("expected exactly dtype, shape and data_offsets");
+  if (!dtype || !shape || !offsets || entry.keys.size() != 3)
+    refuse("expected exactly dtype, shape and data_offsets");
   if (dtype->kind != Json::Kind::string || shape->kind != Json::Kind::array) refuse("malformed entry");
   if (offsets->kind != Json::Kind::array || offsets->items.size() != 2) refuse("malformed entry");
   Tensor tensor;
@@ -128,8 +134,10 @@ void Weights::read_tensor(const std::string& name, const Json& entry, uint64_t d
     bits *= static_cast<uint64_t>(size.integer);
     if (bits >> 64) refuse("larger than any file");
   }
-  if (!natural(offsets->items[0]) || !natural(offsets->items[1])) refuse("data_offsets are not natural numbers");
-  const auto begin = static_cast<uint64_t>(offsets->items[0].integer), end = static_cast<uint64_t>(offsets->items[1].integer);
+  if (!natural(offsets->items[0]) || !natural(offsets->items[1]))
+    refuse("data_offsets are not natural numbers");
+  const auto begin = static_cast<uint64_t>(offsets->items[0].integer),
+             end = static_cast<uint64_t>(offsets->items[1].integer);
   if (begin > end || end > bytes_ - data_begin) refuse("its data lies outside the file (a truncated file?)");
   if (end - begin != static_cast<uint64_t>(bits / 8)) refuse("data_offsets disagree with dtype and shape");
   tensor.data = data_ + data_begin + begin;
@@ -154,15 +162,19 @@ const Tensor* Weights::find(const std::string& name) const {
   return found == tensors_.end() ? nullptr : &found->second;
 }
 
-const char* Weights::need(const std::string& name, std::string_view dtype, const std::vector<int64_t>& shape) const {
+const char* Weights::need(const std::string& name, std::string_view dtype,
+                          const std::vector<int64_t>& shape) const {
   const Tensor* tensor = find(name);
   if (!tensor) fail(path_, ": tensor ", quote(name), " is missing");
   if (tensor->dtype != dtype || tensor->shape != shape)
-    fail(path_, ": tensor ", quote(name), " is ", quote(tensor->dtype), " ", shape_text(tensor->shape), ", expected ", dtype, " ",
-         shape_text(shape));
+    fail(path_, ": tensor ", quote(name), " is ", quote(tensor->dtype), " ", shape_text(tensor->shape),
+         ", expected ", dtype, " ", shape_text(shape));
   const auto offset = static_cast<uint64_t>(tensor->data - data_);
-  if (offset % kAlignment) fail(path_, ": tensor ", quote(name), " begins at byte ", offset, ", expected a multiple of ", kAlignment);
-  if (bytes_ - offset - tensor->bytes < kAlignment) fail(path_, ": tensor ", quote(name), " is not followed by ", kAlignment, " bytes");
+  if (offset % kAlignment)
+    fail(path_, ": tensor ", quote(name), " begins at byte ", offset, ", expected a multiple of ",
+         kAlignment);
+  if (bytes_ - offset - tensor->bytes < kAlignment)
+    fail(path_, ": tensor ", quote(name), " is not followed by ", kAlignment, " bytes");
   return tensor->data;
 }
 

@@ -28,7 +28,8 @@ class Weights {
   Weights(const Weights&) = delete;
   Weights& operator=(const Weights&) = delete;
 
-  // The tensor's data, after its dtype and shape were found to be the given ones, 64-byte aligned and followed by 64 mapped bytes.
+  // The tensor's data, after its dtype and shape were found to be the given ones, 64-byte aligned and
+  // followed by 64 mapped bytes.
   const char* need(const std::string& name, std::string_view dtype, const std::vector<int64_t>& shape) const;
   const Tensor* find(const std::string& name) const;
   uint64_t bytes() const { return bytes_; }

@@ -1,8 +1,9 @@
-// Mutates a small valid program.json and the header of its weights, loads the result, and runs it where it loads:
-// an Error or a forward, never a crash. Run it under the sanitizers.
-// Build: g++ -std=c++17 -O1 -g -ffp-contract=off -fsanitize=address,undefined -pthread -I runtime/cpu -I kernels/cpu
+// Mutates a small valid program.json and the header of its weights, loads the result, and runs it where it
+// loads: an Error or a forward, never a crash. Run it under the sanitizers. Build: g++ -std=c++17 -O1 -g
+// -ffp-contract=off -fsanitize=address,undefined -pthread -I runtime/cpu -I kernels/cpu
 //   tests/cpp/fuzz_program.cpp $(ls runtime/cpu/*.cpp | grep -v bindings) kernels/cpu/*.cpp
-// Usage: fuzz_program [rounds] [seed]; with rounds 0 only forwards of several threads at once (for -fsanitize=thread).
+// Usage: fuzz_program [rounds] [seed]; with rounds 0 only forwards of several threads at once (for
+// -fsanitize=thread).
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -28,9 +29,12 @@ namespace {
 const char* const kProgram = R"({"format": 1, "name": "decoder", "vocabulary": 50,
 "limits": {"max_tokens": 8, "max_slots": 2, "max_len": 40, "max_position": 64}, "arena_bytes": 65536,
 "values": [{"rows": "T", "width": 40, "offset": 0}, {"rows": "T", "width": 40, "offset": 1280},
- {"rows": "T", "width": 80, "offset": 2560}, {"rows": "T", "width": 40, "offset": 5120}, {"rows": "T", "width": 72, "offset": 6400},
- {"rows": "R", "width": 40, "offset": 8704}, {"rows": "T", "width": 1, "offset": 9984}, {"rows": "R", "width": 50, "offset": 10048}],
-"caches": [{"kv_heads": 2, "k_dim": 10, "v_dim": 10, "dtype": "int8", "window": 5}, {"kv_heads": 2, "k_dim": 10, "v_dim": 10, "dtype": "f16"}],
+ {"rows": "T", "width": 80, "offset": 2560}, {"rows": "T", "width": 40, "offset": 5120}, {"rows": "T",
+  "width": 72, "offset": 6400},
+ {"rows": "R", "width": 40, "offset": 8704}, {"rows": "T", "width": 1, "offset": 9984}, {"rows": "R",
+  "width": 50, "offset": 10048}],
+"caches": [{"kv_heads": 2, "k_dim": 10, "v_dim": 10, "dtype": "int8", "window": 5}, {"kv_heads": 2,
+  "k_dim": 10, "v_dim": 10, "dtype": "f16"}],
 "ropes": [{"inv_freq": "inv_freq", "dims": 8, "style": "half", "scale": 1.0}],
 "weights": {
  "embed": [{"name": "embed", "format": "int8", "n": 50, "k": 40, "group": 32, "symmetric": true}],
@@ -43,19 +47,27 @@ const char* const kProgram = R"({"format": 1, "name": "decoder", "vocabulary": 5
  "one": [{"name": "one", "format": "f32", "n": 1, "k": 40}]},
 "instructions": [
  {"op": "embedding", "ids": "positions", "weight": "wpe", "offset": 2, "out": [1, 0, 40]},
- {"op": "embedding", "ids": "tokens", "weight": "embed", "scale": 2.0, "residual": [1, 0, 40], "out": [0, 0, 40]},
+ {"op": "embedding", "ids": "tokens", "weight": "embed", "scale": 2.0, "residual": [1, 0, 40],
+  "out": [0, 0, 40]},
  {"op": "rms_norm", "in": [0, 0, 40], "weight": "norm", "eps": 1e-5, "out": [1, 0, 40]},
  {"op": "linear", "in": [1, 0, 40], "weight": "qkv", "bias": "bias", "act_group": 32, "out": [2, 0, 80]},
- {"op": "attention", "q": [2, 0, 40], "k": [2, 40, 20], "v": [2, 60, 20], "out": [3, 0, 40], "cache": 0, "heads": 4, "scale": 0.3,
+ {"op": "attention", "q": [2, 0, 40], "k": [2, 40, 20], "v": [2, 60, 20], "out": [3, 0, 40],
+  "cache": 0, "heads": 4, "scale": 0.3,
   "rope": 0, "q_norm": "head_norm", "k_norm": "head_norm", "norm_eps": 1e-6, "sinks": "sinks"},
- {"op": "attention", "q": [2, 0, 40], "k": [2, 40, 20], "v": [2, 60, 20], "out": [1, 0, 40], "cache": 1, "heads": 4, "scale": 0.3,
+ {"op": "attention", "q": [2, 0, 40], "k": [2, 40, 20], "v": [2, 60, 20], "out": [1, 0, 40],
+  "cache": 1, "heads": 4, "scale": 0.3,
   "softcap": 5.0},
- {"op": "linear", "in": [3, 0, 40], "weight": "o", "act_group": 32, "residual": [0, 0, 40], "out": [0, 0, 40]},
- {"op": "layer_norm", "in": [0, 0, 40], "weight": "norm", "bias": "norm", "eps": 1e-5, "residual": [1, 0, 40], "out": [3, 0, 40]},
- {"op": "linear", "in": [3, 0, 40], "weight": "up", "activation": "gelu", "glu": true, "act_group": 0, "out": [4, 0, 72]},
- {"op": "linear", "in": [4, 0, 72], "weight": "down", "act_group": 64, "residual": [0, 0, 40], "out": [0, 0, 40]},
+ {"op": "linear", "in": [3, 0, 40], "weight": "o", "act_group": 32, "residual": [0, 0, 40], "out": [0,
+  0, 40]},
+ {"op": "layer_norm", "in": [0, 0, 40], "weight": "norm", "bias": "norm", "eps": 1e-5, "residual": [1,
+  0, 40], "out": [3, 0, 40]},
+ {"op": "linear", "in": [3, 0, 40], "weight": "up", "activation": "gelu", "glu": true, "act_group": 0,
+  "out": [4, 0, 72]},
+ {"op": "linear", "in": [4, 0, 72], "weight": "down", "act_group": 64, "residual": [0, 0, 40],
+  "out": [0, 0, 40]},
  {"op": "linear", "in": [0, 0, 40], "weight": "one", "act_group": 0, "out": [6, 0, 1]},
- {"op": "pointwise", "in": [[0, 0, 40], [6, 0, 1]], "out": [0, 0, 40], "steps": [["sigmoid", 1, null], ["mul", 0, 2], ["add", 3, {"const": 0.5}]]},
+ {"op": "pointwise", "in": [[0, 0, 40], [6, 0, 1]], "out": [0, 0, 40], "steps": [["sigmoid", 1, null],
+  ["mul", 0, 2], ["add", 3, {"const": 0.5}]]},
  {"op": "gather_rows", "in": [0, 0, 40], "out": [5, 0, 40]},
  {"op": "linear", "in": [5, 0, 40], "weight": "embed", "act_group": 32, "out": [7, 0, 50]},
  {"op": "pointwise", "in": [[7, 0, 50]], "out": [-1, 0, 50], "steps": [["tanh", 0]]}]})";
@@ -71,8 +83,10 @@ void print(const Json& value, std::string& out);
 void print_string(const std::string& text, std::string& out) {
   out += '"';
   for (const char c : text)
-    if (c == '"' || c == '\\') (out += '\\') += c;
-    else if (static_cast<unsigned char>(c) >= 0x20) out += c;
+    if (c == '"' || c == '\\')
+      (out += '\\') += c;
+    else if (static_cast<unsigned char>(c) >= 0x20)
+      out += c;
   out += '"';
 }
 
@@ -112,8 +126,28 @@ void collect(Json& value, std::vector<Json*>& all) {
 }
 
 void mutate_number(Json& value, Random& random) {
-  static const int64_t kValues[] = {0, 1, -1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 4096, 65535, 65536, 1 << 24, INT32_MAX,
-                                    int64_t{1} << 32, int64_t{1} << 36, INT64_MAX, INT64_MIN};
+  static const int64_t kValues[] = {0,
+                                    1,
+                                    -1,
+                                    2,
+                                    31,
+                                    32,
+                                    33,
+                                    63,
+                                    64,
+                                    65,
+                                    127,
+                                    128,
+                                    129,
+                                    4096,
+                                    65535,
+                                    65536,
+                                    1 << 24,
+                                    INT32_MAX,
+                                    int64_t{1} << 32,
+                                    int64_t{1} << 36,
+                                    INT64_MAX,
+                                    INT64_MIN};
   value.is_integer = true;
   switch (below(random, 8)) {
     case 0: value.integer += 1; break;
@@ -194,13 +228,16 @@ struct TensorSpec {
   std::vector<int64_t> shape;
 };
 
-const std::vector<TensorSpec> kTensors = {
-    {"inv_freq", "F32", {4}}, {"norm", "F32", {40}}, {"head_norm", "F32", {10}}, {"sinks", "F32", {4}}, {"bias", "F32", {80}},
-    {"embed.weight", "I8", {50, 64}}, {"embed.scale", "F16", {50, 2}}, {"wpe.weight", "BF16", {66, 40}},
-    {"q.weight", "U8", {40, 32}}, {"q.scale", "F16", {40, 2}}, {"q.zero", "U8", {40, 1}},
-    {"kv.weight", "I8", {40, 64}}, {"kv.scale", "F32", {40, 1}}, {"kv.zero", "I8", {40, 1}},
-    {"o.weight", "U8", {40, 32}}, {"o.scale", "F16", {40, 2}}, {"up.weight", "F16", {144, 40}},
-    {"down.weight", "I8", {40, 128}}, {"down.scale", "F16", {40, 2}}, {"one.weight", "F32", {1, 40}}};
+const std::vector<TensorSpec> kTensors = {{"inv_freq", "F32", {4}},        {"norm", "F32", {40}},
+                                          {"head_norm", "F32", {10}},      {"sinks", "F32", {4}},
+                                          {"bias", "F32", {80}},           {"embed.weight", "I8", {50, 64}},
+                                          {"embed.scale", "F16", {50, 2}}, {"wpe.weight", "BF16", {66, 40}},
+                                          {"q.weight", "U8", {40, 32}},    {"q.scale", "F16", {40, 2}},
+                                          {"q.zero", "U8", {40, 1}},       {"kv.weight", "I8", {40, 64}},
+                                          {"kv.scale", "F32", {40, 1}},    {"kv.zero", "I8", {40, 1}},
+                                          {"o.weight", "U8", {40, 32}},    {"o.scale", "F16", {40, 2}},
+                                          {"up.weight", "F16", {144, 40}}, {"down.weight", "I8", {40, 128}},
+                                          {"down.scale", "F16", {40, 2}},  {"one.weight", "F32", {1, 40}}};
 
 struct File {
   std::string header, data;
@@ -211,11 +248,14 @@ File make_weights(Random& random) {
   const auto put = [&](const std::string& name, const std::string& dtype, const std::vector<int64_t>& shape) {
     int64_t bytes = dtype == "F32" ? 4 : dtype == "F16" || dtype == "BF16" ? 2 : 1;
     std::string sizes;
-    for (const int64_t size : shape) bytes *= size, sizes += (sizes.empty() ? "" : ",") + std::to_string(size);
+    for (const int64_t size : shape)
+      bytes *= size, sizes += (sizes.empty() ? "" : ",") + std::to_string(size);
     const size_t begin = file.data.size();
-    for (int64_t i = 0; i < bytes; i++) file.data += static_cast<char>(random());  // floats of any bits: NaN and infinity, too
-    file.header += (file.header.empty() ? "{\"" : ",\"") + name + "\":{\"dtype\":\"" + dtype + "\",\"shape\":[" + sizes +
-                   "],\"data_offsets\":[" + std::to_string(begin) + "," + std::to_string(file.data.size()) + "]}";
+    for (int64_t i = 0; i < bytes; i++)
+      file.data += static_cast<char>(random());  // floats of any bits: NaN and infinity, too
+    file.header += (file.header.empty() ? "{\"" : ",\"") + name + "\":{\"dtype\":\"" + dtype +
+                   "\",\"shape\":[" + sizes + "],\"data_offsets\":[" + std::to_string(begin) + "," +
+                   std::to_string(file.data.size()) + "]}";
   };
   int pads = 0;
   for (const TensorSpec& tensor : kTensors) {
@@ -242,7 +282,9 @@ std::string file_bytes(std::string header, const std::string& data, bool loose, 
 class MemoryFile {
  public:
   explicit MemoryFile(const std::string& bytes) : descriptor_(memfd_create("weights", 0)) {
-    if (descriptor_ < 0 || write(descriptor_, bytes.data(), bytes.size()) != static_cast<ssize_t>(bytes.size())) std::abort();
+    if (descriptor_ < 0 ||
+        write(descriptor_, bytes.data(), bytes.size()) != static_cast<ssize_t>(bytes.size()))
+      std::abort();
   }
   ~MemoryFile() { close(descriptor_); }
   MemoryFile(const MemoryFile&) = delete;
@@ -260,17 +302,19 @@ void run_forwards(Executor& executor, int32_t slot) {
   std::vector<float> logits(static_cast<size_t>(2 * vocabulary));
   std::vector<int32_t> tokens, positions, slots;
   const int64_t rows = std::min<int64_t>({7, executor.program().max_tokens, executor.max_len()});
-  for (int32_t t = 0; t < rows; t++) tokens.push_back(static_cast<int32_t>(t % vocabulary)), positions.push_back(t), slots.push_back(slot);
+  for (int32_t t = 0; t < rows; t++)
+    tokens.push_back(static_cast<int32_t>(t % vocabulary)), positions.push_back(t), slots.push_back(slot);
   const int32_t wanted[] = {static_cast<int32_t>(rows - 1), 0};
-  executor.forward(tokens.data(), positions.data(), slots.data(), rows, wanted, std::min<int64_t>(2, executor.program().max_tokens),
-                   logits.data());
+  executor.forward(tokens.data(), positions.data(), slots.data(), rows, wanted,
+                   std::min<int64_t>(2, executor.program().max_tokens), logits.data());
   const int32_t next = std::min(static_cast<int32_t>(rows), static_cast<int32_t>(executor.max_len() - 1));
   executor.forward(tokens.data(), &next, slots.data(), 1, &wanted[1], 1, logits.data());
 }
 
 bool load_and_run(const std::string& program, const std::string& weights, Random& random) {
   const MemoryFile file(weights);
-  Options options{1 + static_cast<int>(below(random, 8) == 0), 8 + static_cast<int64_t>(below(random, 32)), 2, "auto"};
+  Options options{1 + static_cast<int>(below(random, 8) == 0), 8 + static_cast<int64_t>(below(random, 32)), 2,
+                  "auto"};
   if (below(random, 2)) options.isa = "portable";
   try {
     Executor executor(program, file.path(), options);
@@ -278,7 +322,8 @@ bool load_and_run(const std::string& program, const std::string& weights, Random
     executor.copy_slot(1, 0, 8);
     return true;
   } catch (const Error& error) {
-    if (std::strchr(error.what(), '\n')) std::printf("an error of several lines: %s\n", error.what()), std::abort();
+    if (std::strchr(error.what(), '\n'))
+      std::printf("an error of several lines: %s\n", error.what()), std::abort();
     return false;
   }
 }
@@ -309,10 +354,12 @@ int main(int argc, char** argv) {
   run_at_once(base, random);
   long loaded = 0;
   for (long round = 0; round < rounds; round++) {
-    random.seed(seed * 1000003 + static_cast<unsigned long>(round));  // so that one round can be repeated alone
+    random.seed(seed * 1000003 +
+                static_cast<unsigned long>(round));  // so that one round can be repeated alone
     const bool header = below(random, 4) == 0;
     const std::string program = header ? kProgram : mutate(kProgram, random);
-    const std::string weights = file_bytes(header ? mutate(base.header, random) : base.header, base.data, header, random);
+    const std::string weights =
+        file_bytes(header ? mutate(base.header, random) : base.header, base.data, header, random);
     loaded += load_and_run(program, weights, random);
   }
   std::printf("fuzz: %ld rounds, %ld loaded and ran, seed %lu\n", rounds, loaded, seed);

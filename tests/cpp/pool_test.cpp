@@ -1,6 +1,6 @@
-// The thread pool: every unit exactly once, phases in order, many short runs, sleeping in between, after a fork.
-// Build: g++ -std=c++17 -O2 -g -fsanitize=thread -pthread -I runtime/cpu tests/cpp/pool_test.cpp runtime/cpu/pool.cpp
-// (also with -fsanitize=address,undefined). Usage: pool_test [runs]
+// The thread pool: every unit exactly once, phases in order, many short runs, sleeping in between, after a
+// fork. Build: g++ -std=c++17 -O2 -g -fsanitize=thread -pthread -I runtime/cpu tests/cpp/pool_test.cpp
+// runtime/cpu/pool.cpp (also with -fsanitize=address,undefined). Usage: pool_test [runs]
 #include "pool.h"
 
 #include <sys/wait.h>
@@ -25,8 +25,8 @@ void check(bool holds, const char* what) {
   failures++;
 }
 
-// Phase p has sizes[p] units; unit u of phase p adds up all units of the phase before, without any atomics: a race or a
-// phase begun too early shows as a wrong sum (and to the thread sanitizer).
+// Phase p has sizes[p] units; unit u of phase p adds up all units of the phase before, without any atomics: a
+// race or a phase begun too early shows as a wrong sum (and to the thread sanitizer).
 class Chain final : public Job {
  public:
   explicit Chain(std::vector<int64_t> sizes) : sizes_(std::move(sizes)) {
@@ -40,7 +40,8 @@ class Chain final : public Job {
     const auto p = static_cast<size_t>(phase);
     int64_t before = 1;
     for (size_t q = p; q-- > 0 && before == 1;)
-      for (const int64_t value : values_[q]) before = value + 1;  // the last unit of the last phase that had any
+      for (const int64_t value : values_[q])
+        before = value + 1;  // the last unit of the last phase that had any
     for (int64_t u = begin; u < end; u++) {
       if (values_[p][static_cast<size_t>(u)] != -1 || thread < 0) twice_ = true;
       values_[p][static_cast<size_t>(u)] = before;

@@ -1,0 +1,181 @@
+"""A plain numpy interpreter of programs, to hold the executors to.
+
+It follows the definition of program.json with no thought of speed: float64 inside, activations and caches
+rounded where the format says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from programs import Array, Program, View
+
+ERF = np.vectorize(math.erf)
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: 0.5 * x * (1 + ERF(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0),
+}
+FUNCTIONS: dict[str, Callable[..., Array]] = {
+    **ACTIVATIONS,
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "neg": np.negative,
+    "exp": np.exp,
+    "tanh": np.tanh,
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "sqrt": np.sqrt,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "square": np.square,
+    "maximum": np.maximum,
+    "minimum": np.minimum,
+    "abs": np.abs,
+    "reciprocal": np.reciprocal,
+}
+
+
+def quantize_rows(x: Array, group: int) -> Array:
+    """int8 per row and group of columns, and back."""
+    out = x.astype(np.float64).copy()
+    for at in range(0, x.shape[1], group):
+        part = x[:, at : at + group]
+        amax = np.abs(part).max(1, keepdims=True)
+        out[:, at : at + group] = np.rint(part * (127 / np.where(amax > 0, amax, 1))) * (amax / 127)
+    return out
+
+
+def quantize_cache(x: Array, dtype: str) -> Array:
+    if dtype == "int8":
+        return quantize_rows(x[None], len(x))[0]
+    return x.astype({"f32": np.float32, "f16": np.float16}[dtype]).astype(np.float64)
+
+
+class Reference:
+    """Runs a Program row by row in numpy; keeps every position it was ever given."""
+
+    def __init__(self, program: Program) -> None:
+        self.p = program
+        # (cache, slot, position) -> k, v [kv_heads, dim]
+        self.cache: dict[tuple[int, int, int], tuple[Array, Array]] = {}
+
+    def forward(self, tokens: Array, positions: Array, slots: Array, rows: Array) -> Array:
+        self.ids = {"tokens": tokens, "positions": positions, "slots": slots, "rows": rows}
+        self.values = {
+            i: np.full((len(tokens) if v["rows"] == "T" else len(rows), v["width"]), np.nan)
+            for i, v in enumerate(self.p.json["values"])
+        }
+        self.values[-1] = np.full((len(rows), self.p.vocabulary), np.nan)
+        for instruction in self.p.json["instructions"]:
+            result = getattr(self, instruction["op"])(instruction)
+            self.view(instruction["out"])[:] = result
+        return self.values[-1].astype(np.float32)
+
+    def view(self, view: View) -> Array:
+        return self.values[view[0]][:, view[1] : view[1] + view[2]]
+
+    def vector(self, name: str | None, absent: float) -> Array:
+        return np.array(absent) if name is None else self.p.tensors[name].astype(np.float64)
+
+    def residual(self, i: dict[str, Any]) -> Array:
+        return self.view(i["residual"]) if i.get("residual") else np.array(0.0)
+
+    def embedding(self, i: dict[str, Any]) -> Array:
+        rows = self.p.matrices[i["weight"]][self.ids[i["ids"]] + i.get("offset", 0)]
+        return i.get("scale", 1.0) * rows + self.residual(i)
+
+    def rms_norm(self, i: dict[str, Any]) -> Array:
+        return rms(self.view(i["in"]), i["eps"]) * self.vector(i.get("weight"), 1) + self.residual(i)
+
+    def layer_norm(self, i: dict[str, Any]) -> Array:
+        x = self.view(i["in"])
+        x = x - x.mean(1, keepdims=True)
+        return (
+            rms(x, i["eps"]) * self.vector(i.get("weight"), 1)
+            + self.vector(i.get("bias"), 0)
+            + self.residual(i)
+        )
+
+    def linear(self, i: dict[str, Any]) -> Array:
+        x = self.view(i["in"])
+        if i["act_group"]:
+            x = quantize_rows(x, i["act_group"])
+        y = x @ self.p.matrices[i["weight"]].T + self.vector(i.get("bias"), 0)
+        activation = ACTIVATIONS[i.get("activation", "none")]
+        half = y.shape[1] // 2
+        out = activation(y[:, :half]) * y[:, half:] if i.get("glu") else activation(y)
+        return cap(out * i.get("scale", 1.0), i.get("softcap", 0.0)) + self.residual(i)
+
+    def gather_rows(self, i: dict[str, Any]) -> Array:
+        return self.view(i["in"])[self.ids["rows"]]
+
+    def pointwise(self, i: dict[str, Any]) -> Array:
+        registers = [self.view(view) for view in i["in"]]
+        for name, *arguments in i["steps"]:
+            parts = [
+                np.array(a["const"]) if isinstance(a, dict) else registers[a]
+                for a in arguments
+                if a is not None
+            ]
+            registers.append(FUNCTIONS[name](*parts))
+        return registers[-1]
+
+    def attention(self, i: dict[str, Any]) -> Array:
+        spec = self.p.json["caches"][i["cache"]]
+        for t in range(len(self.ids["tokens"])):
+            k = self.heads(i, "k", t, spec["kv_heads"], i.get("k_norm"))
+            v = self.view(i["v"])[t].reshape(spec["kv_heads"], -1)
+            k, v = (np.stack([quantize_cache(head, spec["dtype"]) for head in part]) for part in (k, v))
+            self.cache[i["cache"], int(self.ids["slots"][t]), int(self.ids["positions"][t])] = k, v
+        return np.stack([self.attend(i, spec, t) for t in range(len(self.ids["tokens"]))])
+
+    def heads(self, i: dict[str, Any], name: str, t: int, count: int, norm: str | None) -> Array:
+        x = self.view(i[name])[t].reshape(count, -1)
+        if norm:
+            x = rms(x, i["norm_eps"]) * self.vector(norm, 1)
+        return (
+            x
+            if i.get("rope", -1) < 0
+            else self.rotate(x, self.p.json["ropes"][i["rope"]], int(self.ids["positions"][t]))
+        )
+
+    def rotate(self, x: Array, rope: dict[str, Any], position: int) -> Array:
+        angle = (np.float32(position) * self.p.tensors[rope["inv_freq"]]).astype(np.float64)
+        cos, sin, half = np.cos(angle) * rope["scale"], np.sin(angle) * rope["scale"], rope["dims"] // 2
+        first, second = (
+            (slice(0, half), slice(half, 2 * half))
+            if rope["style"] == "half"
+            else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+        )
+        out = x.copy()
+        out[:, first] = x[:, first] * cos - x[:, second] * sin
+        out[:, second] = x[:, second] * cos + x[:, first] * sin
+        return out
+
+    def attend(self, i: dict[str, Any], spec: dict[str, Any], t: int) -> Array:
+        slot, position = int(self.ids["slots"][t]), int(self.ids["positions"][t])
+        first = max(0, position - spec["window"] + 1) if spec["window"] else 0
+        seen = [self.cache[i["cache"], slot, p] for p in range(first, position + 1)]
+        group = i["heads"] // spec["kv_heads"]
+        k, v = (np.repeat(np.stack([s[part] for s in seen]), group, axis=1) for part in (0, 1))
+        q = self.heads(i, "q", t, i["heads"], i.get("q_norm"))
+        score = cap(np.einsum("hd,shd->hs", q, k) * i["scale"], i.get("softcap", 0.0))
+        sink = self.vector(i.get("sinks"), -np.inf) * np.ones(i["heads"])
+        most = np.maximum(score.max(1), sink)[:, None]
+        weight = np.exp(score - most)
+        total = weight.sum(1, keepdims=True) + np.exp(sink[:, None] - most)
+        return np.einsum("hs,shd->hd", weight / total, v).reshape(-1)
+
+
+def rms(x: Array, eps: float) -> Array:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+
+
+def cap(x: Array, limit: float) -> Array:
+    return limit * np.tanh(x / limit) if limit else x
