@@ -1,0 +1,123 @@
+"""Artifacts of every family against transformers: whole prefill, token by token, chunked, and mixed in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, VARIANTS, VOCABULARY, save_tiny
+
+import gristmill
+
+TOLERANCE = 1e-4  # of the largest logit, float32 throughout
+LENGTHS = (40, 23)
+
+Batch = list[tuple[int, int]]  # rows (sequence, position)
+
+
+def i32(values: Any) -> np.ndarray:
+    return np.asarray(list(values), np.int32)
+
+
+@pytest.fixture(scope="module", params=[*FAMILIES, *VARIANTS])
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
+    """(transformers model, artifact) of one family."""
+    family, changes = VARIANTS.get(request.param, (request.param, {}))
+    directory = tmp_path_factory.mktemp(request.param)
+    model = save_tiny(directory / "model", family, **changes)
+    gristmill.compile(directory / "model", directory / "artifact", weights="f32", gate=False, max_tokens=32)
+    yield model, directory / "artifact"
+
+
+@pytest.fixture(scope="module")
+def expected(compiled: tuple[Any, Path]) -> list[np.ndarray]:
+    """transformers' logits of the two texts. Its longrope looks at a batch's longest position; ours is fixed to max_len's set."""
+    model, _ = compiled
+    with torch.no_grad():
+        if _is_longrope(model):
+            return [_long(model, ids) for ids in texts()]
+        return [model(input_ids=torch.tensor(ids)[None].long()).logits[0].numpy() for ids in texts()]
+
+
+def _is_longrope(model: Any) -> bool:
+    return (getattr(model.config, "rope_parameters", None) or {}).get("rope_type") == "longrope"
+
+
+def _long(model: Any, ids: np.ndarray) -> np.ndarray:
+    """The logits of a text inside a longer one, where transformers takes the long set."""
+    longer = np.concatenate([ids, np.resize(ids, 100)])
+    return model(input_ids=torch.tensor(longer)[None].long()).logits[0, : len(ids)].numpy()  # type: ignore[no-any-return]
+
+
+def texts() -> list[np.ndarray]:
+    random = np.random.default_rng(1)
+    return [random.integers(2, VOCABULARY, n) for n in LENGTHS]
+
+
+def whole() -> list[Batch]:
+    return [[(0, p) for p in range(32)], [(0, p) for p in range(32, 40)], [(1, p) for p in range(23)]]
+
+
+def one_by_one() -> list[Batch]:
+    return [[(s, p)] for s in (0, 1) for p in range(LENGTHS[s])]
+
+
+def chunked() -> list[Batch]:
+    cuts = [0, 1, 12, 29, 40]
+    return [[(0, p) for p in range(a, b)] for a, b in zip(cuts, cuts[1:])] + [[(1, p) for p in range(5 * i, min(5 * i + 5, 23))] for i in range(5)]
+
+
+def mixed() -> list[Batch]:
+    """Both sequences in every batch, at different lengths, first as chunks and then as joint decode steps."""
+    batches = [[(0, p) for p in range(17)] + [(1, p) for p in range(4)], [(1, p) for p in range(4, 20)] + [(0, p) for p in range(17, 30)]]
+    batches += [[(1, 20 + i), (0, 30 + i)] for i in range(3)]
+    return batches + [[(0, 33 + i)] for i in range(7)]
+
+
+def run(session: Any, batches: list[Batch]) -> list[np.ndarray]:
+    """The logits of both sequences, row by row, in slots 2 and 0."""
+    slots = {0: 2, 1: 0}
+    out = [np.zeros((n, session.vocabulary), np.float32) for n in LENGTHS]
+    ids = texts()
+    for batch in batches:
+        logits = session.forward(
+            i32(ids[s][p] for s, p in batch), i32(p for _, p in batch), i32(slots[s] for s, _ in batch), i32(range(len(batch)))
+        )
+        for row, (s, p) in enumerate(batch):
+            out[s][p] = logits[row]
+    return out
+
+
+@pytest.mark.parametrize("plan", [whole, one_by_one, chunked, mixed], ids=lambda f: f.__name__)
+def test_logits_equal_transformers(
+    compiled: tuple[Any, Path], expected: list[np.ndarray], plan: Callable[[], list[Batch]]
+) -> None:
+    session = gristmill.load(compiled[1], threads=2, max_slots=3)
+    for got, want in zip(run(session, plan()), expected):
+        difference = np.abs(got - want).max() / np.abs(want).max()
+        assert difference < TOLERANCE, f"largest difference {difference:.2e} at row {np.abs(got - want).max(1).argmax()}"
+
+
+def test_bits_do_not_depend_on_batches_or_threads(compiled: tuple[Any, Path]) -> None:
+    one = gristmill.load(compiled[1], threads=1, max_slots=3)
+    two = gristmill.load(compiled[1], threads=2, max_slots=3)
+    first = run(one, whole())
+    for other in (run(two, one_by_one()), run(one, chunked()), run(two, mixed())):
+        for a, b in zip(first, other):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantized_bits_do_not_depend_on_batches_or_threads(weights: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", "mistral")
+    gristmill.compile(tmp_path / "model", tmp_path / "a", weights=weights, group_size=32, kv="int8", gate=False, max_tokens=32)
+    one = gristmill.load(tmp_path / "a", threads=1, max_slots=3)
+    two = gristmill.load(tmp_path / "a", threads=2, max_slots=3)
+    first = run(one, whole())
+    for other in (run(two, one_by_one()), run(one, chunked()), run(two, mixed())):
+        for a, b in zip(first, other):
+            np.testing.assert_array_equal(a, b)
