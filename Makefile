@@ -24,7 +24,7 @@ test: .venv/.dev
 	$(BIN)/pytest -n 2 tests $(ARGS)
 
 check: .venv/.dev
-	$(BIN)/ruff check . && $(BIN)/mypy -p gristmill && $(BIN)/mypy setup.py tests benchmarks examples
+	$(BIN)/ruff check . && $(BIN)/mypy build/__editable__*/gristmill setup.py tests benchmarks examples
 
 sanitize: install
 	tests/cpp/sanitize $(ARGS)

@@ -74,6 +74,7 @@ class BuildNative(build_ext):
 sources = sorted(str(path.relative_to(ROOT)) for pattern in SOURCES for path in ROOT.glob(pattern))
 directories = package_directories()
 setup(
+    include_package_data=False,  # C++ sources are for the source distribution
     packages=sorted(directories),
     package_dir=directories,
     package_data={"": ["*.pyi", "py.typed", "data/*"]},

@@ -1,0 +1,33 @@
+"""What every test may use: the example model, and the folder `shared` where one is beside the repository."""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: no library's threads besides
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def py7m() -> Path:
+    """The example model, a Hugging Face directory."""
+    return ROOT / "examples" / "py7m"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Models and texts that do not belong into the repository."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"needs {folder}, which is not on this machine")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories260k(shared: Path) -> Path:
+    """A Llama of 260 k parameters with shapes that no group divides."""
+    return shared / "models" / "stories260k"
