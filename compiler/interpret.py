@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..passes.graph import Traced, is_op, ours
+from ..passes.graph import Traced, evaluate, is_op, ours
 
 
 def run(traced: Traced, inputs: dict[str, Tensor]) -> Tensor:
@@ -66,6 +66,6 @@ def _execute(traced: Traced, step: Step, env: dict[fx.Node, Any], inputs: dict[s
         lazy = traced.weights.get(source.name)
         return inputs[source.name] if lazy is None else lazy.load()
 
-    env[node] = node.target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))  # type: ignore[operator]
+    env[node] = evaluate(node.target, node.args, node.kwargs, value)
     for source in finished:
         env.pop(source, None)

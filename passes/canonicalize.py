@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from .graph import EXAMPLE_ROWS, Lazy, Traced, arguments, aten, call, is_op, ours, shape, swap
+from .graph import (
+    EXAMPLE_ROWS,
+    VIEWS,
+    Lazy,
+    Traced,
+    arguments,
+    aten,
+    call,
+    evaluate,
+    is_op,
+    ours,
+    shape,
+    swap,
+)
 from .rule import Report, Rule
 
 ASSERTS = ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "_guards_fn")
@@ -27,7 +39,7 @@ ROW_WISE = (
     aten.div.Tensor, aten.relu.default, aten.silu.default, aten.gelu.default, aten.tanh.default,
     aten.sigmoid.default,
 )  # fmt: skip
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
+SHAPE_ONLY = (*VIEWS, aten.expand.default)
 
 
 def run(traced: Traced, report: Report) -> None:
@@ -75,7 +87,7 @@ def _same_value(node: fx.Node) -> fx.Node | None:
         return first
     if node.target in CASTS and _dtype(node) == _dtype(first):
         return first
-    if node.target in VIEWS and shape(node) == shape(first):
+    if node.target in SHAPE_ONLY and shape(node) == shape(first):
         return first
     if is_op(node, aten.mul.Tensor, aten.div.Tensor) and node.args[1] == 1 and _dtype(node) == _dtype(first):
         return first
@@ -196,13 +208,11 @@ def _unflatten(traced: Traced, report: Report) -> bool:
 
 def _folded(traced: Traced, node: fx.Node) -> Lazy:
     lazies = {n: traced.weights[n.name] for n in node.all_input_nodes}
-    args, kwargs, target = node.args, node.kwargs, cast("Callable[..., Tensor]", node.target)
+
+    target, args, kwargs = node.target, node.args, node.kwargs  # the node itself is erased
 
     def load() -> Tensor:
-        def value(a: fx.Node) -> Tensor:
-            return lazies[a].load()
-
-        return target(*fx.map_arg(args, value), **fx.map_arg(kwargs, value))
+        return evaluate(target, args, kwargs, lambda n: lazies[n].load())
 
     names = tuple(dict.fromkeys(n for lazy in lazies.values() for n in lazy.names))
     return Lazy(shape(node), names, load)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .graph import EXAMPLE_ROWS, arguments, aten, is_op, ours, shape
+from .graph import EXAMPLE_ROWS, arguments, aten, evaluate, is_op, ours, shape
 
 SHAPE_OPS = (
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int,
@@ -71,9 +71,17 @@ def _column_numbers(base: fx.Node, chain: list[fx.Node]) -> Tensor | None:
     rows, columns = EXAMPLE_ROWS, shape(base)[-1]
     value: Any = torch.arange(rows * columns).view(1, rows, columns)
     for node in reversed(chain):
-        args = fx.map_arg(node.args[1:], lambda n: rows)  # symbolic sizes are the row count
-        value = node.target(value, *args, **node.kwargs)  # type: ignore[operator]
+        value = _reshaped(node, value)
     if value.dim() != 4 or value.shape[0] != 1 or value.shape[2] != rows:
         return None
     relative = value[0] - torch.arange(rows)[None, :, None] * columns
     return relative[:, 0].contiguous() if bool((relative == relative[:, :1]).all()) else None
+
+
+def _reshaped(node: fx.Node, value: Any) -> Any:
+    """One shape op over ``value``; other inputs are symbolic sizes."""
+
+    def known(source: fx.Node) -> Any:
+        return value if source is node.args[0] else int(source.meta["val"].node.hint)
+
+    return evaluate(node.target, node.args, node.kwargs, known)

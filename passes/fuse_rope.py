@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .graph import EXAMPLE_ROWS, Lazy, Traced, aten, call, is_op, ours, width
+from .graph import EXAMPLE_ROWS, Lazy, Traced, aten, call, evaluate, is_op, ours, width
 from .rule import Report, Rule
 
 END = 9223372036854775807
@@ -98,8 +98,7 @@ def _evaluate(traced: Traced, nodes: list[fx.Node], *wanted: Any) -> list[Tensor
         if node.op == "placeholder":
             env[node] = traced.weights[node.name].load() if node.name in traced.weights else PROBES[None]
         else:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
-            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            env[node] = evaluate(node.target, node.args, node.kwargs, env.__getitem__)
     return [env[n].reshape(EXAMPLE_ROWS, -1) for n in wanted]
 
 

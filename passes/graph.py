@@ -13,6 +13,7 @@ from ..kernels import ops as _ops  # noqa: F401  (registers the gristmill ops)
 
 aten = torch.ops.aten
 ours = torch.ops.gristmill
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 EXAMPLE_ROWS = 13  # T while tracing: a number no model has as a width
 
 
@@ -124,6 +125,12 @@ def place(node: fx.Node) -> str:
     if not known:
         return str(node.target)
     return f"{node.target} in {known[-1].removeprefix('L__self___').replace('model.', '', 1)}"
+
+
+def evaluate(target: Any, args: Any, kwargs: Any, value: Callable[[fx.Node], Any]) -> Any:
+    """Run a call with ``value`` of its inputs; views as reshapes: the copies before them may be gone."""
+    target = aten.reshape.default if target in VIEWS else target
+    return target(*fx.map_arg(args, value), **fx.map_arg(kwargs, value))
 
 
 def only_user(node: fx.Node) -> bool:
