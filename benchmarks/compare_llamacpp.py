@@ -4,7 +4,7 @@ Both stay loaded, and every round measures the memory's read stream, gristmill a
 other, so that whatever else happens on the machine happens to both. Ratios and shares are medians over the
 rounds. Only the weights are counted in GB/s.
 
-    python benchmarks/models.py tinyllama-1.1b bench/hf
+    python benchmarks/make_model.py tinyllama-1.1b bench/hf
     gristmill compile bench/hf -o bench/int4 --group-size 128 --no-gate
     peer/bin/python benchmarks/llamacpp_peer.py convert bench/hf bench/gguf q4_0
     python benchmarks/compare_llamacpp.py bench/int4 bench/gguf/q4_0.gguf --peer-python peer/bin/python

@@ -4,39 +4,39 @@ from __future__ import annotations
 from pathlib import Path
 
 import llamacpp_peer
-import models
+import make_model
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-SMALL = {**models.SHAPES["tinyllama-1.1b"], "vocab_size": 400, "hidden_size": 64, "intermediate_size": 96,
+SMALL = {**make_model.SHAPES["tinyllama-1.1b"], "vocab_size": 400, "hidden_size": 64, "intermediate_size": 96,
          "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "max_position_embeddings": 64}
 
 
-@pytest.mark.parametrize("name", sorted(models.SHAPES))
+@pytest.mark.parametrize("name", sorted(make_model.SHAPES))
 def test_tensors_are_those_of_transformers(name: str) -> None:
-    config = dict(models.SHAPES[name])
+    config = dict(make_model.SHAPES[name])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    if models.SHAPES[name]["tie_word_embeddings"]:
+    if make_model.SHAPES[name]["tie_word_embeddings"]:
         del expected["lm_head.weight"]
-    assert dict(models.tensor_shapes(models.SHAPES[name])) == expected
+    assert dict(make_model.tensor_shapes(make_model.SHAPES[name])) == expected
 
 
 def test_bfloat16_rounds_as_torch() -> None:
     values = np.random.default_rng(0).standard_normal(10_000, np.float32) * np.float32(3)
     expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()
-    np.testing.assert_array_equal(models.bfloat16(values), expected)
+    np.testing.assert_array_equal(make_model.bfloat16(values), expected)
 
 
 def test_the_same_name_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(models.SHAPES, "small", SMALL)
-    monkeypatch.setattr(models, "SHARD_BYTES", 60_000)
-    first, again = (models.make_model("small", tmp_path / name) for name in ("a", "b"))
+    monkeypatch.setitem(make_model.SHAPES, "small", SMALL)
+    monkeypatch.setattr(make_model, "SHARD_BYTES", 60_000)
+    first, again = (make_model.make_model("small", tmp_path / name) for name in ("a", "b"))
     files = sorted(path.name for path in first.iterdir())
     assert sum(name.endswith(".safetensors") for name in files) > 2
     assert all((first / name).read_bytes() == (again / name).read_bytes() for name in files)
@@ -54,9 +54,9 @@ def test_gguf_rows_interleave_the_halves_of_each_head() -> None:
 
 
 def test_gguf_conversion_reads_every_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(models.SHAPES, "small", SMALL)
+    monkeypatch.setitem(make_model.SHAPES, "small", SMALL)
     seen = {llamacpp_peer.gguf_name(name): values.shape
-            for name, values in llamacpp_peer.tensors(models.make_model("small", tmp_path / "m"))}
-    assert len(seen) == len(list(models.tensor_shapes(SMALL)))
+            for name, values in llamacpp_peer.tensors(make_model.make_model("small", tmp_path / "m"))}
+    assert len(seen) == len(list(make_model.tensor_shapes(SMALL)))
     assert seen["output.weight"] == (400, 64)
     assert seen["blk.1.ffn_down.weight"] == (64, 96)

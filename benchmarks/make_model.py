@@ -5,7 +5,7 @@ the published settings, weights are normal with a deviation of 0.02 (norm weight
 byte-level with placeholder words up to the published vocabulary size. The same name gives the same bytes, and
 a few megabytes at a time are in memory.
 
-    python benchmarks/models.py tinyllama-1.1b OUT
+    python benchmarks/make_model.py tinyllama-1.1b OUT
 """
 from __future__ import annotations
 
