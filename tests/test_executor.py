@@ -51,7 +51,7 @@ def make(program: Program, directory: Path, **options: Any) -> _native.Executor:
     weights = directory / "weights.safetensors"
     if not weights.exists():
         program.write(directory)
-    given = {"threads": 2, "max_len": 64, "max_slots": 4, **options}
+    given = {"threads": 2, "max_len": 64, "max_slots": 4, "alone_below": 0, **options}
     return _native.Executor(program.text(), str(weights), **given)
 
 

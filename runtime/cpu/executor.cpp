@@ -33,6 +33,7 @@ Executor::Executor(std::string_view program_json, const std::string& weights_pat
       program_(parse_program(program_json, *weights_)),
       pool_(choose_threads(options.threads)) {
   check_options(options);
+  alone_below_ = options.alone_below;
   machine_.program = &program_;
   machine_.kernels = choose_kernels(options.isa);
   machine_.threads = pool_.threads();
@@ -128,6 +129,7 @@ size_t Executor::lay_out_caches(Carver carver) {
     cache.v = carver.take<char>(rows * spec.v_dim * element);
     if (spec.type == CacheType::int8) {
       cache.k_scale = carver.take<float>(rows);
+      cache.k_offset = carver.take<float>(rows);
       cache.v_scale = carver.take<float>(rows);
     }
     shortest_ring_ = std::min(shortest_ring_, cache.ring);

@@ -22,6 +22,8 @@ struct Options {
   int threads = 0;  // 0: physical cores of this process
   int64_t max_len = 0, max_slots = 0;
   std::string isa = "auto";
+  // A forward of fewer multiplications stays on the calling thread: waking others costs more than it brings.
+  int64_t alone_below = int64_t{1} << 20;
 };
 
 // What an instruction took, summed over forwards.
@@ -83,6 +85,7 @@ class Executor final : private Job {
   std::vector<std::pair<int64_t, int32_t>>
       order_;  // (slot, position) and row, sorted; reserved for max_tokens
   int64_t shortest_ring_ = 0;
+  int64_t alone_below_ = 0;
   int64_t weight_elements_ = 0;  // multiplied for each row
   Pool pool_;
   std::mutex mutex_;

@@ -6,13 +6,6 @@
 #include "executor.h"
 
 namespace gristmill {
-namespace {
-
-// Multiplications up to which waking threads costs more than it brings.
-constexpr int64_t kTinyProducts = 1 << 20;
-
-}  // namespace
-
 void Executor::forward(const int32_t* tokens, const int32_t* positions, const int32_t* slots, int64_t rows,
                        const int32_t* wanted, int64_t wanted_rows, float* logits) {
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -87,7 +80,10 @@ void Executor::cut_blocks() {
   }
 }
 
-bool Executor::tiny() const { return machine_.batch.rows * weight_elements_ < kTinyProducts; }
+bool Executor::tiny() const {
+  return static_cast<double>(machine_.batch.rows) * static_cast<double>(weight_elements_) <
+         static_cast<double>(alone_below_);
+}
 
 int64_t Executor::open(int64_t phase) noexcept {
   if (profiling_) note_time(phase);
@@ -129,6 +125,7 @@ void Executor::copy_slot(int64_t from, int64_t to, int64_t length) {
     copy(cache.k, cache.k_dim * element);
     copy(cache.v, cache.v_dim * element);
     copy(cache.k_scale, sizeof(float));
+    copy(cache.k_offset, sizeof(float));
     copy(cache.v_scale, sizeof(float));
   }
 }

@@ -317,8 +317,11 @@ void run_forwards(Executor& executor, int32_t slot) {
 // The error that refused them; empty where they loaded and ran.
 std::string load_and_run(const std::string& program, const std::string& weights, Random& random) {
   const MemoryFile file(weights);
-  Options options{1 + static_cast<int>(below(random, 8) == 0), 8 + static_cast<int64_t>(below(random, 32)), 2,
-                  "auto"};
+  Options options;
+  options.threads = 1 + static_cast<int>(below(random, 8) == 0);
+  options.max_len = 8 + static_cast<int64_t>(below(random, 32));
+  options.max_slots = 2;
+  options.alone_below = 0;
   if (below(random, 2)) options.isa = "portable";
   try {
     Executor executor(program, file.path(), options);
@@ -334,7 +337,8 @@ std::string load_and_run(const std::string& program, const std::string& weights,
 
 void run_at_once(const File& base, Random& random) {
   const MemoryFile file(file_bytes(base.header, base.data, false, random));
-  Executor one(kProgram, file.path(), {3, 40, 4, "auto"}), other(kProgram, file.path(), {2, 40, 4, "auto"});
+  Executor one(kProgram, file.path(), {3, 40, 4, "auto", 0}),
+      other(kProgram, file.path(), {2, 40, 4, "auto", 0});
   std::vector<std::thread> threads;
   for (int32_t slot = 0; slot < 4; slot++) {
     threads.emplace_back([&one, &other, slot] {
