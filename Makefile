@@ -33,7 +33,7 @@ bench: install
 	$(BIN)/gristmill bench $(OUT) $(ARGS)
 
 report: install
-	$(BIN)/gristmill inspect $(OUT) && $(BIN)/python -m json.tool $(OUT)/evaluation.json
+	$(BIN)/gristmill inspect $(OUT) && $(BIN)/gristmill bench $(OUT)
 
 wheel: .venv/.dev
 	$(BIN)/python -m build --wheel --no-isolation

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 from datetime import date
 from pathlib import Path
@@ -116,13 +117,14 @@ def compare(artifact: Path, gguf: Path, python: str, threads: int, options: Benc
 @click.option("--tokens", default=48, show_default=True)
 @click.option("--context", default=16, show_default=True)
 @click.option("--name", help="Of the model, for the name of the results file; default: that of the artifact.")
-@click.option("--results", type=click.Path(path_type=Path), default=HERE / "results", show_default=False)
+@click.option("--results", type=click.Path(path_type=Path), default=HERE / "results")
 def main(artifact: Path, gguf: Path, peer_python: str, threads: int, results: Path, name: str | None,
          **counts: int) -> None:
     options = BenchOptions(threads=threads, **counts)
+    load = os.getloadavg()[0]
     rounds, version = compare(artifact, gguf, peer_python, threads, options)
     line = summary(rounds)
-    machine = f"{date.today()}, {cpu_model()}, {threads} threads"
+    machine = f"{date.today()}, {cpu_model()}, {threads} threads, load average {load:.1f} before the run"
     versions = f"gristmill {gristmill.__version__} ({artifact.name}), {version} ({gguf.name})"
     lengths = f"prefill of {options.prompt}, {options.tokens} tokens after a context of {options.context}"
     path = results / f"{date.today()}-{name or artifact.name}-{gguf.stem}.csv"
