@@ -1,5 +1,7 @@
 """fuse_glu: gate and up become one linear."""
 
+from typing import Any
+
 import pytest
 import torch
 from graphs import WIDTH, Rows, apply, canonical, only, ops
@@ -9,7 +11,7 @@ from torch.nn import functional
 from gristmill.passes import fuse_glu
 from gristmill.passes.graph import arguments
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Any] = {
     "silu": functional.silu,
     "relu": functional.relu,
     "gelu": functional.gelu,

@@ -66,8 +66,8 @@ def prepared(**options):
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"rope": True}, {"twist": "norms"}, {"twist": "norms", "rope": True}, {"layout": "neox", "rope": True},
-    {"layout": "neox"},
+    {}, {"rope": True}, {"twist": "norms"}, {"twist": "norms", "rope": True}, {"layout": "neox"},
+    {"layout": "neox", "rope": True},
     {"layout": "neox", "twist": "rows used again"}, {"twist": "norms without weight"},
 ], ids=str)  # fmt: skip
 def test_attention_gets_its_cache(options):
