@@ -14,7 +14,8 @@ from gristmill.compiler.options import CompileOptions
 from gristmill.runtime.program import OPS, Limits, Program
 
 TOLERANCE = 1e-5  # of the largest logit, float32
-# The first eight with two layers; family → (instructions besides the layers', instructions per layer, what its config says beyond the base)
+# family → (instructions besides the layers', instructions per layer, what its config says beyond the base);
+# the first eight have two layers
 FAMILIES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "llama": (4, 7, {}),
     "mistral": (4, 7, {"sliding_window": 5}),

@@ -115,7 +115,8 @@ def same_as_transformers(config, max_len=64, lengths=(17, 9)):
 ROPES = {
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
     "llama3": {
-        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
     },
     "linear": {"factor": 2.0},
 }  # fmt: skip
