@@ -1,4 +1,4 @@
-"""The C++ executor of compiled programs. Errors of users are raised as gristmill.runtime.errors.GristmillError."""
+"""The C++ executor of compiled programs. Users' errors come as gristmill.runtime.errors.GristmillError."""
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,7 +15,7 @@ class Executor:
                 rows: NDArray[np.int32]) -> NDArray[np.float32]:
         """tokens, positions, slots: i32 [T]; rows: i32 [R], indices below T. -> logits f32 [R, vocabulary].
 
-        Appends each row's K and V at (slot, position), then attends. Releases the GIL; calls of several threads take turns.
+        Appends each row's K and V at (slot, position), then attends. Releases the GIL; callers take turns.
         """
     def copy_slot(self, src: int, dst: int, length: int) -> None:
         """Slot `dst` gets the first `length` positions of slot `src`."""
