@@ -14,6 +14,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 FOLDERS = ["compiler", "passes", "quant", "kernels", "runtime", "report", "export", "integrations"]
@@ -57,7 +58,8 @@ def compile_object(source: str) -> Path:
     if not is_current(target, command):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.with_suffix(".command").unlink(missing_ok=True)
-        subprocess.run(command, check=True)
+        if subprocess.run(command).returncode:
+            raise CompileError(f"{source} does not compile")
         target.with_suffix(".command").write_text(shlex.join(command))
     return target
 
@@ -68,7 +70,8 @@ class BuildNative(build_ext):
             objects = [str(path) for path in pool.map(compile_object, ext.sources)]
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([*compiler(), "-shared", "-pthread", *objects, "-o", str(target)], check=True)
+        if subprocess.run([*compiler(), "-shared", "-pthread", *objects, "-o", str(target)]).returncode:
+            raise CompileError(f"{target.name} does not link")
 
 
 sources = sorted(str(path.relative_to(ROOT)) for pattern in SOURCES for path in ROOT.glob(pattern))
