@@ -114,4 +114,3 @@ GRISTMILL_INLINE void transpose_16x16(const T* const* row, int64_t column, float
     for (int i = 0; i < kLanes; i++) out[i * ld + j] = a.lane[i];
   }
 }
-GRISTMILL_INLINE void prefetch(const void*) {}
