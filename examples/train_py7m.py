@@ -11,6 +11,7 @@ weights with the lowest held-out loss so far are in OUT, as a Hugging Face direc
 """
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -126,9 +127,7 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path, record: dict[
     fresh, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    model.config.dtype = torch.bfloat16
-    model.save_pretrained(fresh, state_dict=weights)
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(fresh)
     ends = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends)
     wrapped.save_pretrained(fresh)
