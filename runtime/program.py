@@ -149,7 +149,7 @@ class CacheSpec:
 
     def row_bytes(self) -> int:
         """Bytes of one position in one slot, scales included."""
-        scales = 8 if self.dtype == "int8" else 0
+        scales = 12 if self.dtype == "int8" else 0  # k scale and offset, v scale: f32
         return self.kv_heads * ((self.k_dim + self.v_dim) * CACHE_TYPES[self.dtype] + scales)
 
 

@@ -64,7 +64,9 @@ def test_bits_per_weight_count_scales_and_zeros() -> None:
         (["int4-g32-asym", "int4-g128"], 2048, 32),
         (["int8"], 2048, 64),
         (["int8", "int4-g128"], 2048, 64),
-        (["int4-g128"], 100, 64),  # the row
+        (["int4-g128"], 300, 128),
+        (["int8"], 300, 64),
+        (["int8"], 200, 0),  # narrow
         (["f32", "bf16"], 2048, 0),
     ],
 )

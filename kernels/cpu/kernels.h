@@ -67,7 +67,9 @@ struct Cache {
   int64_t window = 0;  // 0 = whole context
   void* k = nullptr;
   void* v = nullptr;
-  float* k_scale = nullptr;  // int8: [slots, kv_heads, ring]
+  // int8, each [slots, kv_heads, ring]: k = k_scale * q + k_offset, v = v_scale * q
+  float* k_scale = nullptr;
+  float* k_offset = nullptr;
   float* v_scale = nullptr;
   int64_t row(int64_t slot, int64_t head, int64_t position) const {
     return (slot * kv_heads + head) * ring + position % ring;

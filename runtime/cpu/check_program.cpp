@@ -85,8 +85,7 @@ class Checker {
     const int64_t group = in.act_group;
     need(group == 0 || group == 32 || group == 64 || group == 128, "act_group is ", group,
          ", expected 0, 32, 64 or 128");
-    need((group != 0) == in.weight->integer, "act_group is ", group, ", but the weight is ",
-         in.weight->integer ? "integer" : "float");
+    need(group == 0 || in.weight->integer, "act_group is ", group, ", but the weight is float");
     for (const Matrix& segment : in.weight->segments)
       need(group == 0 || segment.group % group == 0, "act_group ", group,
            " does not divide the weight's group ", segment.group);

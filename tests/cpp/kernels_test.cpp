@@ -361,6 +361,27 @@ void test_float_product(Format format, int64_t n, int64_t k) {
   }
 }
 
+// Integer weights times floats are the floats that dequantize_row gives, times floats.
+void test_widened_product(Format format, int64_t n, int64_t k, int64_t group) {
+  const Weights w = integer_weights(format, n, k, group, group == 32, false);
+  const int64_t rows = 7;
+  const Buffer<float> x = activations(rows, k, k);
+  FloatWeights wide = float_weights(Format::f32, n, k);
+  for (int64_t i = 0; i < n; i++)
+    portable_kernels.dequantize_row(w.matrix, i, 1.f, reinterpret_cast<float*>(wide.data.data()) + i * k);
+  for (const Kernels* kernels : all_kernels()) {
+    Buffer<uint8_t> scratch(static_cast<int64_t>(kernels->product_scratch_bytes(k)));
+    for (int64_t count : {1, 2, 7}) {
+      Buffer<float> y(count * n), expected(n);
+      kernels->product_float(w.matrix, x.data(), k, count, 0, n, y.data(), n, scratch.data());
+      for (int64_t t = 0; t < count; t++) {
+        for (int64_t i = 0; i < n; i++) expected[i] = reference_dot(wide, i, x.data() + t * k);
+        check_equal(std::string(kernels->name) + " widened product " + w.name, y.data() + t * n, expected.data(), n);
+      }
+    }
+  }
+}
+
 // ---- dequantize ----
 
 void test_dequantize(const Kernels& kernels) {
@@ -498,9 +519,10 @@ struct Context {
   AttentionShape shape;
   int64_t slots, length;
   Buffer<uint8_t> k, v;
-  Buffer<float> k_scale, v_scale, sinks, q;
+  Buffer<float> k_scale, k_offset, v_scale, sinks, q;
   double key(int64_t slot, int64_t head, int64_t position, int64_t d) const {
-    return at(k, k_scale, cache.k_dim, slot, head, position, d);
+    const double offset = cache.type == CacheType::int8 ? k_offset[cache.row(slot, head, position)] : 0;
+    return at(k, k_scale, cache.k_dim, slot, head, position, d) + offset;
   }
   double value(int64_t slot, int64_t head, int64_t position, int64_t d) const {
     return at(v, v_scale, cache.v_dim, slot, head, position, d);
@@ -536,12 +558,14 @@ Context context(CacheType type, int64_t heads, int64_t kv_heads, int64_t k_dim, 
   std::memset(c.v.data(), 0xff, static_cast<size_t>(c.v.size()));
   if (type == CacheType::int8) {
     c.k_scale = Buffer<float>(rows);
+    c.k_offset = Buffer<float>(rows);
     c.v_scale = Buffer<float>(rows);
-    for (int64_t i = 0; i < rows; i++) c.k_scale[i] = c.v_scale[i] = NAN;
+    for (int64_t i = 0; i < rows; i++) c.k_scale[i] = c.k_offset[i] = c.v_scale[i] = NAN;
   }
   c.cache.k = c.k.data();
   c.cache.v = c.v.data();
   c.cache.k_scale = type == CacheType::int8 ? c.k_scale.data() : nullptr;
+  c.cache.k_offset = type == CacheType::int8 ? c.k_offset.data() : nullptr;
   c.cache.v_scale = type == CacheType::int8 ? c.v_scale.data() : nullptr;
   c.sinks = random_floats(heads);
   c.shape.heads = heads;
@@ -657,6 +681,7 @@ void test_append(const Kernels& kernels) {
       for (int64_t i = 0; i < a.v.size(); i++) check_near(what + " v", a.v[i], b.v[i], 0, i);
       const int64_t half = a.k_scale.size() / 2;  // slot 1; slot 0 stays untouched
       check_equal(what + " scale", a.k_scale.data() + half, b.k_scale.data() + half, half);
+      check_equal(what + " offset", a.k_offset.data() + half, b.k_offset.data() + half, half);
     }
   }
 }
@@ -708,6 +733,11 @@ int main() {
   test_attentions();
   for (const Format format : {Format::f32, Format::f16, Format::bf16}) {
     for (int64_t k : {1, 15, 31, 64, 172, 2048}) test_float_product(format, uniform(1, 23), k);
+  }
+  for (const Format format : {Format::int8, Format::int4}) {
+    for (int64_t group : {32, 64, 0}) {
+      for (int64_t k : {1, 31, 64, 172}) test_widened_product(format, uniform(1, 23), k, group);
+    }
   }
   test_integer_products();
   for (const Kernels* kernels : all_kernels()) std::printf("%s ", kernels->name);
