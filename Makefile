@@ -15,7 +15,7 @@ EDITABLE := --no-build-isolation --config-settings editable_mode=strict --editab
 
 compile: install
 	$(BIN)/gristmill compile $(MODEL) -o $(OUT) --force $(ARGS)
-	$(BIN)/gristmill run $(OUT) --prompt "$(PROMPT)" --max-new-tokens 64 && $(BIN)/gristmill bench $(OUT)
+	$(BIN)/gristmill run $(OUT) --prompt "$(PROMPT)" --max-new-tokens 64 --temperature 0.6 --seed 1 && $(BIN)/gristmill bench $(OUT)
 
 run: install
 	$(BIN)/gristmill run $(OUT) --prompt "$(PROMPT)" $(ARGS)
