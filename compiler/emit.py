@@ -17,11 +17,14 @@ Progress = Callable[[str, float], None]
 STORED = {"f32": "F32", "f16": "F16", "bf16": "BF16", "int8": "I8", "int4": "U8"}
 
 
-def write_weights(writer: ArtifactWriter, lowered: Lowered, metadata: dict[str, str], progress: Progress) -> dict[str, float]:
+def write_weights(
+    writer: ArtifactWriter, lowered: Lowered, metadata: dict[str, str], progress: Progress
+) -> dict[str, float]:
     """Write weights.safetensors; returns the relative squared error of every quantized matrix by name.
 
-    The file's header comes first and names every dtype. Scales are f16; a matrix whose scales need f32 is found while it is
-    quantized, and the file is begun again with that known: rare, and cheaper than looking at every weight twice.
+    The file's header comes first and names every dtype. Scales are f16; a matrix whose scales need f32 is
+    found while it is quantized, and the file is begun again with that known: rare, and cheaper than
+    looking at every weight twice.
     """
     wide: set[str] = set()
     while True:

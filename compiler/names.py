@@ -32,6 +32,10 @@ def require(sources: dict[str, str], names: tuple[str, ...]) -> str:
     for name in names:
         if name in sources:
             return sources[name]
+    if ".experts." in names[0]:
+        raise GristmillError(
+            "mixture-of-experts models are not supported; see the README for the families that compile"
+        )
     raise GristmillError(
         f"the checkpoint has no tensor {names[0]!r}; is a shard missing? download the model again"
     )

@@ -70,10 +70,12 @@ class CompileResult:
     summary: dict[str, Any] = field(default_factory=dict)
 
 
-def compile_model(model: str, out: str, options: CompileOptions, progress: Progress | None = None) -> CompileResult:
+def compile_model(
+    model: str, out: str, options: CompileOptions, progress: Progress | None = None
+) -> CompileResult:
     """Compile ``model`` (directory or hub name) to the artifact directory ``out``.
 
-    ``progress(stage, fraction)`` is called as the work goes on. Raises GristmillError; nothing is left behind then.
+    ``progress(stage, fraction)`` is called on the way. Raises GristmillError, leaving nothing behind.
     """
     report = progress or (lambda stage, fraction: None)
     start = time.perf_counter()
@@ -99,11 +101,13 @@ def compile_model(model: str, out: str, options: CompileOptions, progress: Progr
 
 
 def plan_limits(config: Any, options: CompileOptions) -> Limits:
-    """Shapes of the program: what was asked for, or min(model's positions, 4096). Raises GristmillError beyond the model's."""
+    """Shapes of the program: as asked for, else min(model's, 4096). Raises GristmillError beyond."""
     most = _first_of(config, "max_position_embeddings", "n_positions", "n_ctx") or DEFAULT_MAX_LEN
     max_len = options.max_len or min(most, DEFAULT_MAX_LEN)
     if max_len > most:
-        raise GristmillError(f"max_len {max_len} is beyond the {most} positions of the model; give {most} or less")
+        raise GristmillError(
+            f"max_len {max_len} is beyond the {most} positions of the model; give {most} or less"
+        )
     return Limits(options.max_tokens, options.max_slots, max_len, most)
 
 
@@ -118,7 +122,9 @@ def _first_of(config: Any, *names: str) -> int | None:
 
 def _scheme(options: CompileOptions, role: str) -> Scheme:
     """The number format of a matrix by its role; int8 embeddings and heads have one scale per row."""
-    name = {"embedding": options.embedding_format, "head": options.head_format, "linear": options.weights}[role]
+    name = {"embedding": options.embedding_format, "head": options.head_format, "linear": options.weights}[
+        role
+    ]
     integer = name in ("int8", "int4")
     group = options.group if integer and (role == "linear" or name == "int4") else 0
     return Scheme(name, group, symmetric=not (integer and options.asymmetric and role == "linear"))
@@ -130,23 +136,32 @@ def _run_passes(traced: Traced, options: CompileOptions) -> list[Entry]:
         return run_passes(traced, PASSES, evaluate)
     except IllegalGraph as error:
         kind = getattr(traced.config, "model_type", "model")
-        raise GristmillError(f"{kind}: cannot lower {error}; see the README for the families that compile") from None
+        raise GristmillError(
+            f"{kind}: cannot lower {error}; see the README for the families that compile"
+        ) from None
 
 
 def _vocabulary(traced: Traced) -> int:
     output = next(n for n in reversed(traced.graph.nodes) if n.op == "output")
-    return int(output.args[0][0].meta["val"].shape[-1])  # type: ignore[index, union-attr]
+    return int(output.args[0][0].meta["val"].shape[-1])
 
 
 def _example_logits(traced: Traced, vocabulary: int) -> torch.Tensor:
     rows = 13
     tokens = torch.randint(0, vocabulary, (1, rows), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(rows)[None]
-    inputs = {"tokens": tokens, "positions": positions, "slots": torch.zeros_like(positions), "rows": torch.arange(rows)}
+    inputs = {
+        "tokens": tokens,
+        "positions": positions,
+        "slots": torch.zeros_like(positions),
+        "rows": torch.arange(rows),
+    }
     return interpret.run(traced, inputs)
 
 
-def _write(writer: ArtifactWriter, lowered: Lowered, tokenizer: dict[str, bytes], source: Source, report: Progress) -> dict[str, float]:
+def _write(
+    writer: ArtifactWriter, lowered: Lowered, tokenizer: dict[str, bytes], source: Source, report: Progress
+) -> dict[str, float]:
     errors = write_weights(writer, lowered, {"model": source.name}, report)
     writer.write_bytes("program.json", lowered.program.to_bytes())
     for name, data in tokenizer.items():
@@ -155,14 +170,23 @@ def _write(writer: ArtifactWriter, lowered: Lowered, tokenizer: dict[str, bytes]
 
 
 def _manifest(
-    writer: ArtifactWriter, lowered: Lowered, source: Source, options: CompileOptions, errors: dict[str, float]
+    writer: ArtifactWriter,
+    lowered: Lowered,
+    source: Source,
+    options: CompileOptions,
+    errors: dict[str, float],
 ) -> dict[str, Any]:
     hashes = {"config.json": file_hash(source.directory / "config.json"), **source.checkpoint.hashes()}
     schemes = {name: str(matrix.scheme) for name, matrix in lowered.matrices.items()}
     return {
         "source": {"name": source.name, "model_type": source.config.model_type, "sha256": hashes},
         "tools": tool_versions(),
-        "quantization": {"method": "rtn", "kv": options.kv_type, "schemes": schemes, "relative_error": errors},
+        "quantization": {
+            "method": "rtn",
+            "kv": options.kv_type,
+            "schemes": schemes,
+            "relative_error": errors,
+        },
         "bits_per_weight": bits_per_weight(lowered),
     }
 
@@ -182,16 +206,25 @@ def tool_versions() -> dict[str, str]:
 def bits_per_weight(lowered: Lowered) -> float:
     """Stored bits of all matrices, scales and zeros included, per weight."""
     weights = [m.lazy.shape[0] * m.lazy.shape[1] for m in lowered.matrices.values()]
-    bits = [w * m.scheme.bits_per_weight(m.lazy.shape[1]) for w, m in zip(weights, lowered.matrices.values(), strict=True)]
+    bits = [
+        w * m.scheme.bits_per_weight(m.lazy.shape[1])
+        for w, m in zip(weights, lowered.matrices.values(), strict=True)
+    ]
     return round(sum(bits) / sum(weights), 4)
 
 
 def _accept(
-    writer: ArtifactWriter, manifest: dict[str, Any], traced: Traced, source: Source, options: CompileOptions, report: Progress
+    writer: ArtifactWriter,
+    manifest: dict[str, Any],
+    traced: Traced,
+    source: Source,
+    options: CompileOptions,
+    report: Progress,
 ) -> tuple[gate.Evaluation, list[str]] | None:
-    """Open the artifact itself: record its self-test and, unless told not to, hold it against the float reference.
+    """Open the artifact itself: record its self-test and, unless told not to, hold it to the float model.
 
-    Returns what was measured and the lines that say which limits it keeps. Raises GristmillError where it breaks one.
+    Returns what was measured and the lines that say which limits it keeps. Raises GristmillError where it
+    breaks one.
     """
     session = load_session(writer.seal(manifest))
     writer.write_json("selftest.json", selftest.record(session))
@@ -219,14 +252,16 @@ def _command(source: Source, options: CompileOptions) -> str:
     words = ["gristmill", "compile", source.name, "-o", "OUT"]
     for option in fields(options):
         value = getattr(options, option.name)
-        if value != option.default and option.name not in ("force", "explain", "check_passes"):
+        if value not in (option.default, False) and option.name not in ("force", "explain", "check_passes"):
             name = f"--{option.name.replace('_', '-')}"
-            words += [name] if value is True else [name, str(Path(value).name if option.name == "text" else value)]
+            words += (
+                [name] if value is True else [name, str(Path(value).name if option.name == "text" else value)]
+            )
     return shlex.join(words)
 
 
 def float_reference(traced: Traced, windows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
-    """The float32 logits [len, V] of each window in turn; all windows pass through the layers together, weight by weight."""
+    """The float32 logits [len, V] of each window; all windows pass the layers together, weight by weight."""
     lengths = [len(w) for w in windows]
     slots = np.repeat(np.arange(len(windows)), lengths)
     positions = np.concatenate([np.arange(n) for n in lengths])
@@ -258,5 +293,3 @@ def peak_memory_bytes() -> int:
     """The largest resident size of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
-
-

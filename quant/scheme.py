@@ -129,9 +129,9 @@ def parse(text: str, group_size: int | None = None, symmetric: bool | None = Non
 def activation_group(schemes: Iterable[Scheme], k: int) -> int:
     """Columns that share one int8 activation scale beside these weight segments; 0: f32 activations.
 
-    Float weights and narrow linears keep f32 activations. Else the activation group divides every segment's weight group, so
-    that a product group has one weight scale and one activation scale: it is the smallest weight group, and
-    64 beside whole rows.
+    Float weights and narrow linears keep f32 activations. Else the activation group divides
+    every segment's weight group, so that a product group has one weight scale and one activation scale: it is
+    the smallest weight group, and 64 beside whole rows.
     """
     normal = [scheme.normalize(k) for scheme in schemes]
     families = {scheme.is_integer for scheme in normal}
@@ -148,6 +148,6 @@ def activation_group(schemes: Iterable[Scheme], k: int) -> int:
 # is as 1 to 1.2 to 1.5 to 2.1 (int4 hides the difference). 64 is also a whole block of the int8 layout.
 ROW_ACTIVATION_GROUP = 64
 
-# Narrower linears keep f32 activations: their weights stream from a cache, where int8 products gain nothing, and
-# the rounding of few columns does not average out (stories260k: 0.25 % of perplexity).
+# Narrower linears keep f32 activations: their weights stream from a cache, where int8 products gain nothing,
+# and the rounding of few columns does not average out (stories260k: 0.25 % of perplexity).
 NARROW_COLUMNS = 256

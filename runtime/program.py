@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import fields as dataclass_fields
+from typing import Any, TypeVar
 
 from .errors import GristmillError
 
@@ -235,11 +236,11 @@ class Program:
         try:
             return Program(
                 vocabulary=int(document["vocabulary"]),
-                limits=Limits(**document["limits"]),
-                values=[Value(**v) for v in document["values"]],
-                caches=[CacheSpec(**c) for c in document["caches"]],
-                ropes=[RopeSpec(**r) for r in document["ropes"]],
-                weights={k: [Segment(**s) for s in v] for k, v in document["weights"].items()},
+                limits=_typed(Limits, document["limits"]),
+                values=[_typed(Value, v) for v in document["values"]],
+                caches=[_typed(CacheSpec, c) for c in document["caches"]],
+                ropes=[_typed(RopeSpec, r) for r in document["ropes"]],
+                weights={k: [_typed(Segment, s) for s in v] for k, v in document["weights"].items()},
                 instructions=[_instruction(i, n) for n, i in enumerate(document["instructions"])],
                 arena_bytes=int(document["arena_bytes"]),
                 name=str(document["name"]),
@@ -311,6 +312,20 @@ def segment_row_bytes(segment: Segment) -> int:
         0 if segment.symmetric else (segment.groups if segment.format == "int8" else -(-segment.groups // 2))
     )
     return data + 2 * segment.groups + zeros
+
+
+T = TypeVar("T")
+FIELD_TYPES = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+
+
+def _typed(kind: type[T], fields: dict[str, Any]) -> T:
+    """kind(**fields), refusing values of other types than the dataclass declares."""
+    for field_ in dataclass_fields(kind):  # type: ignore[arg-type]
+        value, types = fields.get(field_.name), FIELD_TYPES[str(field_.type)]
+        given = field_.name in fields
+        if given and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
+            raise TypeError(f"{field_.name} is {value!r}, expected {field_.type}")
+    return kind(**fields)
 
 
 def _view_json(view: View) -> list[int]:

@@ -6,7 +6,9 @@ print(session.generate("Once upon a time", max_new_tokens=100).text)
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -86,6 +88,17 @@ def load(
     return Session(artifact, program, executor)
 
 
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for session in list(_sessions):
+        session._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 class Session:
     """An opened artifact with room for `max_slots` sequences; safe to use from several threads."""
 
@@ -101,6 +114,12 @@ class Session:
         self._lock = threading.Lock()
         ring = smallest_ring(program, executor.max_len)
         self._slots = Slots(executor.max_slots, executor.max_len, ring, program.limits.max_tokens)
+        _sessions.add(self)
+
+    def _after_fork(self) -> None:
+        """A thread of the parent may have held the lock; it is not in this process."""
+        self._lock = threading.Lock()
+        self._slots.after_fork()
 
     @property
     def max_len(self) -> int:

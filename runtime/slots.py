@@ -55,6 +55,13 @@ class Slots:
             self.lengths[slot] = self._highest[slot] = 0
             self._freed.notify()
 
+    def after_fork(self) -> None:
+        """In a child process: threads that held slots or the lock are not here; what they held is free."""
+        self._freed = threading.Condition()
+        me = threading.get_ident()
+        for slot in [slot for slot, holder in self._holders.items() if holder != me]:
+            self.give_back(slot)
+
     def reset(self, slot: int) -> None:
         """Forgets the sequence that `Session.forward` put into `slot`."""
         _refuse_outside("slot", np.array([slot]), self.max_slots, "load with a larger max_slots")

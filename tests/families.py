@@ -9,7 +9,8 @@ import torch
 
 VOCABULARY = 320
 BASE: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "vocab_size": VOCABULARY, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2,
+    "num_attention_heads": 6,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
 # What differs from BASE. The mistral and gemma2 windows are shorter than the texts of the tests.
@@ -36,7 +37,10 @@ LONGROPE = {
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3-rope": ("llama", {"rope_parameters": LLAMA3}),
     "yarn": ("llama", {"rope_parameters": YARN}),
-    "longrope": ("phi3", {"pad_token_id": 0, "rope_parameters": LONGROPE, "original_max_position_embeddings": 64}),
+    "longrope": (
+        "phi3",
+        {"pad_token_id": 0, "rope_parameters": LONGROPE, "original_max_position_embeddings": 64},
+    ),
     "head-dim": ("llama", {"head_dim": 40}),
     "tied": ("llama", {"tie_word_embeddings": True}),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -44,7 +48,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def save_tiny(directory: Path, family: str, **changes: Any) -> Any:
-    """Write a random float32 model of ``family`` to ``directory``; returns it in eager mode, for comparisons."""
+    """Write a random float32 model of ``family`` to ``directory``; returns it in eager mode."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     base = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1} if family == "gpt2" else BASE

@@ -59,8 +59,9 @@ def quantize_key(x: Array) -> Array:
     if step <= 1e-35:
         return np.full(len(x), middle, np.float64)
     steps = [step * np.float32(1 + i / 32) for i in range(16)]
-    tried = [np.minimum(np.rint((x - middle) * (np.float32(1) / s)), 127).astype(np.float32) * s for s in steps]
-    best = min(tried, key=lambda values: float(np.square(values - (x - middle)).sum()))
+    one, centered = np.float32(1), x - middle
+    tried = [np.minimum(np.rint(centered * (one / s)), 127).astype(np.float32) * s for s in steps]
+    best = min(tried, key=lambda values: float(np.square(values - centered).sum()))
     return best.astype(np.float64) + middle
 
 

@@ -1,4 +1,4 @@
-"""Artifacts of every family against transformers: whole prefill, token by token, chunked, and mixed in one batch."""
+"""Artifacts of every family against transformers: whole prefill, token by token, chunked, mixed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def i32(values: Any) -> np.ndarray:
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, *VARIANTS])
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
+def compiled(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Any, Path]]:
     """(transformers model, artifact) of one family."""
     family, changes = VARIANTS.get(request.param, (request.param, {}))
     directory = tmp_path_factory.mktemp(request.param)
@@ -35,7 +37,8 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def expected(compiled: tuple[Any, Path]) -> list[np.ndarray]:
-    """transformers' logits of the two texts. Its longrope looks at a batch's longest position; ours is fixed to max_len's set."""
+    """transformers' logits of the two texts. Its longrope looks at a batch's longest position, ours at
+    max_len."""
     model, _ = compiled
     with torch.no_grad():
         if _is_longrope(model):
@@ -68,12 +71,17 @@ def one_by_one() -> list[Batch]:
 
 def chunked() -> list[Batch]:
     cuts = [0, 1, 12, 29, 40]
-    return [[(0, p) for p in range(a, b)] for a, b in zip(cuts, cuts[1:])] + [[(1, p) for p in range(5 * i, min(5 * i + 5, 23))] for i in range(5)]
+    return [[(0, p) for p in range(a, b)] for a, b in zip(cuts, cuts[1:])] + [
+        [(1, p) for p in range(5 * i, min(5 * i + 5, 23))] for i in range(5)
+    ]
 
 
 def mixed() -> list[Batch]:
     """Both sequences in every batch, at different lengths, first as chunks and then as joint decode steps."""
-    batches = [[(0, p) for p in range(17)] + [(1, p) for p in range(4)], [(1, p) for p in range(4, 20)] + [(0, p) for p in range(17, 30)]]
+    batches = [
+        [(0, p) for p in range(17)] + [(1, p) for p in range(4)],
+        [(1, p) for p in range(4, 20)] + [(0, p) for p in range(17, 30)],
+    ]
     batches += [[(1, 20 + i), (0, 30 + i)] for i in range(3)]
     return batches + [[(0, 33 + i)] for i in range(7)]
 
@@ -85,7 +93,10 @@ def run(session: Any, batches: list[Batch]) -> list[np.ndarray]:
     ids = texts()
     for batch in batches:
         logits = session.forward(
-            i32(ids[s][p] for s, p in batch), i32(p for _, p in batch), i32(slots[s] for s, _ in batch), i32(range(len(batch)))
+            i32(ids[s][p] for s, p in batch),
+            i32(p for _, p in batch),
+            i32(slots[s] for s, _ in batch),
+            i32(range(len(batch))),
         )
         for row, (s, p) in enumerate(batch):
             out[s][p] = logits[row]
@@ -99,7 +110,9 @@ def test_logits_equal_transformers(
     session = gristmill.load(compiled[1], threads=2, max_slots=3)
     for got, want in zip(run(session, plan()), expected):
         difference = np.abs(got - want).max() / np.abs(want).max()
-        assert difference < TOLERANCE, f"largest difference {difference:.2e} at row {np.abs(got - want).max(1).argmax()}"
+        assert difference < TOLERANCE, (
+            f"largest difference {difference:.2e} at row {np.abs(got - want).max(1).argmax()}"
+        )
 
 
 def test_bits_do_not_depend_on_batches_or_threads(compiled: tuple[Any, Path]) -> None:
@@ -114,7 +127,15 @@ def test_bits_do_not_depend_on_batches_or_threads(compiled: tuple[Any, Path]) ->
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_quantized_bits_do_not_depend_on_batches_or_threads(weights: str, tmp_path: Path) -> None:
     save_tiny(tmp_path / "model", "mistral")
-    gristmill.compile(tmp_path / "model", tmp_path / "a", weights=weights, group_size=32, kv="int8", gate=False, max_tokens=32)
+    gristmill.compile(
+        tmp_path / "model",
+        tmp_path / "a",
+        weights=weights,
+        group_size=32,
+        kv="int8",
+        gate=False,
+        max_tokens=32,
+    )
     one = gristmill.load(tmp_path / "a", threads=1, max_slots=3)
     two = gristmill.load(tmp_path / "a", threads=2, max_slots=3)
     first = run(one, whole())

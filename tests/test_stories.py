@@ -42,7 +42,9 @@ def test_two_hundred_greedy_tokens_equal_transformers(float_artifact: Path) -> N
     assert got.token_ids == want[0, 1:].tolist()
 
 
-def test_int8_weights_and_cache_cost_under_three_per_mille(float_artifact: Path, tmp_path: Path, text: str) -> None:
+def test_int8_weights_and_cache_cost_under_three_per_mille(
+    float_artifact: Path, tmp_path: Path, text: str
+) -> None:
     gristmill.compile(MODEL, tmp_path / "int8", weights="int8", kv="int8", gate=False)
     exact = score_text(gristmill.load(float_artifact), text)
     quantized = score_text(gristmill.load(tmp_path / "int8"), text)
