@@ -299,6 +299,7 @@ void measure_attention(CacheType type, int64_t kv_heads, int64_t rows, int64_t l
   cache.k = allocate<uint8_t>(kv_heads * length * dim * width);
   cache.v = allocate<uint8_t>(kv_heads * length * dim * width);
   cache.k_scale = allocate<float>(kv_heads * length);
+  cache.k_offset = allocate<float>(kv_heads * length);
   cache.v_scale = allocate<float>(kv_heads * length);
   float* q = allocate<float>(rows * heads * dim);
   for (int64_t i = 0; i < rows * heads * dim; i++) q[i] = static_cast<float>(i % 23) * 0.1f - 1.1f;
@@ -323,11 +324,12 @@ void measure_attention(CacheType type, int64_t kv_heads, int64_t rows, int64_t l
       pool.take_seconds();
       pool.run(kv_heads * splits * chunks_of_rows, [&](int64_t i, int id) {
         const int64_t head = i / splits / chunks_of_rows, split = i / chunks_of_rows % splits;
-        const int64_t t = i % chunks_of_rows * kernels->attention_rows,
-                      at = (head * splits + split) * queries + t * group;
-        kernels->attention_split(cache, shape, q + t * heads * dim, heads * dim,
+        const int64_t t = i % chunks_of_rows * kernels->attention_rows;
+        const int64_t first = (head * splits + split) * queries, at = first + t * group;
+        float* largest = m + first + at;  // [queries] maxima, then [queries] sums for each head and split
+        kernels->attention_split(cache, shape, q + (t * heads + head * group) * dim, heads * dim,
                                  std::min(kernels->attention_rows, rows - t), 0, head, length - rows + t,
-                                 split, m + 2 * at, m + 2 * at + queries, acc + at * dim,
+                                 split, largest, largest + queries, acc + at * dim,
                                  scratch[static_cast<size_t>(id)]);
       });
       times.push_back(pool.take_seconds());
@@ -339,7 +341,7 @@ void measure_attention(CacheType type, int64_t kv_heads, int64_t rows, int64_t l
   }
   std::printf("\n");
   for (void* p : {cache.k, cache.v}) std::free(p);
-  for (float* p : {cache.k_scale, cache.v_scale, q, m, acc}) std::free(p);
+  for (float* p : {cache.k_scale, cache.k_offset, cache.v_scale, q, m, acc}) std::free(p);
   for (void* p : scratch) std::free(p);
 }
 

@@ -1,7 +1,7 @@
 // Registers whose lanes are outputs, AVX2. Included inside an anonymous namespace.
 constexpr int kIntLanes = 8;
 constexpr int kRowTile = 4;
-constexpr int kDecodeRows = 3;
+constexpr int kDecodeRows = 8;
 
 using Ints = __m256i;
 using Floats = __m256;

@@ -1,7 +1,7 @@
 // Registers whose lanes are outputs, AVX-512 with and without VNNI. Included inside an anonymous namespace.
 constexpr int kIntLanes = 16;
 constexpr int kRowTile = 6;
-constexpr int kDecodeRows = kVnni ? 2 : 3;
+constexpr int kDecodeRows = 8;
 
 using Ints = __m512i;
 using Floats = __m512;
