@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+from tokenizers import Tokenizer
 
 from ..runtime.errors import GristmillError
 
@@ -11,6 +14,7 @@ COPIED = (
     "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 SENTENCEPIECE = "tokenizer.model"
+SPACE = "\u2581"  # how sentencepiece writes a space
 
 
 def tokenizer_files(directory: Path, samples: list[str]) -> dict[str, bytes]:
@@ -46,26 +50,38 @@ def _converted(directory: Path, samples: list[str]) -> bytes:
             f"{directory}/{older[0]}: cannot be converted to tokenizer.json ({reason}); add a tokenizer.json"
         ) from None
     if older[0] == SENTENCEPIECE:
-        _prove(directory / SENTENCEPIECE, text, samples)
+        text = _proven(directory / SENTENCEPIECE, text, samples)
     return text.encode()
 
 
-def _prove(model: Path, converted: str, samples: list[str]) -> None:
-    """Ids of the converted tokenizer equal sentencepiece's own on every line of the samples."""
+def _proven(model: Path, converted: str, samples: list[str]) -> str:
+    """The spelling of the conversion whose ids equal sentencepiece's own on every line of the samples."""
     try:
         import sentencepiece
     except ImportError:
         raise GristmillError(
             f"{model}: converting it needs the package sentencepiece; pip install sentencepiece"
         ) from None
-    from tokenizers import Tokenizer
-
     original = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    tokenizer = Tokenizer.from_str(converted)
-    for line in (line for sample in samples for line in sample.splitlines() if line.strip()):
-        expected, got = original.encode(line), tokenizer.encode(line, add_special_tokens=False).ids
-        if expected != got:
-            raise GristmillError(
-                f"{model}: its conversion gives other ids for {line[:40]!r}; "
-                "add a tokenizer.json made for this model"
-            )
+    lines = [line for sample in samples for line in sample.splitlines() if line.strip()]
+    expected = [original.encode(line) for line in lines]
+    differing = ""
+    for text in (converted, _with_plain_spaces(converted)):
+        tokenizer = Tokenizer.from_str(text)
+        found = [tokenizer.encode(line, add_special_tokens=False).ids for line in lines]
+        if found == expected:
+            return text
+        differing = next(line for line, a, b in zip(lines, expected, found, strict=True) if a != b)
+    raise GristmillError(
+        f"{model}: its conversion gives other ids for {differing[:40]!r}; add a tokenizer.json made for this model"
+    )
+
+
+def _with_plain_spaces(converted: str) -> str:
+    """The conversion with a space put before every text, also before one that begins with spaces."""
+    document = json.loads(converted)
+    document["pre_tokenizer"] = None
+    prepend = {"type": "Prepend", "prepend": SPACE}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    document["normalizer"] = {"type": "Sequence", "normalizers": [prepend, replace]}
+    return json.dumps(document, ensure_ascii=False)
