@@ -73,7 +73,8 @@ def _proven(model: Path, converted: str, samples: list[str]) -> str:
             return text
         differing = next(line for line, a, b in zip(lines, expected, found, strict=True) if a != b)
     raise GristmillError(
-        f"{model}: its conversion gives other ids for {differing[:40]!r}; add a tokenizer.json made for this model"
+        f"{model}: its conversion gives other ids for {differing[:40]!r}; "
+        "add a tokenizer.json made for this model"
     )
 
 

@@ -30,7 +30,8 @@ def save_sentencepiece(directory: Path, kind: str) -> None:
         minloglevel=2,
     )
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **special}))
+    config = {"tokenizer_class": "LlamaTokenizer", **special}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
     (directory / "config.json").write_text(json.dumps({"model_type": "llama"}))
 
 
@@ -39,7 +40,7 @@ def test_bpe_is_converted_with_equal_ids(tmp_path: Path) -> None:
     files = tokenizer_files(tmp_path, [default_text("prose"), default_text("code")])
     original = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     converted = Tokenizer(files["tokenizer.json"])
-    for text in ("A ferry leaves at six.", "    four spaces first", "tab\there, and 123", "unseen: žluťoučký 漢字"):
+    for text in ("A ferry leaves at six.", "    four spaces first", "tab\there, 123", "unseen: žluť 漢字"):
         ids = converted.encode(text, add_special_tokens=False)
         assert ids == original.encode(text)
         assert converted.decode(ids) == text
