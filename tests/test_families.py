@@ -53,7 +53,7 @@ def _is_longrope(model: Any) -> bool:
 def _long(model: Any, ids: np.ndarray) -> np.ndarray:
     """The logits of a text inside a longer one, where transformers takes the long set."""
     longer = np.concatenate([ids, np.resize(ids, 100)])
-    return model(input_ids=torch.tensor(longer)[None].long()).logits[0, : len(ids)].numpy()  # type: ignore[no-any-return]
+    return model(input_ids=torch.tensor(longer)[None].long()).logits[0, : len(ids)].numpy()
 
 
 def texts() -> list[np.ndarray]:
