@@ -64,7 +64,7 @@ class Product final : public Step {
   static constexpr int64_t kFewRows = 8;      // below: the weights' stream is all there is to it
   static constexpr int64_t kBand = 128;       // rows of one tile
   static constexpr int64_t kMostStrip = 256;  // columns of one tile
-  static constexpr int64_t kFewBytes = 16 << 10, kManyBytes = 64 << 10;  // of weights per strip
+  static constexpr int64_t kFewBytes = 32 << 10, kManyBytes = 64 << 10;  // of weights per strip
 
   std::vector<Strip> strips(int64_t bytes) const {
     std::vector<Strip> all;
