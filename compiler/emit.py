@@ -6,15 +6,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ..quant.tensor import QuantizedTensor, quantize_tensor
+from ..quant.tensor import QuantizedTensor, quantize_tensor, stored_shapes
 from ..runtime.artifact_writer import ArtifactWriter
 from ..runtime.errors import GristmillError
-from ..runtime.program import FLOAT_FORMATS
 from ..runtime.weights_file import TensorSpec
-from .lower import Lowered, Matrix
+from .lower import Lowered
 
 Progress = Callable[[str, float], None]
-STORED = {"f32": "F32", "f16": "F16", "bf16": "BF16", "int8": "I8", "int4": "U8"}
 
 
 def write_weights(
@@ -62,21 +60,9 @@ def _scale_dtype(tensor: QuantizedTensor) -> str | None:
 
 def _specs(lowered: Lowered, wide: set[str]) -> Iterator[TensorSpec]:
     for matrix in lowered.matrices.values():
-        yield from _matrix_specs(matrix, "F32" if matrix.name in wide else "F16")
+        scale_dtype = np.float32 if matrix.name in wide else np.float16
+        n, k = matrix.lazy.shape
+        for stored in stored_shapes(matrix.name, n, k, matrix.scheme, scale_dtype):
+            yield TensorSpec(*stored)
     for name, lazy in lowered.vectors.items():
         yield TensorSpec(name, "F32", tuple(lazy.shape))
-
-
-def _matrix_specs(matrix: Matrix, scale_dtype: str) -> Iterator[TensorSpec]:
-    """The tensors of one matrix [n, k], in the layouts of the artifact format."""
-    (n, k), scheme = matrix.lazy.shape, matrix.scheme
-    padded = -(-k // 64) * 64
-    columns = {"int8": padded, "int4": padded // 2}.get(scheme.format, k)
-    yield TensorSpec(f"{matrix.name}.weight", STORED[scheme.format], (n, columns))
-    if scheme.format in FLOAT_FORMATS:
-        return
-    groups = scheme.groups(k)
-    yield TensorSpec(f"{matrix.name}.scale", scale_dtype, (n, groups))
-    if not scheme.symmetric:
-        packed = -(-groups // 2) if scheme.format == "int4" else groups
-        yield TensorSpec(f"{matrix.name}.zero", "U8" if scheme.format == "int4" else "I8", (n, packed))

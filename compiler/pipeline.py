@@ -27,7 +27,7 @@ from ..passes import (
     merge_linears,
     static_kv,
 )
-from ..passes.graph import Traced
+from ..passes.graph import EXAMPLE_ROWS, Traced
 from ..passes.manager import Entry, IllegalGraph, run_passes
 from ..quant.scheme import Scheme
 from ..runtime import selftest
@@ -147,7 +147,7 @@ def _vocabulary(traced: Traced) -> int:
 
 
 def _example_logits(traced: Traced, vocabulary: int) -> torch.Tensor:
-    rows = 13
+    rows = EXAMPLE_ROWS
     tokens = torch.randint(0, vocabulary, (1, rows), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(rows)[None]
     inputs = {

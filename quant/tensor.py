@@ -99,6 +99,14 @@ def dequantize_tensor(tensor: QuantizedTensor) -> F32:
     return _decode(arrays, tensor.scheme, tensor.k)
 
 
+def stored_shapes(
+    name: str, n: int, k: int, scheme: Scheme, scale_dtype: type
+) -> list[tuple[str, str, tuple[int, int]]]:
+    """Name, safetensors dtype and shape of what a matrix [n, k] is stored as, known without its weights."""
+    row = _encode(np.zeros((1, k), np.float32), scheme.normalize(k), scale_dtype)
+    return [(f"{name}.{suffix}", DTYPES[str(a.dtype)], (n, a.shape[1])) for suffix, a in row.items()]
+
+
 @dataclass
 class _Stored:
     """Arrays being filled row by row, with each row's squared error and squared norm."""

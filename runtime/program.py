@@ -20,7 +20,6 @@ from .errors import GristmillError
 FORMAT = 1
 LOGITS = -1  # the value id of the output, which lives in the caller's buffer
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
-WEIGHT_FORMATS = ("f32", "f16", "bf16", "int8", "int4")
 FLOAT_FORMATS = ("f32", "f16", "bf16")
 CACHE_TYPES = {"f32": 4, "f16": 2, "int8": 1}
 POINTWISE_UNARY = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -170,16 +169,3 @@ def _template_of(config: Mapping[str, Any]) -> str | None:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)[:200]
-
-
-def parse_messages(text: str) -> list[dict[str, Any]]:
-    """A chat given as JSON: a list of {"role", "content"} objects."""
-    try:
-        messages = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise GristmillError(
-            f"the messages are not JSON ({error}); expected a list of role and content"
-        ) from error
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
-        raise GristmillError('the messages must be a list of {"role": ..., "content": ...} objects')
-    return messages
