@@ -10,7 +10,7 @@ from ..quant.tensor import QuantizedTensor, quantize_tensor, stored_shapes
 from ..runtime.artifact_writer import ArtifactWriter
 from ..runtime.errors import GristmillError
 from ..runtime.weights_file import TensorSpec
-from .lower import Lowered
+from .lower import Lowered, Matrix
 
 Progress = Callable[[str, float], None]
 
@@ -39,7 +39,7 @@ def _write_once(
     weights = writer.declare_weights(_specs(lowered, wide), metadata)
     errors: dict[str, float] = {}
     for count, matrix in enumerate(lowered.matrices.values()):
-        tensor = quantize_tensor(matrix.name, matrix.lazy.load(), matrix.scheme)
+        tensor = matrix.stored() if matrix.stored else _rounded(matrix)
         if _scale_dtype(tensor) == "F32" and matrix.name not in wide:
             return matrix.name
         for stored in tensor.tensors:
@@ -52,6 +52,10 @@ def _write_once(
             raise GristmillError(f"weight {name!r} has values that are not finite; the checkpoint is damaged")
         weights.write(name, np.ascontiguousarray(vector))
     return errors
+
+
+def _rounded(matrix: Matrix) -> QuantizedTensor:
+    return quantize_tensor(matrix.name, matrix.lazy.load(), matrix.scheme)
 
 
 def _scale_dtype(tensor: QuantizedTensor) -> str | None:

@@ -16,17 +16,22 @@ from torch import fx
 
 from ..passes.graph import Lazy, Traced, arguments, aten, is_op, ours, shape
 from ..quant.scheme import Scheme, activation_group
+from ..quant.tensor import QuantizedTensor
 from ..runtime.errors import GristmillError
 from ..runtime.program import LOGITS, CacheSpec, Instruction, Limits, Program, RopeSpec, Segment, Value, View
 
 
 @dataclass
 class Matrix:
-    """A weight matrix [n, k] to be stored under ``name`` with ``scheme``."""
+    """A weight matrix [n, k] to be stored under ``name`` with ``scheme``.
+
+    ``stored``: its stored form where a calibrated method made it; None: rounded to nearest when written.
+    """
 
     name: str
     lazy: Lazy
     scheme: Scheme
+    stored: Callable[[], QuantizedTensor] | None = None
 
 
 @dataclass
@@ -38,7 +43,8 @@ class Lowered:
     vectors: dict[str, Lazy] = field(default_factory=dict)
 
 
-Assign = Callable[[str], Scheme]  # role ("embedding", "head", "linear") → scheme
+# role ("embedding", "head", "linear") and the name that the matrix is stored under → scheme
+Assign = Callable[[str, str], Scheme]
 
 
 def lower(traced: Traced, assign: Assign, kv_type: str, limits: Limits) -> Lowered:
@@ -130,7 +136,7 @@ class _Lowering:
         if node.name not in self.names:
             name = self._fresh(lazy).removesuffix(".weight")
             self.names[node.name] = name
-            scheme = self.assign(self.roles[node]).normalize(lazy.shape[1])
+            scheme = self.assign(self.roles[node], name).normalize(lazy.shape[1])
             self.result.matrices[name] = Matrix(name, lazy, scheme)
         made = self.result.matrices[self.names[node.name]]
         n, k = lazy.shape

@@ -120,7 +120,7 @@ def _first_of(config: Any, *names: str) -> int | None:
     return next((int(v) for n in names if isinstance(v := getattr(config, n, None), int)), None)
 
 
-def _scheme(options: CompileOptions, role: str) -> Scheme:
+def _scheme(options: CompileOptions, role: str, name: str) -> Scheme:
     """The number format of a matrix by its role; int8 embeddings and heads have one scale per row."""
     name = {"embedding": options.embedding_format, "head": options.head_format, "linear": options.weights}[
         role
