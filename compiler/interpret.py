@@ -15,9 +15,9 @@ def run(traced: Traced, inputs: dict[str, Tensor]) -> Tensor:
     """The graph's output. ``inputs``: tokens, positions, slots [1, T] and rows [R], as far as it has them."""
     env: dict[fx.Node, Any] = {}
     with torch.inference_mode():
-        for step in _steps(traced):
+        for step in steps(traced):
             _execute(traced, step, env, inputs)
-    return env[_result(traced)]
+    return env[result(traced)]
 
 
 def logits_by_group(traced: Traced, inputs: dict[str, Tensor], groups: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -25,34 +25,34 @@ def logits_by_group(traced: Traced, inputs: dict[str, Tensor], groups: Sequence[
 
     groups: row numbers [R_i] each; yields [R_i, V].
     """
-    steps = _steps(traced)
-    cut = next(i for i, (node, _) in enumerate(steps) if is_op(node, ours.gather_rows.default))
+    ordered = steps(traced)
+    cut = next(i for i, (node, _) in enumerate(ordered) if is_op(node, ours.gather_rows.default))
     env: dict[fx.Node, Any] = {}
     with torch.inference_mode():
-        for step in steps[:cut]:
+        for step in ordered[:cut]:
             _execute(traced, step, env, inputs)
         for rows in groups:
             tail = dict(env)
-            for step in steps[cut:]:
+            for step in ordered[cut:]:
                 _execute(traced, step, tail, inputs | {"rows": rows})
-            yield tail[_result(traced)][0]
+            yield tail[result(traced)][0]
 
 
 Step = tuple[fx.Node, list[fx.Node]]
 
 
-def _steps(traced: Traced) -> list[Step]:
+def steps(traced: Traced) -> list[Step]:
     """Calls in order, each with the values that nobody needs afterwards."""
     calls = [n for n in traced.graph.nodes if n.op == "call_function"]
     last: dict[fx.Node, fx.Node] = {}
     for node in calls:
         for source in node.all_input_nodes:
             last[source] = node
-    kept = _result(traced)
+    kept = result(traced)
     return [(n, [s for s in n.all_input_nodes if last[s] is n and s is not kept]) for n in calls]
 
 
-def _result(traced: Traced) -> fx.Node:
+def result(traced: Traced) -> fx.Node:
     output = next(n for n in reversed(traced.graph.nodes) if n.op == "output")
     return output.args[0][0]
 

@@ -1,0 +1,91 @@
+"""Second moments of a linear's inputs: what every calibrated method minimizes its output error with.
+
+The squared error of a linear's output over calibration rows x is the quadratic form of its weight error:
+sum_x |(W - Q) x|^2 = tr((W - Q) H (W - Q)^T) with H = sum_x x x^T (arXiv 2210.17323, eq. 1). H is kept as a
+mean over the rows, so that a damping means the same for any number of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Moments:
+    """Accumulates H = mean(x x^T) [K, K] over rows, and with ``cross`` also mean((x_float - x) x^T).
+
+    Products are f32, sums f64: the result does not depend on the size of the pieces beyond f32 rounding of
+    each piece, and the pieces are fixed by the calibration set.
+    """
+
+    def __init__(self, k: int, cross: bool = False) -> None:
+        self.rows = 0
+        self.magnitude = torch.zeros(k, dtype=torch.float64)
+        self._sum = torch.zeros(k, k, dtype=torch.float64)
+        self._cross = torch.zeros(k, k, dtype=torch.float64) if cross else None
+
+    def add(self, x: Tensor, x_float: Tensor | None = None) -> None:
+        """Rows x [T, K] f32; x_float: the same rows in the model that nothing was quantized in."""
+        self.rows += len(x)
+        self.magnitude += x.abs().sum(0, dtype=torch.float64)
+        self._sum += x.T @ x
+        if self._cross is not None:
+            assert x_float is not None, "the cross moments need the float model's rows"
+            self._cross += (x_float - x).T @ x
+
+    def hessian(self) -> Tensor:
+        """H [K, K] f64."""
+        return self._sum / max(self.rows, 1)
+
+    def cross(self) -> Tensor | None:
+        """mean((x_float - x) x^T) [K, K] f64, or None."""
+        return None if self._cross is None else self._cross / max(self.rows, 1)
+
+    def mean_magnitude(self) -> Tensor:
+        """mean(|x|) [K] f64."""
+        return self.magnitude / max(self.rows, 1)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """U [K, K] f32, upper triangular, with U^T U = (H + damping I)^-1, and the damping that it took."""
+
+    upper: Tensor
+    damping: float
+
+
+def dead_columns(h: Tensor) -> Tensor:
+    """Which inputs [K] never were anything but 0."""
+    return h.diagonal() <= 0
+
+
+def damped(h: Tensor, damping: float) -> Tensor:
+    """H + damping * mean(diag H) I, and 1 on the diagonal of a dead column, which then rounds to nearest."""
+    mean = h.diagonal().mean()
+    out = h.clone()
+    out.diagonal().add_(damping * mean)
+    out.diagonal()[dead_columns(h)] = mean if mean > 0 else 1.0
+    return out
+
+
+def inverse_factor(h: Tensor, damping: float) -> Factor:
+    """The Cholesky factor that GPTQ reads its updates from (arXiv 2210.17323, section 3.3, step 3).
+
+    A matrix of too low a rank gets ten times the damping until it can be factored.
+    """
+    for attempt in range(8):
+        tried = damping * 10**attempt
+        lower, failed = torch.linalg.cholesky_ex(damped(h, tried))
+        if failed:
+            continue
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and torch.isfinite(upper).all():
+            return Factor(upper.float(), tried)
+    raise AssertionError("a positive diagonal of this size always factors")
+
+
+def row_errors(difference: Tensor, h: Tensor) -> Tensor:
+    """difference [N, K] of the weights -> d H d^T of every row [N], the squared error of its output."""
+    return ((difference @ h) * difference).sum(1)
