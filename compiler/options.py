@@ -23,8 +23,9 @@ class CompileOptions:
     zero points. embedding, head: formats of the two ends (a tied pair is one matrix). kv: type of the cache.
     max_len, max_slots, max_tokens: positions per slot, sequences, and rows of one forward that the artifact
     is planned for. text: file of held text for the gate; gate_tokens: how many of its tokens;
-    max_ppl_increase (0.02 or "2%") and max_kl (nats): what the gate lets pass. explain: keep the pass ledger
-    in the result; check_passes: run each pass's before and after.
+    max_ppl_increase (0.02 or "2%") and max_kl (nats): what the gate lets pass. rotate: turn the
+    residual stream by a Hadamard matrix, or refuse. explain: keep the pass ledger in the result;
+    check_passes: run each pass's before and after.
     """
 
     weights: str = "int4"
@@ -41,6 +42,7 @@ class CompileOptions:
     gate_tokens: int | None = None
     max_ppl_increase: float | None = None
     max_kl: float | None = None
+    rotate: bool = False
     explain: bool = False
     check_passes: bool = False
     force: bool = False
@@ -107,7 +109,7 @@ class CompileOptions:
                 isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 <= bound < math.inf
             ):
                 raise GristmillError(f"{name} is {bound!r}, expected a number from 0")
-        for name in ("asymmetric", "gate", "explain", "check_passes", "force"):
+        for name in ("asymmetric", "gate", "rotate", "explain", "check_passes", "force"):
             if not isinstance(getattr(self, name), bool):
                 raise GristmillError(f"{name} is {getattr(self, name)!r}, expected True or False")
 

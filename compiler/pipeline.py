@@ -25,6 +25,7 @@ from ..passes import (
     fuse_rope,
     last_rows,
     merge_linears,
+    rotate,
     static_kv,
 )
 from ..passes.graph import EXAMPLE_ROWS, Traced
@@ -132,13 +133,22 @@ def _scheme(options: CompileOptions, role: str, name: str) -> Scheme:
 
 def _run_passes(traced: Traced, options: CompileOptions) -> list[Entry]:
     evaluate = partial(_example_logits, vocabulary=_vocabulary(traced)) if options.check_passes else None
+    kind = getattr(traced.config, "model_type", "model")
     try:
-        return run_passes(traced, PASSES, evaluate)
+        ledger = run_passes(traced, (*PASSES, rotate) if options.rotate else PASSES, evaluate)
+        _refuse_unrotated(ledger, options, kind)
+        return ledger
     except IllegalGraph as error:
-        kind = getattr(traced.config, "model_type", "model")
         raise GristmillError(
             f"{kind}: cannot lower {error}; see the README for the families that compile"
         ) from None
+
+
+def _refuse_unrotated(ledger: list[Entry], options: CompileOptions, kind: str) -> None:
+    """Raises GristmillError where a rotation was asked for and the graph does not allow it exactly."""
+    if options.rotate and not ledger[-1].hits:
+        where, reason = ledger[-1].misses[0]
+        raise GristmillError(f"{kind}: cannot rotate the residual stream at {where}: {reason}; leave out rotate")
 
 
 def _vocabulary(traced: Traced) -> int:
@@ -184,6 +194,7 @@ def _manifest(
         "quantization": {
             "method": "rtn",
             "kv": options.kv_type,
+            "rotated": options.rotate,
             "schemes": schemes,
             "relative_error": errors,
         },

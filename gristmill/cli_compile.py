@@ -41,6 +41,10 @@ WEIGHTS = ("f32", "bf16", "f16", "int8", "int4")
     type=click.Choice(["f32", "f16", "int8"]),
     help="Type of the KV cache.  [default: f16, f32 with f32 weights]",
 )
+@click.option(
+    "--rotate", is_flag=True,
+    help="Turn the residual stream by a Hadamard matrix: exact, and weights with outliers quantize better.",
+)  # fmt: skip
 @click.option("--max-len", type=int, help="Positions per sequence.  [default: the model's, 4096 at most]")
 @click.option(
     "--max-slots", type=int, default=8, show_default=True, help="Sequences at once; load may change it."

@@ -34,11 +34,13 @@ class Entry:
     nodes: int
     seconds: float
     difference: float | None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         text = f"{self.name:<16} {self.hits:>5} rewrites {self.nodes:>6} nodes left {self.seconds:>7.2f} s"
         if self.difference is not None:
             text += f"  difference {self.difference:.1e}"
+        text += "".join(f"\n    {note}" for note in self.notes)
         for (where, reason), count in Counter(self.misses).items():
             text += f"\n    not at {where}: {reason}" + (f" ({count} times)" if count > 1 else "")
         return text
@@ -66,8 +68,11 @@ def run_passes(traced: Traced, passes: Sequence[ModuleType], evaluate: Evaluate 
             before = after
         done.append(name)
         ledger.append(
-            Entry(name, report.hits, tuple(report.misses), len(traced.graph.nodes), seconds, difference)
-        )
+            Entry(
+                name, report.hits, tuple(report.misses), len(traced.graph.nodes), seconds, difference,
+                tuple(report.notes),
+            )
+        )  # fmt: skip
         _check(traced, done, ledger[-1], final=module is passes[-1])
     return ledger
 

@@ -20,10 +20,11 @@ Pattern = Callable[..., Any]
 
 @dataclass
 class Report:
-    """What a pass did: rewrites, and the near misses with their reasons."""
+    """What a pass did: rewrites, the near misses with their reasons, and what else is worth knowing."""
 
     hits: int = 0
     misses: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def miss(self, node: fx.Node, reason: str) -> None:
         self.misses.append((place(node), reason))
