@@ -148,7 +148,9 @@ def _refuse_unrotated(ledger: list[Entry], options: CompileOptions, kind: str) -
     """Raises GristmillError where a rotation was asked for and the graph does not allow it exactly."""
     if options.rotate and not ledger[-1].hits:
         where, reason = ledger[-1].misses[0]
-        raise GristmillError(f"{kind}: cannot rotate the residual stream at {where}: {reason}; leave out rotate")
+        raise GristmillError(
+            f"{kind}: the residual stream cannot be rotated: {reason} ({where}); compile without rotate"
+        )
 
 
 def _vocabulary(traced: Traced) -> int:

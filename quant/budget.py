@@ -69,9 +69,7 @@ class Solution:
         return f"cost {self.cost:.4g}, {proof}, in {self.bits} of {self.budget} bits"
 
 
-def solve(
-    choices: Sequence[Sequence[Choice]], budget_bits: int, most_states: int = MOST_STATES
-) -> Solution:
+def solve(choices: Sequence[Sequence[Choice]], budget_bits: int, most_states: int = MOST_STATES) -> Solution:
     """The choice per matrix with the least sum of costs whose bits sum to at most ``budget_bits``.
 
     Among equal costs fewer bits win, then the order given: the same input gives the same result. Raises
@@ -256,7 +254,7 @@ def _trace_back(steps: Sequence[tuple[Array, Array]], last: int) -> list[int]:
 def table(
     names: Sequence[str], weights: Iterable[int], choices: Sequence[Sequence[Choice]], solution: Solution
 ) -> str:
-    """A line per matrix: its scheme, bits per weight and cost, and what the neighbouring choices would change.
+    """A line per matrix: scheme, bits per weight, cost, and what the neighbouring choices would change.
 
     weights: how many each matrix has. The last line sums up and says how good the solution is.
     """

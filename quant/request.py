@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from gristmill.quant.scheme import parse
+from gristmill.quant.scheme import Scheme, parse
 from gristmill.runtime.errors import GristmillError
 
 UNITS = {
@@ -47,6 +47,11 @@ def parse_bits(text: str | float) -> float:
     return bits
 
 
+def matrix_bits(scheme: Scheme, n: int, k: int) -> int:
+    """What a matrix [n, k] takes with its scales and zero points, as the average of bits counts it."""
+    return round(n * k * scheme.bits_per_weight(k))
+
+
 def budget_of_bits(bits_per_weight: float, weights: int) -> int:
     """All the bits that ``weights`` weights may take, scales included."""
     return math.floor(bits_per_weight * weights)
@@ -59,15 +64,15 @@ def budget_of_size(size_bytes: int, fixed_bytes: int) -> int:
     """
     if size_bytes <= fixed_bytes:
         raise GristmillError(
-            f"a size of {size_bytes} bytes leaves nothing for the weight matrices: the rest of the file takes "
-            f"{fixed_bytes} bytes; allow more"
+            f"a size of {size_bytes} bytes leaves nothing for the weight matrices: "
+            f"the rest of the file takes {fixed_bytes} bytes; allow more"
         )
     return 8 * (size_bytes - fixed_bytes)
 
 
 @dataclass(frozen=True)
 class Keep:
-    """Matrices whose role is ``pattern``, or whose stored name matches it, have ``scheme`` whatever else holds.
+    """Matrices whose role is ``pattern``, or whose stored name matches it, have ``scheme`` in any case.
 
     scheme: as `quant.scheme.parse` reads it; what it leaves unsaid (group size, zero points) stays open.
     """

@@ -7,11 +7,13 @@ from gristmill.quant.request import (
     budget_of_bits,
     budget_of_size,
     keep_scheme,
+    matrix_bits,
     parse_bits,
     parse_keep,
     parse_size,
     refuse_unmatched,
 )
+from gristmill.quant.scheme import parse
 from gristmill.runtime.errors import GristmillError
 
 ROLES = {
@@ -49,6 +51,12 @@ def test_a_size_beside_what_is_fixed():
     assert budget_of_size(1000, 900) == 800
     with pytest.raises(GristmillError, match="leaves nothing"):
         budget_of_size(900, 900)
+
+
+def test_bits_of_a_matrix():
+    assert matrix_bits(parse("int4-g64"), 10, 130) == 10 * (130 * 4 + 3 * 16)
+    assert matrix_bits(parse("int4-g64-asym"), 10, 130) == 10 * (130 * 4 + 3 * 20)
+    assert matrix_bits(parse("f16"), 3, 7) == 3 * 7 * 16
 
 
 def test_keeps():

@@ -1,5 +1,6 @@
 """rotate: the residual stream turned by a Hadamard matrix, with the same logits."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from gristmill.passes import fuse_epilogue, fuse_norm, last_rows, merge_linears, rotate
 from gristmill.passes.graph import Lazy, Traced, arguments, is_op, ours
+from gristmill.passes.hadamard import Rotation
 from gristmill.passes.rule import Report
 from gristmill.quant.scheme import Scheme
 from gristmill.quant.tensor import dequantize_tensor, quantize_tensor
@@ -42,7 +44,8 @@ class Stream(Rows):
             x = torch.tanh(x)
         normed = self.first(x)
         y = self.down(self.up(x if self.what == "read without norm" else normed).relu())
-        y = {"activated": torch.relu, "post-norm": self.first}.get(self.what, lambda y: y)(y)
+        if self.what in ("activated", "post-norm"):
+            y = y.relu() if self.what == "activated" else self.first(y)
         x = x + y
         if self.what == "norm read by tanh":
             x = x + self.down(self.up(torch.tanh(normed)))
@@ -79,14 +82,17 @@ def test_the_stream_itself_is_turned():
     old = graph.weights[arguments(only(graph, "gristmill.embedding.default"))["weight"].name].load()
     rotate.run(graph, Report())
     new = graph.weights[arguments(only(graph, "gristmill.embedding.default"))["weight"].name].load()
-    rotation = rotate.Rotation.of(WIDTH)
+    rotation = Rotation.of(WIDTH)
     assert rotation is not None
     torch.testing.assert_close(new.double(), rotation.rotate(old.double()), rtol=0, atol=1e-6)
     assert float((new - old).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("what, target, reason", [
-    ("layer norm", "layer_norm", "a layer norm subtracts the mean over columns, which a rotation does not keep"),
+    (
+        "layer norm", "layer_norm",
+        "a layer norm subtracts the mean over columns, which a rotation does not keep",
+    ),
     ("post-norm", "rms_norm", "a post-norm's weight stands between what is added and the stream"),
     ("activated", "linear", "what a linear adds to the stream passes an activation first"),
     ("norm read by tanh", "tanh", "a norm of the stream is read by something else than a linear"),
@@ -106,7 +112,7 @@ def test_near_misses_stay(what, target, reason):
 
 def test_a_width_without_hadamard_matrix(monkeypatch):
     graph = prepared(Stream())
-    monkeypatch.setattr(rotate.Rotation, "of", lambda width: None)
+    monkeypatch.setattr(Rotation, "of", lambda width: None)
     report = apply(rotate, graph)
     assert [why for _, why in report.misses] == [
         "no Hadamard matrix fits 24 columns; expected a multiple of four"
@@ -232,4 +238,4 @@ def _round(graph: Traced) -> None:
     for name, lazy in graph.weights.items():
         if len(lazy.shape) == 2:
             rounded = dequantize_tensor(quantize_tensor(name, lazy.load(), Scheme("int4", 32)))
-            graph.weights[name] = Lazy(lazy.shape, lazy.names, lambda w=rounded: torch.from_numpy(w))
+            graph.weights[name] = Lazy(lazy.shape, lazy.names, partial(torch.from_numpy, rounded))
