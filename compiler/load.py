@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import GristmillError
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, file_hash
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "pytorch_model*.bin"]
 
@@ -22,6 +23,11 @@ class Source:
     directory: Path
     config: Any
     checkpoint: Checkpoint
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """sha256 of the config and of every weight file, by name."""
+        return {"config.json": file_hash(self.directory / "config.json"), **self.checkpoint.hashes()}
 
 
 def load_source(model: str) -> Source:

@@ -36,24 +36,38 @@ class Matrix:
 
 @dataclass
 class Lowered:
-    """``matrices`` and ``vectors`` (float32) are what the program refers to, in the order of first need."""
+    """``matrices`` and ``vectors`` (float32) are what the program refers to, in the order of first need.
+
+    ``placeholders``: name of a matrix's placeholder in the graph → its stored name; ``roles``: stored name →
+    "embedding", "head" or "linear".
+    """
 
     program: Program
     matrices: dict[str, Matrix] = field(default_factory=dict)
     vectors: dict[str, Lazy] = field(default_factory=dict)
+    placeholders: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
 
 
 # role ("embedding", "head", "linear") and the name that the matrix is stored under → scheme
 Assign = Callable[[str, str], Scheme]
 
 
-def lower(traced: Traced, assign: Assign, kv_type: str, limits: Limits) -> Lowered:
-    """Walk the graph once. ``kv_type``: f32, f16 or int8 for every cache."""
-    return _Lowering(traced, assign, kv_type, limits).run()
+def lower(
+    traced: Traced, assign: Assign, kv_type: str, limits: Limits, float_activations: bool = False
+) -> Lowered:
+    """Walk the graph once. ``kv_type``: f32, f16 or int8 for every cache.
+
+    ``float_activations``: integer weights are multiplied by f32 activations, not by int8 ones.
+    """
+    return _Lowering(traced, assign, kv_type, limits, float_activations).run()
 
 
 class _Lowering:
-    def __init__(self, traced: Traced, assign: Assign, kv_type: str, limits: Limits) -> None:
+    def __init__(
+        self, traced: Traced, assign: Assign, kv_type: str, limits: Limits, float_activations: bool
+    ) -> None:
+        self.float_activations = float_activations
         self.traced = traced
         self.assign = assign
         self.kv_type = kv_type
@@ -88,15 +102,19 @@ class _Lowering:
         views: dict[str, Any],
         vectors: dict[str, Any],
         weight: str | None = None,
+        part: View | None = None,
+        column: int = 0,
         **attributes: Any,
     ) -> None:
-        """Append an instruction whose result is ``node``."""
+        """Append an instruction whose result is ``node``, or ``part`` of its columns from ``column`` on."""
         named = {k: v if isinstance(v, list) else self.views[v] for k, v in views.items() if v is not None}
-        rows = self._rows(named, op)
-        out = self._output(node, rows)
+        if part is not None and "residual" in named:
+            whole = named["residual"]
+            named["residual"] = View(whole.value, whole.column + column, part.width)
+        out = part or self._output(node, self._rows(named, op))
         held = {k: self.vector(v) for k, v in vectors.items() if v is not None}
         self.program.instructions.append(Instruction(op, out, named, held, attributes, weight))
-        self.views[node] = out
+        self.views[node] = self.views[node] if part else out
 
     def _rows(self, views: dict[str, Any], op: str) -> str:
         if op == "gather_rows":
@@ -138,6 +156,8 @@ class _Lowering:
             self.names[node.name] = name
             scheme = self.assign(self.roles[node], name).normalize(lazy.shape[1])
             self.result.matrices[name] = Matrix(name, lazy, scheme)
+            self.result.placeholders[node.name] = name
+            self.result.roles[name] = self.roles[node]
         made = self.result.matrices[self.names[node.name]]
         n, k = lazy.shape
         return Segment(made.name, made.scheme.format, n, k, made.scheme.group_size, made.scheme.symmetric)
@@ -202,13 +222,41 @@ def _norm(op: str) -> Callable[[_Lowering, fx.Node, dict[str, Any]], None]:
 
 def _linear(low: _Lowering, node: fx.Node, a: dict[str, Any]) -> None:
     segments = [low.matrix(w) for w in a["weights"]]
+    pieces = _pieces(low, segments)
+    if len(pieces) == 1:
+        return _emit_linear(low, node, a, segments, a["biases"])
+    if a["glu"]:
+        raise GristmillError(
+            f"{_joined([s.name for s in segments])} is a gated pair of a float and an integer matrix, which "
+            "cannot be one linear; keep both or neither"
+        )
+    out, column = low._output(node, low._rows({"in": low.views[a["x"]]}, "linear")), 0
+    low.views[node] = out
+    for first, stop in pieces:
+        width = sum(s.n for s in segments[first:stop])
+        part = View(out.value, out.column + column, width)
+        _emit_linear(low, node, a, segments[first:stop], a["biases"][first:stop], part, column)
+        column += width
+
+
+def _pieces(low: _Lowering, segments: list[Segment]) -> list[tuple[int, int]]:
+    """Runs of neighbouring segments that are all integer or all float: one linear cannot mix the two."""
+    kinds = [low.result.matrices[s.name].scheme.is_integer for s in segments]
+    starts = [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
+    return list(zip(starts, [*starts[1:], len(kinds)], strict=True))
+
+
+def _emit_linear(
+    low: _Lowering, node: fx.Node, a: dict[str, Any], segments: list[Segment], biases: list[Any],
+    out: View | None = None, column: int = 0,
+) -> None:  # fmt: skip
+    """One instruction; ``out``: the columns of the node's value that it computes, from ``column`` on."""
     schemes = [low.result.matrices[s.name].scheme for s in segments]
-    group = activation_group(schemes, segments[0].k)
-    bias = _bias(low, a["biases"], segments)
+    group = 0 if low.float_activations else activation_group(schemes, segments[0].k)
     low.emit(
-        node, "linear", {"in": a["x"], "residual": a["residual"]}, {"bias": bias}, low.weight_list(segments),
-        activation=a["activation"], glu=a["glu"], scale=float(a["scale"]), softcap=float(a["softcap"]),
-        act_group=group,
+        node, "linear", {"in": a["x"], "residual": a["residual"]}, {"bias": _bias(low, biases, segments)},
+        low.weight_list(segments), out, column, activation=a["activation"], glu=a["glu"],
+        scale=float(a["scale"]), softcap=float(a["softcap"]), act_group=group,
     )  # fmt: skip
 
 

@@ -12,6 +12,16 @@ from gristmill.runtime.errors import GristmillError
 FLOAT_WEIGHTS = ("f32", "bf16", "f16")
 WEIGHTS = (*FLOAT_WEIGHTS, "int8", "int4")
 GROUP_SIZES = (32, 64, 128)
+METHOD_NAMES = ("rtn", "rtn+search", "gptq", "awq", "awq+gptq")
+CALIBRATION = (
+    "calibration",
+    "samples",
+    "sample_length",
+    "resume",
+    "act_order",
+    "damping",
+    "asymmetric_error",
+)
 KV_TYPES = ("f32", "f16", "int8")
 
 
@@ -24,7 +34,16 @@ class CompileOptions:
     max_len, max_slots, max_tokens: positions per slot, sequences, and rows of one forward that the artifact
     is planned for. text: file of held text for the gate; gate_tokens: how many of its tokens;
     max_ppl_increase (0.02 or "2%") and max_kl (nats): what the gate lets pass. rotate: turn the
-    residual stream by a Hadamard matrix, or refuse. explain: keep the pass ledger in the result;
+    residual stream by a Hadamard matrix, or refuse.
+
+    method: how integers are chosen, see quant.methods. calibration: a text file, a JSONL file or a hub data
+    set, None for Python's own library; samples, sample_length: how much of it, in tokens. resume: go on with
+    a calibration that was killed. act_order, damping, asymmetric_error: of GPTQ. bits: average stored bits
+    per weight; size: of the weights file, such as "400MB"; either lets every linear have its own width.
+    keep: formats by pattern, such as "f16:head". activations: what integer weights are multiplied by, int8
+    or f32.
+
+    explain: keep the pass ledger in the result;
     check_passes: run each pass's before and after.
     """
 
@@ -43,6 +62,18 @@ class CompileOptions:
     max_ppl_increase: float | None = None
     max_kl: float | None = None
     rotate: bool = False
+    method: str = "rtn"
+    calibration: str | None = None
+    samples: int = 64
+    sample_length: int = 512
+    resume: bool = False
+    act_order: bool = True
+    damping: float = 0.01
+    asymmetric_error: bool = False
+    bits: float | None = None
+    size: str | None = None
+    keep: tuple[str, ...] = ()
+    activations: str = "int8"
     explain: bool = False
     check_passes: bool = False
     force: bool = False
@@ -51,14 +82,18 @@ class CompileOptions:
     def of(**values: Any) -> CompileOptions:
         """Options from keywords. Raises GristmillError that says which one does not fit and what does."""
         refuse_unknown(values, [field.name for field in fields(CompileOptions)], "compile")
-        if values.get("text") is not None:
-            values["text"] = str(values["text"])
+        for name in ("text", "calibration"):
+            if values.get(name) is not None:
+                values[name] = str(values[name])
+        if "keep" in values:
+            values["keep"] = (values["keep"],) if isinstance(values["keep"], str) else tuple(values["keep"])
         if isinstance(values.get("max_ppl_increase"), str):
             values["max_ppl_increase"] = parse_percent(values["max_ppl_increase"])
         options = CompileOptions(**values)
         options._check_formats()
         options._check_numbers()
         options._check_gate()
+        options._check_calibration()
         return options
 
     @property
@@ -109,7 +144,11 @@ class CompileOptions:
                 isinstance(bound, bool) or not isinstance(bound, (int, float)) or not 0 <= bound < math.inf
             ):
                 raise GristmillError(f"{name} is {bound!r}, expected a number from 0")
-        for name in ("asymmetric", "gate", "rotate", "explain", "check_passes", "force"):
+        flags = (
+            "asymmetric", "gate", "rotate", "resume", "act_order", "asymmetric_error", "explain",
+            "check_passes", "force",
+        )  # fmt: skip
+        for name in flags:
             if not isinstance(getattr(self, name), bool):
                 raise GristmillError(f"{name} is {getattr(self, name)!r}, expected True or False")
 
@@ -121,6 +160,37 @@ class CompileOptions:
         ]
         if asked and not self.gate:
             raise GristmillError(f"{asked[0]} is for the gate, which is off; leave out one of the two")
+
+    def _check_calibration(self) -> None:
+        _one_of("method", self.method, METHOD_NAMES)
+        _one_of("activations", self.activations, ("int8", "f32"))
+        _count("samples", self.samples, 1)
+        _count("sample_length", self.sample_length, 16)
+        if (
+            isinstance(self.damping, bool)
+            or not isinstance(self.damping, (int, float))
+            or not 0 < self.damping <= 1
+        ):
+            raise GristmillError(f"damping is {self.damping!r}, expected a number above 0, at most 1")
+        if self.bits is not None and self.size is not None:
+            raise GristmillError("bits and size are two ways to give one budget; leave out one of them")
+        asked = [f.name for f in fields(self) if f.name in CALIBRATION and getattr(self, f.name) != f.default]
+        if asked and self.method == "rtn" and not (self.bits or self.size):
+            raise GristmillError(
+                f"{asked[0]} is for calibrated methods; add method gptq (or awq, awq+gptq ...)"
+            )
+        if self.method not in ("gptq", "awq+gptq"):
+            own = [n for n in asked if n in ("act_order", "damping", "asymmetric_error")]
+            if own:
+                raise GristmillError(f"{own[0]} is for method gptq or awq+gptq, got {self.method}")
+
+    def for_quantization(self) -> dict[str, Any]:
+        """The options that the quantized weights depend on."""
+        names = (
+            "weights", "group_size", "asymmetric", "embedding", "head", "max_len", "rotate", "method",
+            "act_order", "damping", "asymmetric_error", "bits", "size", "keep",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
 
 
 def parse_percent(text: str) -> float:

@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from ..passes import (
 )
 from ..passes.graph import EXAMPLE_ROWS, Traced
 from ..passes.manager import Entry, IllegalGraph, run_passes
-from ..quant.scheme import Scheme
 from ..runtime import selftest
 from ..runtime.artifact_writer import ArtifactWriter
 from ..runtime.errors import GristmillError
@@ -39,12 +38,12 @@ from ..runtime.program import Limits
 from ..runtime.session import Session
 from ..runtime.session import load as load_session
 from . import gate, interpret
-from .checkpoint import file_hash
 from .emit import write_weights
 from .load import Source, load_source
-from .lower import Lowered, lower
+from .lower import Lowered
 from .memory import plan_arena
 from .options import CompileOptions
+from .quantize import Note, Quantized, quantize
 from .tokenizer_files import tokenizer_files
 from .trace import trace
 
@@ -72,13 +71,19 @@ class CompileResult:
 
 
 def compile_model(
-    model: str, out: str, options: CompileOptions, progress: Progress | None = None
+    model: str,
+    out: str,
+    options: CompileOptions,
+    progress: Progress | None = None,
+    note: Note | None = None,
 ) -> CompileResult:
     """Compile ``model`` (directory or hub name) to the artifact directory ``out``.
 
-    ``progress(stage, fraction)`` is called on the way. Raises GristmillError, leaving nothing behind.
+    ``progress(stage, fraction)`` is called on the way, ``note(line)`` with what is worth telling at once.
+    Raises GristmillError, leaving nothing behind but a calibration that can be resumed.
     """
     report = progress or (lambda stage, fraction: None)
+    tell = note or (lambda line: None)
     start = time.perf_counter()
     with ArtifactWriter(out, options.force) as writer:
         report("load", 0.0)
@@ -90,14 +95,15 @@ def compile_model(
         limits = _narrow(limits, traced)
         report("passes", 0.0)
         ledger = _run_passes(traced, options)
-        lowered = lower(traced, partial(_scheme, options), options.kv_type, limits)
-        plan_arena(lowered.program)
-        errors = _write(writer, lowered, tokenizer, source, report)
-        manifest = _manifest(writer, lowered, source, options, errors)
+        made = quantize(traced, source, options, limits, tokenizer, writer.out, tool_versions(), report, tell)
+        plan_arena(made.lowered.program)
+        errors = _write(writer, made.lowered, tokenizer, source, report)
+        manifest = _manifest(made, source, options, errors)
         accepted = _accept(writer, manifest, traced, source, options, report)
         path = writer.commit(manifest)
+        made.clear()
         size = writer.size_bytes
-    summary = _summary(lowered, manifest, size, accepted, ledger, time.perf_counter() - start)
+    summary = _summary(made, manifest, size, accepted, ledger, time.perf_counter() - start)
     return CompileResult(path, summary)
 
 
@@ -119,16 +125,6 @@ def _narrow(limits: Limits, traced: Traced) -> Limits:
 
 def _first_of(config: Any, *names: str) -> int | None:
     return next((int(v) for n in names if isinstance(v := getattr(config, n, None), int)), None)
-
-
-def _scheme(options: CompileOptions, role: str, name: str) -> Scheme:
-    """The number format of a matrix by its role; int8 embeddings and heads have one scale per row."""
-    name = {"embedding": options.embedding_format, "head": options.head_format, "linear": options.weights}[
-        role
-    ]
-    integer = name in ("int8", "int4")
-    group = options.group if integer and (role == "linear" or name == "int4") else 0
-    return Scheme(name, group, symmetric=not (integer and options.asymmetric and role == "linear"))
 
 
 def _run_passes(traced: Traced, options: CompileOptions) -> list[Entry]:
@@ -182,26 +178,29 @@ def _write(
 
 
 def _manifest(
-    writer: ArtifactWriter,
-    lowered: Lowered,
-    source: Source,
-    options: CompileOptions,
-    errors: dict[str, float],
+    made: Quantized, source: Source, options: CompileOptions, errors: dict[str, float]
 ) -> dict[str, Any]:
-    hashes = {"config.json": file_hash(source.directory / "config.json"), **source.checkpoint.hashes()}
-    schemes = {name: str(matrix.scheme) for name, matrix in lowered.matrices.items()}
-    return {
-        "source": {"name": source.name, "model_type": source.config.model_type, "sha256": hashes},
-        "tools": tool_versions(),
-        "quantization": {
-            "method": "rtn",
-            "kv": options.kv_type,
-            "rotated": options.rotate,
-            "schemes": schemes,
-            "relative_error": errors,
-        },
-        "bits_per_weight": bits_per_weight(lowered),
+    """Seconds stand apart from the quantization record, which is a part of the content id."""
+    matrices = {n: {k: v for k, v in r.items() if k != "seconds"} for n, r in made.records.items()}
+    quantization = {
+        "method": made.method,
+        "kv": options.kv_type,
+        "rotated": options.rotate,
+        "activations": options.activations,
+        "schemes": {name: str(matrix.scheme) for name, matrix in made.lowered.matrices.items()},
+        "relative_error": errors,
     }
+    if made.calibration is not None:
+        quantization |= {"calibration": made.calibration, "matrices": matrices}
+    manifest = {
+        "source": {"name": source.name, "model_type": source.config.model_type, "sha256": source.hashes},
+        "tools": tool_versions(),
+        "quantization": quantization,
+        "bits_per_weight": bits_per_weight(made.lowered),
+    }
+    if made.records:
+        manifest["calibration_seconds"] = {name: record["seconds"] for name, record in made.records.items()}
+    return manifest
 
 
 def tool_versions() -> dict[str, str]:
@@ -264,12 +263,15 @@ def _command(source: Source, options: CompileOptions) -> str:
     """The command line that makes and measures this artifact again."""
     words = ["gristmill", "compile", source.name, "-o", "OUT"]
     for option in fields(options):
-        value = getattr(options, option.name)
-        if value not in (option.default, False) and option.name not in ("force", "explain", "check_passes"):
-            name = f"--{option.name.replace('_', '-')}"
-            words += (
-                [name] if value is True else [name, str(Path(value).name if option.name == "text" else value)]
-            )
+        value, flag = getattr(options, option.name), option.name.replace("_", "-")
+        if value == option.default or option.name in ("force", "resume", "explain", "check_passes"):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, tuple):
+            words += [word for item in value for word in (f"--{flag}", item)]
+        else:
+            words += [f"--{flag}", Path(value).name if option.name in ("text", "calibration") else str(value)]
     return shlex.join(words)
 
 
@@ -287,7 +289,7 @@ def float_reference(traced: Traced, windows: Sequence[Sequence[int]]) -> Iterato
 
 
 def _summary(
-    lowered: Lowered, manifest: dict[str, Any], size: int, accepted: tuple[gate.Evaluation, list[str]] | None,
+    made: Quantized, manifest: dict[str, Any], size: int, accepted: tuple[gate.Evaluation, list[str]] | None,
     ledger: list[Entry], seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
     return {
@@ -295,7 +297,9 @@ def _summary(
         "size_bytes": size,
         "compile_s": round(seconds, 2),
         "peak_memory_bytes": peak_memory_bytes(),
-        "instructions": len(lowered.program.instructions),
+        "instructions": len(made.lowered.program.instructions),
+        "estimate": asdict(made.estimate) if made.estimate else None,
+        "budget": made.budget,
         "evaluation": accepted[0].to_json() if accepted else None,
         "gate": accepted[0].lines() + accepted[1] if accepted else [],
         "ledger": "\n".join(map(str, ledger)),

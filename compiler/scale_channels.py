@@ -130,7 +130,9 @@ def _rows_of(traced: Traced, linear: fx.Node, start: int, stop: int) -> list[tup
         n = traced.weights[weight.name].shape[0]
         first, end = max(start, offset), min(stop, offset + n)
         if first < end:
-            parts += [(p, first - offset, end - offset, first - start) for p in (weight, bias) if p is not None]
+            parts += [
+                (p, first - offset, end - offset, first - start) for p in (weight, bias) if p is not None
+            ]
         offset += n
     return parts
 
@@ -181,11 +183,13 @@ def _mean_magnitude(values: list[Tensor]) -> Tensor:
 
 
 def apply(traced: Traced, factors: Mapping[str, Tensor]) -> None:
-    """Multiply weights by factors, when they are loaded. The graph and what was lowered from it share them."""
+    """Multiply weights by factors when they are loaded, in the graph and in what was lowered from it."""
     for key, factor in factors.items():
         name, _, side = key.rpartition(".")
         lazy = traced.weights[name]
-        lazy.load = _scaled(lazy.load, factor if side == "columns" or len(lazy.shape) == 1 else factor[:, None])
+        lazy.load = _scaled(
+            lazy.load, factor if side == "columns" or len(lazy.shape) == 1 else factor[:, None]
+        )
 
 
 def _scaled(load: Callable[[], Tensor], factor: Tensor) -> Callable[[], Tensor]:

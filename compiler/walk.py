@@ -86,7 +86,9 @@ class Walk:
 
     def state(self) -> dict[str, Tensor]:
         """The values alive at a boundary, by a name that `restore` knows."""
-        return {f"{node.name}.{i}": part for node, parts in self.values.items() for i, part in enumerate(parts)}
+        return {
+            f"{node.name}.{i}": part for node, parts in self.values.items() for i, part in enumerate(parts)
+        }
 
     def restore(self, at: int, state: Mapping[str, Tensor]) -> None:
         """Continue before node number ``at`` with the values of `state`."""

@@ -40,7 +40,7 @@ def compile(model: str | PathLike[str], out: str | PathLike[str], **options: Any
     from gristmill.compiler.options import CompileOptions
     from gristmill.runtime.errors import GristmillError
 
-    progress = options.pop("progress", None)
+    progress, note = options.pop("progress", None), options.pop("note", None)
     chosen = CompileOptions.of(**options)
     try:
         from gristmill.compiler.pipeline import compile_model
@@ -50,7 +50,7 @@ def compile(model: str | PathLike[str], out: str | PathLike[str], **options: Any
         raise GristmillError(
             f"compiling needs {error.name}; install it with `pip install 'gristmill[compile]'`"
         ) from error
-    return compile_model(str(model), str(out), chosen, progress=progress)
+    return compile_model(str(model), str(out), chosen, progress=progress, note=note)
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from gristmill.cli_output import Rows, echo_json, progress_bar, show_table
+from gristmill.cli_output import Rows, echo_json, note, progress_bar, show_table
+from gristmill.compiler.options import METHOD_NAMES
 
 WEIGHTS = ("f32", "bf16", "f16", "int8", "int4")
 
@@ -61,6 +62,37 @@ WEIGHTS = ("f32", "bf16", "f16", "int8", "int4")
     "--max-kl", type=float, help="Refuse the artifact if the KL divergence (nats per token) is larger."
 )
 @click.option("--no-gate", is_flag=True, help="Do not measure the artifact against the float model.")
+@click.option(
+    "--method",
+    type=click.Choice(METHOD_NAMES),
+    default="rtn",
+    show_default=True,
+    help="How integers are chosen; all but rtn look at calibration text.",
+)
+@click.option(
+    "--calibration", metavar="TEXT",
+    help="Text file, JSONL file (text or messages) or hub data set.  [default: Python's own library]",
+)  # fmt: skip
+@click.option("--samples", type=int, default=64, show_default=True, help="Calibration samples.")
+@click.option("--sample-length", type=int, default=512, show_default=True, help="Tokens of each.")
+@click.option("--resume", is_flag=True, help="Go on with a calibration to the same place that was killed.")
+@click.option(
+    "--act-order/--no-act-order", default=True, help="GPTQ: the most active inputs first.  [default: on]"
+)
+@click.option(
+    "--damping", type=float, default=0.01, show_default=True, help="GPTQ: share of H's diagonal added."
+)
+@click.option("--asymmetric-error", is_flag=True, help="GPTQ: aim at the float model's outputs (GPTAQ).")
+@click.option("--bits", type=float, help="Average stored bits per weight; every linear gets its own width.")
+@click.option("--size", metavar="SIZE", help="The same for the weights file, such as 400MB.")
+@click.option(
+    "--keep", multiple=True, metavar="FORMAT:PATTERN",
+    help="Format of matrices by name or role: f16:head, int8:*.down_proj; may be given several times.",
+)  # fmt: skip
+@click.option(
+    "--activations", type=click.Choice(["int8", "f32"]), default="int8", show_default=True,
+    help="What integer weights are multiplied by.",
+)  # fmt: skip
 @click.option("--explain", is_flag=True, help="Print what each graph pass did, and what it left and why.")
 @click.option(
     "--check-passes", is_flag=True, help="Run the graph before and after each pass and compare (slow)."
@@ -75,6 +107,8 @@ def compile_command(
     \b
     gristmill compile examples/py7m -o py7m.grist
     gristmill compile Qwen/Qwen3-0.6B -o qwen.grist --group-size 32 --asymmetric --kv int8
+    gristmill compile model/ -o model.grist --method awq+gptq --calibration corpus.txt
+    gristmill compile model/ -o model.grist --method gptq --bits 3.5 --keep f16:head
     gristmill compile model/ -o model.grist --text held_out.txt --max-ppl-increase 2%
     """
     import gristmill
@@ -82,13 +116,15 @@ def compile_command(
     size = int(group_size) if group_size not in (None, "row") else group_size
     with progress_bar() as progress:
         result = gristmill.compile(
-            model, out, group_size=size, gate=not no_gate, progress=progress, **options
+            model, out, group_size=size, gate=not no_gate, progress=progress, note=note, **options
         )
     if as_json:
         echo_json({"path": str(result.path), **result.summary})
         return
     if options["explain"] and result.summary.get("ledger"):
         click.echo(result.summary["ledger"])
+    if result.summary.get("budget"):
+        click.echo(result.summary["budget"], err=True)
     show_table(summary_rows(str(result.path), result.summary), stderr=True)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gristmill.quant.grid import Grid, nearest
-from gristmill.quant.hessian import damped, inverse_factor
+from gristmill.quant.hessian import inverse_factor
 
 DAMPING = 0.01
 BLOCK_COLUMNS = 128
@@ -33,10 +33,10 @@ class Plan:
 
     @staticmethod
     def of(h: Tensor, act_order: bool = True, damping: float = DAMPING) -> Plan:
-        """h: H [K, K] f64; damping: share of its mean diagonal added to it, more where it cannot be factored."""
+        """h: H [K, K] f64; damping: share of its mean diagonal added to it, more where it has to be."""
         natural = torch.arange(len(h))
         order = torch.argsort(h.diagonal(), descending=True, stable=True) if act_order else natural
-        factor = inverse_factor(h[order][:, order], damping)
+        factor = inverse_factor(h, order, damping)
         return Plan(order, factor.upper, factor.damping)
 
 
@@ -70,12 +70,11 @@ def _round_block(
     return errors
 
 
-def asymmetric_target(w: Tensor, h: Tensor, cross: Tensor, damping: float = DAMPING) -> Tensor:
-    """The weights whose output over the quantized model's inputs is nearest to W over the float model's.
+def asymmetric_shift(h: Tensor, cross: Tensor) -> Tensor:
+    """S [K, K] f32: W + W S over the quantized model's inputs X comes nearest to W over the float model's.
 
-    GPTAQ (arXiv 2504.02692) minimizes |W X_float - Q X|^2, eq. 4. With X_float = X + D that is, but for a
+    GPTAQ (arXiv 2504.02692, eq. 4) minimizes |W X_float - Q X|^2. With X_float = X + D that is, but for a
     constant, |(W' - Q) X|^2 for W' = W + W (D X^T) (X X^T)^-1: plain GPTQ on other weights. The paper spreads
-    the same term over its column steps. h, cross: mean(X X^T), mean(D X^T) [K, K] f64.
+    the same term over its column steps. h, cross: mean(X X^T), damped, and mean(D X^T) [K, K] f64.
     """
-    lower = torch.linalg.cholesky(damped(h, damping))
-    return w + (w.double() @ torch.cholesky_solve(cross.T, lower).T).float()
+    return torch.cholesky_solve(cross.T, torch.linalg.cholesky(h)).T.float()

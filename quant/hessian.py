@@ -22,30 +22,27 @@ class Moments:
 
     def __init__(self, k: int, cross: bool = False) -> None:
         self.rows = 0
-        self.magnitude = torch.zeros(k, dtype=torch.float64)
         self._sum = torch.zeros(k, k, dtype=torch.float64)
         self._cross = torch.zeros(k, k, dtype=torch.float64) if cross else None
 
     def add(self, x: Tensor, x_float: Tensor | None = None) -> None:
         """Rows x [T, K] f32; x_float: the same rows in the model that nothing was quantized in."""
         self.rows += len(x)
-        self.magnitude += x.abs().sum(0, dtype=torch.float64)
         self._sum += x.T @ x
         if self._cross is not None:
             assert x_float is not None, "the cross moments need the float model's rows"
             self._cross += (x_float - x).T @ x
 
     def hessian(self) -> Tensor:
-        """H [K, K] f64."""
-        return self._sum / max(self.rows, 1)
+        """H [K, K] f64. The sums become it, in place: nothing can be added afterwards."""
+        count, self.rows = max(self.rows, 1), 0
+        if self._cross is not None:
+            self._cross /= count
+        return self._sum.div_(count)
 
     def cross(self) -> Tensor | None:
-        """mean((x_float - x) x^T) [K, K] f64, or None."""
-        return None if self._cross is None else self._cross / max(self.rows, 1)
-
-    def mean_magnitude(self) -> Tensor:
-        """mean(|x|) [K] f64."""
-        return self.magnitude / max(self.rows, 1)
+        """After `hessian`: mean((x_float - x) x^T) [K, K] f64, or None."""
+        return self._cross
 
 
 @dataclass(frozen=True)
@@ -61,26 +58,29 @@ def dead_columns(h: Tensor) -> Tensor:
     return h.diagonal() <= 0
 
 
-def damped(h: Tensor, damping: float) -> Tensor:
-    """H + damping * mean(diag H) I, and 1 on the diagonal of a dead column, which then rounds to nearest."""
-    mean = h.diagonal().mean()
-    out = h.clone()
-    out.diagonal().add_(damping * mean)
-    out.diagonal()[dead_columns(h)] = mean if mean > 0 else 1.0
-    return out
+def damp(h: Tensor, damping: float) -> Tensor:
+    """H + damping * mean(diag H) I in place, the mean on the diagonal of dead columns, which then round to
+    nearest."""
+    mean, dead = h.diagonal().mean(), dead_columns(h)
+    h.diagonal().add_(damping * mean)
+    h.diagonal()[dead] = mean if mean > 0 else 1.0
+    return h
 
 
-def inverse_factor(h: Tensor, damping: float) -> Factor:
-    """The Cholesky factor that GPTQ reads its updates from (arXiv 2210.17323, section 3.3, step 3).
+def inverse_factor(h: Tensor, order: Tensor, damping: float) -> Factor:
+    """The Cholesky factor that GPTQ reads its updates from (arXiv 2210.17323, section 3.3, step 3), of H with
+    its columns in ``order``.
 
     A matrix of too low a rank gets ten times the damping until it can be factored.
     """
     for attempt in range(8):
         tried = damping * 10**attempt
-        lower, failed = torch.linalg.cholesky_ex(damped(h, tried))
+        lower, failed = torch.linalg.cholesky_ex(damp(h[order][:, order], tried))
         if failed:
             continue
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        inverse = torch.cholesky_inverse(lower)
+        del lower  # matrices of K^2 f64 are what bounds the memory of a calibration
+        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
         if not failed and torch.isfinite(upper).all():
             return Factor(upper.float(), tried)
     raise AssertionError("a positive diagonal of this size always factors")

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gristmill.quant.gptq import DAMPING, Plan, asymmetric_target, gptq
-from gristmill.quant.grid import Grid, rounding_grid, scale_type
-from gristmill.quant.hessian import Moments, damped, row_errors
+from gristmill.quant.gptq import DAMPING, Plan, asymmetric_shift, gptq
+from gristmill.quant.hessian import Moments, damp, dead_columns, row_errors
 from gristmill.quant.refine import refine
 from gristmill.quant.rtn import Quantized
 from gristmill.quant.scheme import Scheme
 from gristmill.quant.search import search_grid
 
-CHUNK_WEIGHTS = 1 << 23  # weights quantized together: 32 MiB of f32, some ten times that at work
+CHUNK_WEIGHTS = 3 << 22  # weights quantized together: 48 MiB of f32, some ten times that at work
 
 
 @dataclass(frozen=True)
@@ -48,65 +48,70 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Input:
-    """What the matrices that share one input share: H [K, K] f64, and GPTQ's plan for it."""
+    """What the matrices that share one input share.
+
+    h: damped H [K, K] f32; plan: GPTQ's, for methods that have it; shift: [K, K] f32, W shift is what GPTAQ
+    adds to the weights; dead: number of inputs that never were anything but 0; damping: what H took.
+    """
 
     h: Tensor
-    cross: Tensor | None
     plan: Plan | None
+    shift: Tensor | None
+    dead: int
+    damping: float
 
     @staticmethod
     def of(moments: Moments, method: Method, act_order: bool = True, damping: float = DAMPING) -> Input:
+        """Uses up the moments."""
         h = moments.hessian()
+        dead = int(dead_columns(h).sum())
         plan = Plan.of(h, act_order, damping) if method.gptq else None
-        return Input(damped(h, damping), moments.cross(), plan)
+        damp(h, damping)
+        cross = moments.cross()
+        shift = None if cross is None else asymmetric_shift(h, cross)
+        return Input(h.float(), plan, shift, dead, plan.damping if plan else damping)
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A quantized matrix, and its squared output error over that of rounding to nearest, both relative to
-    the squared output itself."""
+    """Quantized rows, and their squared output errors: [N] f64 each, of rounding to nearest, of this method,
+    and of leaving the weights out, which is the size of the output."""
 
     quantized: Quantized
-    error_rtn: float
-    error: float
+    rtn: Tensor
+    error: Tensor
+    energy: Tensor
 
 
-def quantize_calibrated(w: Tensor, shared: Input, scheme: Scheme, method: Method) -> Calibrated:
+def quantize_calibrated(
+    w: Tensor, shared: Input, scheme: Scheme, scale_dtype: type, method: Method
+) -> Calibrated:
     """Quantize w [N, K] f32 by a calibrated method. Deterministic; rows do not see each other."""
     scheme = scheme.normalize(w.shape[1])
-    scale_dtype = scale_type(w, scheme)
     rows = max(1, CHUNK_WEIGHTS // w.shape[1])
-    target = w if shared.cross is None else asymmetric_target(w, shared.h, shared.cross)
-    h = shared.h.float()
-    parts, sums = [], torch.zeros(3, dtype=torch.float64)
-    for n in range(0, len(w), rows):
-        part = target[n : n + rows]
-        grid, q = _quantize_rows(part, shared, scheme, scale_dtype, method)
-        parts.append(grid.quantized(q))
-        plain = rounding_grid(part, scheme, scale_dtype)
-        for i, difference in enumerate((part, part - plain.values(plain.nearest(part)), part - grid.values(q))):
-            sums[i] += row_errors(difference, h).sum(dtype=torch.float64)
-    energy, before, after = (float(s) for s in sums)
-    tiny = torch.finfo(torch.float64).tiny
-    return Calibrated(joined(parts), before / max(energy, tiny), after / max(energy, tiny))
+    chunks = (w[n : n + rows] for n in range(0, len(w), rows))
+    parts = [_quantize_rows(chunk, shared, scheme, scale_dtype, method) for chunk in chunks]
+    rtn, error, energy = (torch.cat([getattr(p, name) for p in parts]) for name in ("rtn", "error", "energy"))
+    return Calibrated(_joined([p.quantized for p in parts]), rtn, error, energy)
 
 
-def _quantize_rows(
-    w: Tensor, shared: Input, scheme: Scheme, scale_dtype: type, method: Method
-) -> tuple[Grid, Tensor]:
-    grid = search_grid(w, shared.h, scheme, scale_dtype)
-    if shared.plan is None:
-        return grid, grid.nearest(w)
-    return refine(w, shared.h, grid, gptq(w, shared.plan, grid))
+def _quantize_rows(w: Tensor, shared: Input, scheme: Scheme, scale_dtype: type, method: Method) -> Calibrated:
+    energy = row_errors(w, shared.h)
+    if shared.shift is not None:
+        w = w + w @ shared.shift
+    found = search_grid(w, shared.h, scheme, scale_dtype)
+    grid, q, error = found.grid, found.grid.nearest(w), found.errors
+    if shared.plan is not None:
+        tuned, q_tuned, error_tuned = refine(w, shared.h, grid, gptq(w, shared.plan, grid))
+        # on a grid too coarse for the columns to come, making up for errors may lose
+        better = error_tuned < error
+        grid, q = grid.choose(tuned, better), torch.where(better[:, None], q_tuned, q)
+        error = torch.where(better, error_tuned, error)
+    return Calibrated(grid.quantized(q), found.plain_errors.double(), error.double(), energy.double())
 
 
-def joined(parts: list[Quantized]) -> Quantized:
+def _joined(parts: list[Quantized]) -> Quantized:
     """Row chunks of one matrix below each other."""
-    import numpy as np
-
     zeros = [part.zero for part in parts if part.zero is not None]
-    return Quantized(
-        np.concatenate([part.q for part in parts]),
-        np.concatenate([part.scale for part in parts]),
-        np.concatenate(zeros) if zeros else None,
-    )
+    q, scale = np.concatenate([p.q for p in parts]), np.concatenate([p.scale for p in parts])
+    return Quantized(q, scale, np.concatenate(zeros) if zeros else None)

@@ -17,36 +17,41 @@ from torch import Tensor
 from torch.nn import functional
 
 from gristmill.quant.grid import Grid, nearest, rounding_grid, stored
-from gristmill.quant.hessian import damped, row_errors
+from gristmill.quant.hessian import row_errors
 from gristmill.quant.scheme import Scheme
 
 BLOCK = 128  # widest block of H that a group is judged by
 CHUNK_WEIGHTS = 1 << 20  # weights looked at together: 4 MiB of f32
 REFITS = 3
-DAMPING = 0.01
 SHRINK = tuple(1 - 0.03 * i for i in range(20))  # share of the range that is kept, down to 0.43
 FINE_SHRINK = tuple(1 - 0.01 * i for i in range(8))  # for eight bits, where clipping costs more
+CANDIDATES_ABOUT = 45  # that a group is tried with, refits included
 SIDES = (1.0, 0.9, 0.8, 0.65, 0.5)  # the same of either side of an asymmetric range
 
 
-def search_grid(w: Tensor, h: Tensor, scheme: Scheme, scale_dtype: type) -> Grid:
-    """A grid for w [N, K] f32 under H [K, K] f64; its rounding never has more output error than plain.
+@dataclass(frozen=True)
+class Found:
+    """A grid, and the squared output error of every row [N] when rounded to it, and to the plain grid."""
+
+    grid: Grid
+    errors: Tensor
+    plain_errors: Tensor
+
+
+def search_grid(w: Tensor, h: Tensor, scheme: Scheme, scale_dtype: type) -> Found:
+    """A grid for w [N, K] f32 under H [K, K] f32; its rounding never has more output error than plain.
 
     Deterministic; rows do not see each other.
     """
     plain = rounding_grid(w, scheme, scale_dtype)
-    blocks = Blocks.of(damped(h, DAMPING).float(), plain.scheme.group_size)
+    blocks = Blocks.of(h, plain.scheme.group_size)
     rows = max(1, CHUNK_WEIGHTS // w.shape[1])
     found = [_search_rows(w[n : n + rows], _rows(plain, n, n + rows), blocks) for n in range(0, len(w), rows)]
-    searched = Grid(
-        torch.cat([g.scale for g in found]), torch.cat([g.zero for g in found]), plain.scheme, scale_dtype
-    )
-    return plain.choose(searched, _better_rows(w, h.float(), searched, plain))
-
-
-def _better_rows(w: Tensor, h: Tensor, one: Grid, other: Grid) -> Tensor:
-    errors = [row_errors(w - grid.values(grid.nearest(w)), h) for grid in (one, other)]
-    return errors[0] < errors[1]
+    scale, zero = torch.cat([g.scale for g in found]), torch.cat([g.zero for g in found])
+    searched = Grid(scale, zero, plain.scheme, scale_dtype)
+    errors, plain_errors = (row_errors(w - g.values(g.nearest(w)), h) for g in (searched, plain))
+    better = errors < plain_errors
+    return Found(plain.choose(searched, better), torch.where(better, errors, plain_errors), plain_errors)
 
 
 def _rows(grid: Grid, start: int, stop: int) -> Grid:

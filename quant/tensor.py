@@ -85,6 +85,15 @@ def quantize_tensor(name: str, w: Any, scheme: Scheme) -> QuantizedTensor:
     return store(name, stored.arrays, scheme, w.shape[1], stored.relative_error())
 
 
+def store_quantized(name: str, w: torch.Tensor, quantized: rtn.Quantized, scheme: Scheme) -> QuantizedTensor:
+    """Integers that a calibrated method chose for w [n, k] f32, as stored."""
+    scheme = scheme.normalize(w.shape[1])
+    difference = w.numpy() - rtn.dequantize(quantized, scheme)
+    error, norm = (float(np.square(x, dtype=np.float64).sum()) for x in (difference, w.numpy()))
+    arrays = pack.stored_arrays(quantized, scheme)
+    return store(name, arrays, scheme, w.shape[1], error / max(norm, np.finfo(np.float64).tiny))
+
+
 def store(
     name: str, arrays: dict[str, Array], scheme: Scheme, k: int, relative_error: float
 ) -> QuantizedTensor:
@@ -130,7 +139,7 @@ def _encode_all(name: str, w: Any, scheme: Scheme, scale_dtype: type) -> _Stored
 
     def encode_chunk(start: int) -> None:
         chunk = _f32_rows(w, start, start + rows)
-        _refuse_unusable(name, chunk)
+        refuse_unusable(name, chunk)
         arrays = _encode(chunk, scheme, scale_dtype)
         for suffix, array in arrays.items():
             stored.arrays[suffix][start : start + rows] = array
@@ -166,7 +175,7 @@ def _f32_rows(w: Any, start: int, stop: int) -> Array:
     return values.astype(np.float32, copy=False)
 
 
-def _refuse_unusable(name: str, w: F32) -> None:
+def refuse_unusable(name: str, w: F32) -> None:
     if not np.isfinite(w).all():
         raise GristmillError(
             f"{name} holds NaN or infinite weights: the checkpoint is damaged, fetch it again"

@@ -34,6 +34,12 @@ def available_memory_bytes() -> int | None:
     return min(found, default=None)
 
 
+def resident_bytes() -> int:
+    """Resident size of this process now."""
+    pages = _read(Path("/proc/self/statm")).split()
+    return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if len(pages) > 1 else 0
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text()

@@ -13,6 +13,7 @@ from gristmill.runtime.artifact import (
     TOKENIZER,
     TOKENIZER_CONFIG,
     Artifact,
+    parse_json,
 )
 from gristmill.runtime.errors import GristmillError
 
@@ -39,14 +40,17 @@ class Tokenizer:
         """The tokenizer stored in `artifact`."""
         if TOKENIZER not in artifact.files:
             raise GristmillError(f"{artifact.path} holds no tokenizer; give prompts as token ids")
-        configs = [artifact.json(n) for n in (SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG) if n in artifact.files]
+        known = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, CHAT_TEMPLATE)
+        return Tokenizer.of_files({name: artifact.read(name) for name in known if name in artifact.files})
+
+    @staticmethod
+    def of_files(files: Mapping[str, bytes]) -> Tokenizer:
+        """The tokenizer in these files of a model or an artifact, by their names."""
+        named = [(n, files[n]) for n in (SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG) if n in files]
+        configs = [parse_json(data, name) for name, data in named]
         config = {key: value for found in configs for key, value in found.items() if value is not None}
-        template = (
-            artifact.read(CHAT_TEMPLATE).decode("utf-8", "replace")
-            if CHAT_TEMPLATE in artifact.files
-            else None
-        )
-        return Tokenizer(artifact.read(TOKENIZER), config, template)
+        template = files[CHAT_TEMPLATE].decode("utf-8", "replace") if CHAT_TEMPLATE in files else None
+        return Tokenizer(files[TOKENIZER], config, template)
 
     @property
     def size(self) -> int:

@@ -1,13 +1,13 @@
 """Fused graphs of every family against transformers, run by the torch references, and their Programs."""
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from models import batch, config_of, expected, fused, logits, random_model, relative, texts, traced_of
 
-from gristmill.compiler import interpret, pipeline
+from gristmill.compiler import interpret
+from gristmill.compiler.formats import Formats
 from gristmill.compiler.lower import lower
 from gristmill.compiler.memory import plan_arena
 from gristmill.compiler.options import CompileOptions
@@ -51,7 +51,7 @@ FAMILIES: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 def program_of(graph: Any) -> Program:
     options = CompileOptions.of(weights="f32")
-    program = lower(graph, partial(pipeline._scheme, options), "f32", Limits(32, 4, 64, 128)).program
+    program = lower(graph, Formats.of(options).scheme, "f32", Limits(32, 4, 64, 128)).program
     plan_arena(program)
     return program
 
