@@ -13,12 +13,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ..passes.graph import Traced, arguments, is_op, ours
+from ..passes.graph import Traced, arguments, is_op, ours, shape
 from ..quant.grid import scale_type
 from ..quant.hessian import Moments
 from ..quant.methods import Calibrated, Input, Method, quantize_calibrated
@@ -51,7 +52,7 @@ class Recipe:
     method: Method
     act_order: bool = True
     damping: float = 0.01
-    asymmetric_error: bool = False
+    asymmetric_error: bool = True
 
 
 @dataclass
@@ -105,7 +106,8 @@ class Calibrator:
         site = scale_channels.find_site(self.traced, node)
         if site is None:
             return
-        factors = scale_channels.search(walk, site, lambda name: _integer_scheme(self.traced, lowered, name))
+        scheme_of = partial(_integer_scheme, self.traced, lowered)
+        factors = scale_channels.search(walk, site, scheme_of, self.recipe.method.gptq)
         scale_channels.apply(self.traced, factors)
         for key, factor in factors.items():
             self.point.factors[key] = self.point.factors.get(key, torch.ones_like(factor)) * factor
@@ -200,30 +202,44 @@ class _Quantizer:
         shared = Input.of(self._moments(node), recipe.method, recipe.act_order, recipe.damping)
         if shared.dead:
             self.run.point.records.setdefault("dead", {})[self._name(todo[0][0])] = shared.dead
-        loaded = [(weight, scheme, self._load(weight)) for weight, scheme in todo]
-        kinds = {(scheme, scale_type(w, scheme)) for _, scheme, w in loaded}
+        groups: dict[tuple[Scheme, type], list[tuple[fx.Node, Tensor]]] = {}
+        for weight, scheme in todo:
+            w = self._load(weight)
+            groups.setdefault((scheme, scale_type(w, scheme)), []).append((weight, w))
         out: dict[str, Tensor] = {}
-        for scheme, scale_dtype in sorted(kinds, key=str):
-            group = [(p, w) for p, s, w in loaded if (s, scale_type(w, s)) == (scheme, scale_dtype)]
+        for (scheme, scale_dtype), group in groups.items():
+            part = shared.of_rows(self._rows(node, [weight for weight, _ in group]))
             stacked = torch.cat([w for _, w in group])
-            result = quantize_calibrated(stacked, shared, scheme, scale_dtype, recipe.method)
-            seconds = time.perf_counter() - start
-            first = 0
+            result = quantize_calibrated(stacked, part, scheme, scale_dtype, recipe.method)
+            seconds, first = time.perf_counter() - start, 0
             for weight, w in group:
                 rows = slice(first, first + len(w))
-                out[weight.name] = self._keep(
-                    weight, w, result, rows, scheme, seconds * len(w) / len(stacked)
-                )
+                share = seconds * len(w) / len(stacked)
+                out[weight.name] = self._keep(weight, w, result, rows, scheme, share)
                 first += len(w)
             start = time.perf_counter()
         return out
 
+    def _rows(self, node: fx.Node, weights: list[fx.Node]) -> Tensor:
+        """The output columns of a linear that some of its weights compute."""
+        spans, first = {}, 0
+        for weight in arguments(node)["weights"]:
+            spans[weight] = torch.arange(first, first + self.run.traced.weights[weight.name].shape[0])
+            first += len(spans[weight])
+        return torch.cat([spans[weight] for weight in weights])
+
     def _moments(self, node: fx.Node) -> Moments:
-        x = arguments(node)["x"]
+        x, residual = arguments(node)["x"], _corrected_residual(node)
         chunks = self.walk.values[x]
-        moments = Moments(chunks[0].shape[-1], cross=self.reference is not None)
+        if self.reference is None:
+            moments = Moments(chunks[0].shape[-1])
+            for chunk in chunks:
+                moments.add(chunk[0])
+            return moments
+        moments = Moments(chunks[0].shape[-1], True, 0 if residual is None else shape(residual)[-1])
         for i, chunk in enumerate(chunks):
-            moments.add(chunk[0], self.reference.values[x][i][0] if self.reference else None)
+            behind = None if residual is None else _behind(self.walk, self.reference, residual, i)
+            moments.add(chunk[0], self.reference.values[x][i][0], behind)
         return moments
 
     def _load(self, weight: fx.Node) -> Tensor:
@@ -244,6 +260,18 @@ class _Quantizer:
         record = _record(tensor.scheme, self.run.recipe.name, before / size, after / size, seconds)
         self.records[tensor.name] = record
         return torch.from_numpy(dequantize_tensor(tensor))
+
+
+def _corrected_residual(node: fx.Node) -> fx.Node | None:
+    """The residual that a linear can make up for: nothing but a sum stands between its product and it."""
+    a = arguments(node)
+    plain = a["activation"] == "none" and not a["glu"] and not a["softcap"] and a["scale"] == 1
+    return a["residual"] if plain else None
+
+
+def _behind(walk: Walk, reference: Walk, node: fx.Node, chunk: int) -> Tensor:
+    """What a value of the float model has more [T, width]."""
+    return reference.values[node][chunk][0] - walk.values[node][chunk][0]
 
 
 def _integer_scheme(traced: Traced, lowered: Lowered, placeholder: str) -> Scheme | None:

@@ -69,7 +69,7 @@ class CompileOptions:
     resume: bool = False
     act_order: bool = True
     damping: float = 0.01
-    asymmetric_error: bool = False
+    asymmetric_error: bool = True
     bits: float | None = None
     size: str | None = None
     keep: tuple[str, ...] = ()

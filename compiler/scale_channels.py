@@ -16,6 +16,9 @@ from torch import Tensor, fx
 
 from ..passes.graph import Lazy, Traced, arguments, aten, is_op, ours, shape
 from ..quant.awq import channel_scales
+from ..quant.gptq import Plan, gptq
+from ..quant.grid import rounding_grid, scale_type
+from ..quant.hessian import Moments, row_errors
 from ..quant.scheme import Scheme
 from .walk import Walk
 
@@ -137,8 +140,11 @@ def _rows_of(traced: Traced, linear: fx.Node, start: int, stop: int) -> list[tup
     return parts
 
 
-def search(walk: Walk, site: Site, schemes: Schemes) -> Factors:
-    """Search the scales of a site and divide the values at hand by them; returns the factors to apply."""
+def search(walk: Walk, site: Site, schemes: Schemes, by_gptq: bool) -> Factors:
+    """Search the scales of a site and divide the values at hand by them; returns the factors to apply.
+
+    by_gptq: the scales are for GPTQ, and kept where its output error is smaller with them than without.
+    """
     traced, x = walk.traced, arguments(site.consumers[0])["x"]
     names = [w.name for n in site.consumers for w in arguments(n)["weights"]]
     chosen = [(n, s) for n in names if (s := schemes(n)) is not None]
@@ -149,10 +155,37 @@ def search(walk: Walk, site: Site, schemes: Schemes) -> Factors:
         [traced.weights[n].load() for n, _ in chosen], [s for _, s in chosen], sample_rows(values),
         _mean_magnitude(values), site.tied,
     )  # fmt: skip
-    if bool((scales == 1).all()):
+    if bool((scales == 1).all()) or (by_gptq and not _gain_by_gptq(traced, chosen, values, scales)):
         return {}
     walk.values[x] = [part / scales for part in values]
     return dict(_factors(traced, site, names, scales))
+
+
+def _gain_by_gptq(
+    traced: Traced, chosen: list[tuple[str, Scheme]], values: list[Tensor], scales: Tensor
+) -> bool:
+    """Whether GPTQ of the scaled matrices leaves less error than of those there are."""
+    moments = Moments(len(scales))
+    for part in values:
+        moments.add(part[0])
+    h = moments.hessian()
+    ones = torch.ones_like(scales)
+    with_scales, without = (_gptq_error(traced, chosen, h, s) for s in (scales, ones))
+    return with_scales < without
+
+
+def _gptq_error(traced: Traced, chosen: list[tuple[str, Scheme]], h: Tensor, scales: Tensor) -> float:
+    """Squared output error of plain GPTQ on W diag(s), whose inputs are divided by s."""
+    inverse = 1 / scales.double()
+    plan = Plan.of(h * inverse[:, None] * inverse)
+    error = 0.0
+    for name, scheme in chosen:
+        w = traced.weights[name].load()
+        scaled = w * scales
+        grid = rounding_grid(scaled, scheme, scale_type(scaled, scheme))
+        difference = grid.values(gptq(scaled, plan, grid)) / scales - w
+        error += float(row_errors(difference, h.float()).sum(dtype=torch.float64))
+    return error
 
 
 def _factors(traced: Traced, site: Site, names: list[str], scales: Tensor) -> Iterator[tuple[str, Tensor]]:

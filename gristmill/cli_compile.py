@@ -82,7 +82,10 @@ WEIGHTS = ("f32", "bf16", "f16", "int8", "int4")
 @click.option(
     "--damping", type=float, default=0.01, show_default=True, help="GPTQ: share of H's diagonal added."
 )
-@click.option("--asymmetric-error", is_flag=True, help="GPTQ: aim at the float model's outputs (GPTAQ).")
+@click.option(
+    "--asymmetric-error/--no-asymmetric-error", default=True,
+    help="GPTQ: make up for the errors of earlier layers too (GPTAQ).  [default: on]",
+)  # fmt: skip
 @click.option("--bits", type=float, help="Average stored bits per weight; every linear gets its own width.")
 @click.option("--size", metavar="SIZE", help="The same for the weights file, such as 400MB.")
 @click.option(

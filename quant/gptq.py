@@ -75,6 +75,8 @@ def asymmetric_shift(h: Tensor, cross: Tensor) -> Tensor:
 
     GPTAQ (arXiv 2504.02692, eq. 4) minimizes |W X_float - Q X|^2. With X_float = X + D that is, but for a
     constant, |(W' - Q) X|^2 for W' = W + W (D X^T) (X X^T)^-1: plain GPTQ on other weights. The paper spreads
-    the same term over its column steps. h, cross: mean(X X^T), damped, and mean(D X^T) [K, K] f64.
+    the same term over its column steps. A linear that adds to a residual stream can make up for that
+    stream's error R = r_float - r just so, by (R X^T) (X X^T)^-1. h, cross: mean(X X^T), damped, and
+    mean(D X^T) or mean(R X^T), f64; the result has the shape of cross.
     """
     return torch.cholesky_solve(cross.T, torch.linalg.cholesky(h)).T.float()

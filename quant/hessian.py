@@ -14,35 +14,38 @@ from torch import Tensor
 
 
 class Moments:
-    """Accumulates H = mean(x x^T) [K, K] over rows, and with ``cross`` also mean((x_float - x) x^T).
+    """Accumulates H = mean(x x^T) [K, K] over rows, and for GPTAQ's asymmetric error what the float model has
+    more: ``cross`` mean((x_float - x) x^T) [K, K], ``residual`` mean((r_float - r) x^T) [N, K] where the
+    linear adds to a residual stream r of N columns.
 
     Products are f32, sums f64: the result does not depend on the size of the pieces beyond f32 rounding of
     each piece, and the pieces are fixed by the calibration set.
     """
 
-    def __init__(self, k: int, cross: bool = False) -> None:
+    def __init__(self, k: int, cross: bool = False, residual: int = 0) -> None:
         self.rows = 0
         self._sum = torch.zeros(k, k, dtype=torch.float64)
-        self._cross = torch.zeros(k, k, dtype=torch.float64) if cross else None
+        self.cross = torch.zeros(k, k, dtype=torch.float64) if cross else None
+        self.residual = torch.zeros(residual, k, dtype=torch.float64) if residual else None
 
-    def add(self, x: Tensor, x_float: Tensor | None = None) -> None:
-        """Rows x [T, K] f32; x_float: the same rows in the model that nothing was quantized in."""
+    def add(self, x: Tensor, x_float: Tensor | None = None, residual: Tensor | None = None) -> None:
+        """Rows x [T, K] f32; x_float: the same rows in the float model; residual: r_float - r [T, N]."""
         self.rows += len(x)
         self._sum += x.T @ x
-        if self._cross is not None:
+        if self.cross is not None:
             assert x_float is not None, "the cross moments need the float model's rows"
-            self._cross += (x_float - x).T @ x
+            self.cross += (x_float - x).T @ x
+        if self.residual is not None:
+            assert residual is not None, "the residual's moments need its rows"
+            self.residual += residual.T @ x
 
     def hessian(self) -> Tensor:
-        """H [K, K] f64. The sums become it, in place: nothing can be added afterwards."""
+        """H [K, K] f64. All sums become means, in place: nothing can be added afterwards."""
         count, self.rows = max(self.rows, 1), 0
-        if self._cross is not None:
-            self._cross /= count
+        for sums in (self.cross, self.residual):
+            if sums is not None:
+                sums /= count
         return self._sum.div_(count)
-
-    def cross(self) -> Tensor | None:
-        """After `hessian`: mean((x_float - x) x^T) [K, K] f64, or None."""
-        return self._cross
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ graph, before any matrix is quantized) and then searches; awq+gptq scales first 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -50,13 +50,14 @@ METHODS = {
 class Input:
     """What the matrices that share one input share.
 
-    h: damped H [K, K] f32; plan: GPTQ's, for methods that have it; shift: [K, K] f32, W shift is what GPTAQ
-    adds to the weights; dead: number of inputs that never were anything but 0; damping: what H took.
+    h: damped H [K, K] f32; plan: GPTQ's, for methods that have it; shift [K, K], residual_shift [N, K] f32: W
+    shift + residual_shift is what the asymmetric error adds to the weights W; dead: number of inputs that never were anything but 0; damping: what H took.
     """
 
     h: Tensor
     plan: Plan | None
     shift: Tensor | None
+    residual_shift: Tensor | None
     dead: int
     damping: float
 
@@ -67,9 +68,17 @@ class Input:
         dead = int(dead_columns(h).sum())
         plan = Plan.of(h, act_order, damping) if method.gptq else None
         damp(h, damping)
-        cross = moments.cross()
-        shift = None if cross is None else asymmetric_shift(h, cross)
-        return Input(h.float(), plan, shift, dead, plan.damping if plan else damping)
+        shifts = [None if c is None else asymmetric_shift(h, c) for c in (moments.cross, moments.residual)]
+        return Input(h.float(), plan, shifts[0], shifts[1], dead, plan.damping if plan else damping)
+
+    def of_rows(self, rows: Tensor) -> Input:
+        """For the matrices of some rows [n] of the linear only."""
+        return self if self.residual_shift is None else replace(self, residual_shift=self.residual_shift[rows])
+
+    def target(self, w: Tensor, rows: slice) -> Tensor:
+        """What to quantize in place of W [N, K], whose rows are these of all that share the input."""
+        out = w if self.shift is None else w + w @ self.shift
+        return out if self.residual_shift is None else out + self.residual_shift[rows]
 
 
 @dataclass(frozen=True)
@@ -89,16 +98,17 @@ def quantize_calibrated(
     """Quantize w [N, K] f32 by a calibrated method. Deterministic; rows do not see each other."""
     scheme = scheme.normalize(w.shape[1])
     rows = max(1, CHUNK_WEIGHTS // w.shape[1])
-    chunks = (w[n : n + rows] for n in range(0, len(w), rows))
-    parts = [_quantize_rows(chunk, shared, scheme, scale_dtype, method) for chunk in chunks]
+    chunks = [slice(n, min(n + rows, len(w))) for n in range(0, len(w), rows)]
+    parts = [_quantize_rows(w[chunk], shared, chunk, scheme, scale_dtype, method) for chunk in chunks]
     rtn, error, energy = (torch.cat([getattr(p, name) for p in parts]) for name in ("rtn", "error", "energy"))
     return Calibrated(_joined([p.quantized for p in parts]), rtn, error, energy)
 
 
-def _quantize_rows(w: Tensor, shared: Input, scheme: Scheme, scale_dtype: type, method: Method) -> Calibrated:
+def _quantize_rows(
+    w: Tensor, shared: Input, rows: slice, scheme: Scheme, scale_dtype: type, method: Method
+) -> Calibrated:
     energy = row_errors(w, shared.h)
-    if shared.shift is not None:
-        w = w + w @ shared.shift
+    w = shared.target(w, rows)
     found = search_grid(w, shared.h, scheme, scale_dtype)
     grid, q, error = found.grid, found.grid.nearest(w), found.errors
     if shared.plan is not None:
