@@ -70,7 +70,8 @@ def quantize(
     samples = calibration_set(
         options.calibration, Tokenizer.of_files(tokenizer), options.samples, options.sample_length
     )
-    recipe = Recipe(options.method, method, options.act_order, options.damping, method.gptq and options.asymmetric_error)
+    asymmetric = method.gptq and options.asymmetric_error
+    recipe = Recipe(options.method, method, options.act_order, options.damping, asymmetric)
     expected = estimate(traced, samples, recipe, formats.choices() if formats.has_budget else [])
     note(f"calibration: {samples.name}, {len(samples.samples)} samples, {samples.tokens} tokens; {expected}")
     for warning in _set_warnings(lowered, samples, options):

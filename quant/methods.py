@@ -51,7 +51,8 @@ class Input:
     """What the matrices that share one input share.
 
     h: damped H [K, K] f32; plan: GPTQ's, for methods that have it; shift [K, K], residual_shift [N, K] f32: W
-    shift + residual_shift is what the asymmetric error adds to the weights W; dead: number of inputs that never were anything but 0; damping: what H took.
+    shift + residual_shift is what the asymmetric error adds to the weights W; dead: number of inputs that
+    never were anything but 0; damping: what H took.
     """
 
     h: Tensor
@@ -73,7 +74,9 @@ class Input:
 
     def of_rows(self, rows: Tensor) -> Input:
         """For the matrices of some rows [n] of the linear only."""
-        return self if self.residual_shift is None else replace(self, residual_shift=self.residual_shift[rows])
+        if self.residual_shift is None:
+            return self
+        return replace(self, residual_shift=self.residual_shift[rows])
 
     def target(self, w: Tensor, rows: slice) -> Tensor:
         """What to quantize in place of W [N, K], whose rows are these of all that share the input."""
