@@ -85,6 +85,7 @@ def grouped(w: F32, group: int) -> F32:
 
 def group_scales(groups: F32, scheme: Scheme, scale_dtype: type) -> tuple[Array, F32]:
     """Scale (as stored) and zero point [N, G] of groups [N, G, width]; a group of zeros has scale 1."""
+    assert scheme.is_integer, f"{scheme} has no levels"
     # Zero is always within the range: a padded column, and a weight of exactly 0, must stay exactly 0.
     low = np.minimum(groups.min(-1), 0)
     high = np.maximum(groups.max(-1), 0)
