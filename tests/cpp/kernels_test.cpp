@@ -287,6 +287,10 @@ void test_integer_products() {
   }
   test_product(integer_weights(Format::int4, 70, 5632, 128, true, false), 128);
   test_product(integer_weights(Format::int4, 33, 5632, 32, false, false), 32);
+  // rows that end inside a step of the decode kernels: half a group, one group, after several sets of scales
+  test_product(integer_weights(Format::int4, 27, 4928, 128, false, false), 128);
+  test_product(integer_weights(Format::int4, 29, 2688, 128, true, false), 128);
+  test_product(integer_weights(Format::int8, 28, 4928, 64, false, false), 64);
   test_product(integer_weights(Format::int8, 41, 5632, 0, false, true), 128);
   test_product(integer_weights(Format::int8, 33, 2048, 256, true, false), 64);
 }
