@@ -101,6 +101,12 @@ void test_products() {
   }
   test_product(scaled_weights(Format::int4, 70, 5632, 128, true, false), 128);
   test_product(scaled_weights(Format::int4, 33, 5632, 32, false, false), 32);
+  // rows that end inside a step of the decode kernels: half a group, one group, after several sets of scales
+  test_product(scaled_weights(Format::int4, 27, 4928, 128, false, false), 128);
+  test_product(scaled_weights(Format::int4, 29, 2688, 128, true, false), 128);
+  test_product(scaled_weights(Format::int3, 27, 4928, 128, false, false), 128);
+  test_product(scaled_weights(Format::int2, 29, 2688, 128, true, false), 128);
+  test_product(scaled_weights(Format::int8, 28, 4928, 64, false, false), 64);
   test_product(scaled_weights(Format::int3, 70, 5632, 128, false, false), 128);
   test_product(scaled_weights(Format::int3, 33, 5632, 32, true, false), 32);
   test_product(scaled_weights(Format::int2, 41, 5632, 0, true, true), 64);
