@@ -49,7 +49,7 @@ class Formats:
         return self.chosen.get(name) or self._by_role(role)
 
     def _by_role(self, role: str) -> Scheme:
-        """int8 embeddings and heads have one scale per row."""
+        """8-bit embeddings and heads have one scale per row."""
         names = {"embedding": self.options.embedding_format, "head": self.options.head_format}
         name = names.get(role, self.options.weights)
         return self._parsed(name, role)
@@ -57,10 +57,8 @@ class Formats:
     def _parsed(self, text: str, role: str) -> Scheme:
         """A scheme's text, with the group and the zero points of the options where it leaves them unsaid."""
         numbers = FORMATS[text.strip().lower().split("-")[0]]
-        if not numbers.integer:
-            return parse(text)
-        group = self.options.group if role == "linear" or numbers.bits < 8 else 0
-        return parse(text, group, not (self.options.asymmetric and role == "linear"))
+        group = self.options.group(numbers) if role == "linear" or numbers.default_group else 0
+        return parse(text, group, not (numbers.integer and self.options.asymmetric and role == "linear"))
 
     def check(self, lowered: Lowered) -> None:
         """Raises GristmillError for a pattern that no matrix matches."""
@@ -73,7 +71,7 @@ class Formats:
     def choices(self) -> list[Scheme]:
         """The formats that a budget chooses among."""
         symmetric = not self.options.asymmetric
-        return [Scheme(f.name, self.options.group, symmetric) for f in FORMATS.values() if f.integer]
+        return [Scheme(f.name, self.options.group(f), symmetric) for f in FORMATS.values() if f.integer]
 
     def choose(self, lowered: Lowered, costs: Mapping[str, Mapping[str, float]]) -> str:
         """Decide for the matrices that costs were measured for; returns the decision as a table."""

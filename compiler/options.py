@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+from gristmill.quant.scheme import FORMATS, GROUP_SIZES, Format
 from gristmill.runtime.decoding.options import refuse_unknown
 from gristmill.runtime.errors import GristmillError
 
-FLOAT_WEIGHTS = ("f32", "bf16", "f16")
-WEIGHTS = (*FLOAT_WEIGHTS, "int8", "int4")
-GROUP_SIZES = (32, 64, 128)
+WEIGHTS = tuple(FORMATS)
+FLOAT_WEIGHTS = tuple(name for name, numbers in FORMATS.items() if not numbers.scaled)
+INTEGER_GROUP = 128  # columns per scale of integer linears, unless asked otherwise
 METHOD_NAMES = ("rtn", "rtn+search", "gptq", "awq", "awq+gptq")
 CALIBRATION = (
     "calibration",
@@ -96,12 +97,11 @@ class CompileOptions:
         options._check_calibration()
         return options
 
-    @property
-    def group(self) -> int:
-        """Columns per scale of integer weights; 0 = the whole row."""
-        if self.group_size == "row":
-            return 0
-        return 128 if self.group_size is None else int(self.group_size)
+    def group(self, numbers: Format) -> int:
+        """Columns per scale of linears in a format; 0 = the whole row. Small floats need no groups."""
+        if self.group_size is None:
+            return INTEGER_GROUP if numbers.integer else 0
+        return 0 if self.group_size == "row" or not numbers.scaled else int(self.group_size)
 
     @property
     def embedding_format(self) -> str:
@@ -126,11 +126,14 @@ class CompileOptions:
             _one_of("kv", self.kv, KV_TYPES)
         if self.group_size is not None:
             _one_of("group_size", self.group_size, (*GROUP_SIZES, "row"))
-        integers = {self.weights, self.embedding_format, self.head_format} - set(FLOAT_WEIGHTS)
-        if not integers and (self.asymmetric or self.group_size is not None):
-            what = "asymmetric" if self.asymmetric else "group_size"
+        formats = [FORMATS[f] for f in (self.weights, self.embedding_format, self.head_format)]
+        if self.group_size is not None and not any(f.scaled for f in formats):
             raise GristmillError(
-                f"{what} needs integer weights, got weights {self.weights}; use weights int8 or int4"
+                f"group_size needs weights with scales, got weights {self.weights}; use {_names(scaled=True)}"
+            )
+        if self.asymmetric and not FORMATS[self.weights].integer:
+            raise GristmillError(
+                f"asymmetric needs integer weights, got weights {self.weights}; use {_names(integer=True)}"
             )
 
     def _check_numbers(self) -> None:
@@ -203,6 +206,12 @@ def parse_percent(text: str) -> float:
     if not 0 <= share < math.inf or (share >= 1 and not text.strip().endswith("%")):
         raise GristmillError(f"max_ppl_increase is {text!r}, expected a percentage such as 2% (or 0.02)")
     return share
+
+
+def _names(**properties: bool) -> str:
+    """The formats with these properties, as a list in words."""
+    found = [n for n, f in FORMATS.items() if all(getattr(f, p) == v for p, v in properties.items())]
+    return f"{', '.join(found[:-1])} or {found[-1]}"
 
 
 def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:

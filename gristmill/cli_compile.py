@@ -8,8 +8,9 @@ import click
 
 from gristmill.cli_output import Rows, echo_json, note, progress_bar, show_table
 from gristmill.compiler.options import METHOD_NAMES
+from gristmill.quant.scheme import FORMATS
 
-WEIGHTS = ("f32", "bf16", "f16", "int8", "int4")
+WEIGHTS = tuple(FORMATS)
 
 
 @click.command("compile", no_args_is_help=True)
@@ -24,7 +25,7 @@ WEIGHTS = ("f32", "bf16", "f16", "int8", "int4")
 )
 @click.option(
     "--group-size", type=click.Choice(["32", "64", "128", "row"]),
-    help="Columns that share a scale, for integer weights.  [default: 128]",
+    help="Columns that share a scale.  [default: 128; row with fp8]",
 )  # fmt: skip
 @click.option("--asymmetric", is_flag=True, help="A zero point per group: more exact, a little larger.")
 @click.option(

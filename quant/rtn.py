@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gristmill.quant import e4m3
 from gristmill.quant.scheme import Format, Scheme
 
 Array = NDArray[Any]
@@ -28,7 +29,8 @@ LARGEST_F16_SCALE = 65504.0
 class Quantized:
     """Integers and what they mean: w = scale * (q - zero), zero being the format's zero point when None.
 
-    q: [N, K] uint8 (int4: 0..15) or int8; scale: [N, G] f16 or f32; zero: [N, G] of q's dtype, or None.
+    q: [N, K] uint8 (int4: 0..15, int3: 0..7, int2: 0..3) or int8; scale: [N, G] f16 or f32; zero: [N, G] of
+    q's dtype, or None. In a scaled float format q holds the floats' bits, and w = scale * float(q).
     """
 
     q: Array
@@ -37,7 +39,7 @@ class Quantized:
 
 
 def quantize(w: F32, scheme: Scheme) -> Quantized:
-    """Round w [N, K] to the nearest levels of an integer scheme; scales are f16 if they fit, else f32."""
+    """Round w [N, K] to the nearest levels of a scheme with scales; they are f16 if they fit, else f32."""
     quantized = quantize_rows(w, scheme, np.float16)
     return quantized if scales_fit(quantized.scale) else quantize_rows(w, scheme, np.float32)
 
@@ -47,6 +49,8 @@ def quantize_rows(w: F32, scheme: Scheme, scale_dtype: type) -> Quantized:
     numbers = scheme.numbers
     groups = grouped(w, scheme.normalize(w.shape[1]).group_size)
     with np.errstate(all="ignore"):  # a scale that f16 cannot hold is 0 or infinite here
+        if not numbers.integer:
+            return _round_to_floats(groups, w.shape[1], numbers, scale_dtype)
         scale, zero = group_scales(groups, scheme, scale_dtype)
         q = round_to_levels(groups, scale.astype(np.float32), zero, numbers)
         q = q.reshape(len(w), -1)[:, : w.shape[1]].astype(numbers.dtype)
@@ -61,9 +65,10 @@ def scales_fit(scale: Array) -> bool:
 
 
 def dequantize(quantized: Quantized, scheme: Scheme) -> F32:
-    """The weights [N, K] that a kernel sees: f32(scale) * (q - zero)."""
+    """The weights [N, K] that a kernel sees: f32(scale) * (q - zero), or f32(scale) * float(q)."""
     n, k = quantized.q.shape
-    q = grouped(quantized.q.astype(np.float32), scheme.normalize(k).group_size)
+    levels = quantized.q.astype(np.float32) if scheme.is_integer else e4m3.decode(quantized.q)
+    q = grouped(levels, scheme.normalize(k).group_size)
     zero = np.float32(scheme.numbers.zero_point) if quantized.zero is None else _over_columns(quantized.zero)
     w = (q - zero) * _over_columns(quantized.scale)
     return w.reshape(n, -1)[:, :k]
@@ -80,6 +85,7 @@ def grouped(w: F32, group: int) -> F32:
 
 def group_scales(groups: F32, scheme: Scheme, scale_dtype: type) -> tuple[Array, F32]:
     """Scale (as stored) and zero point [N, G] of groups [N, G, width]; a group of zeros has scale 1."""
+    assert scheme.is_integer, f"{scheme} has no levels"
     # Zero is always within the range: a padded column, and a weight of exactly 0, must stay exactly 0.
     low = np.minimum(groups.min(-1), 0)
     high = np.maximum(groups.max(-1), 0)
@@ -100,13 +106,20 @@ def round_to_levels(groups: F32, scale: F32, zero: F32, numbers: Format) -> F32:
     return np.clip(q, numbers.low, numbers.high, out=q)
 
 
+def _round_to_floats(groups: F32, k: int, numbers: Format, scale_dtype: type) -> Quantized:
+    """Groups [N, G, width] in a scaled float format: each group's largest magnitude meets the format's."""
+    scale = _stored(np.abs(groups).max(-1) / np.float32(numbers.high), scale_dtype)
+    q = e4m3.encode(groups / scale.astype(np.float32)[..., None])
+    return Quantized(q.reshape(len(q), -1)[:, :k], scale, None)
+
+
 def _symmetric_scale(groups: F32, low: F32, high: F32, numbers: Format, scale_dtype: type) -> Array:
     """The better of two scales per group, by squared error.
 
     Plain: the largest magnitude meets the shorter side of the range (7 of -8..7). Signed: it meets the
-    longer side (-8), with a negative scale when that weight is positive; the step is an eighth smaller, and
-    a few weights near the other extreme may be clipped. Eight bits gain nothing from this and take the
-    plain scale.
+    longer side (-8), with a negative scale when that weight is positive; the step is an eighth smaller (a
+    quarter at three bits, half at two), and a few weights near the other extreme may be clipped. Eight bits
+    gain nothing from this and take the plain scale.
     """
     below, above = numbers.zero_point - numbers.low, numbers.high - numbers.zero_point
     size = np.maximum(-low, high)

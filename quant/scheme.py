@@ -18,20 +18,35 @@ SCALE_BITS = 16  # f16 scales; the rare tensor that needs f32 scales is counted 
 
 @dataclass(frozen=True)
 class Format:
-    """One number format: integers hold q in low..high, and a symmetric weight is scale * (q - zero_point)."""
+    """One number format.
+
+    kind "float": the weights themselves, rounded. "integer": q in low..high, and a symmetric weight is
+    scale * (q - zero_point), an asymmetric one scale * (q - zero) with a zero of zero_bits per group.
+    "scaled": scale * a small float, whose largest value is `high`.
+    """
 
     name: str
     bits: int
-    integer: bool
+    kind: str
     low: int = 0
     high: int = 0
     zero_point: int = 0
+    zero_bits: int = 0
     default_group: int = 0
 
     @property
+    def integer(self) -> bool:
+        return self.kind == "integer"
+
+    @property
+    def scaled(self) -> bool:
+        """Whether groups of weights have a scale: integers and small floats."""
+        return self.kind != "float"
+
+    @property
     def dtype(self) -> str:
-        """The numpy type that holds one unpacked integer."""
-        return "uint8" if self.low == 0 else "int8"
+        """The numpy type that holds one unpacked integer, or the bits of a small float."""
+        return "int8" if self.integer and self.low < 0 else "uint8"
 
     @property
     def levels(self) -> int:
@@ -42,11 +57,14 @@ class Format:
 FORMATS = {
     f.name: f
     for f in (
-        Format("f32", 32, integer=False),
-        Format("bf16", 16, integer=False),
-        Format("f16", 16, integer=False),
-        Format("int8", 8, integer=True, low=-128, high=127, zero_point=0),
-        Format("int4", 4, integer=True, low=0, high=15, zero_point=8, default_group=128),
+        Format("f32", 32, "float"),
+        Format("bf16", 16, "float"),
+        Format("f16", 16, "float"),
+        Format("fp8", 8, "scaled", low=-448, high=448),  # e4m3fn: no infinities
+        Format("int8", 8, "integer", low=-128, high=127, zero_point=0, zero_bits=8),
+        Format("int4", 4, "integer", high=15, zero_point=8, zero_bits=4, default_group=128),
+        Format("int3", 3, "integer", high=7, zero_point=4, zero_bits=4, default_group=128),
+        Format("int2", 2, "integer", high=3, zero_point=2, zero_bits=4, default_group=128),
     )
 }
 
@@ -68,10 +86,10 @@ class Scheme:
             raise GristmillError(
                 f"group size {self.group_size!r}: expected 32, 64, 128, or 0 for the whole row"
             )
-        if not self.is_integer and (self.group_size or not self.symmetric):
-            raise GristmillError(
-                f"{self.format} weights have no groups, no zero points: leave out group size and asymmetric"
-            )
+        if not self.has_scales and self.group_size:
+            raise GristmillError(f"{self.format} weights have no groups: leave out the group size")
+        if not self.is_integer and not self.symmetric:
+            raise GristmillError(f"{self.format} weights have no zero points: leave out asymmetric")
 
     @property
     def numbers(self) -> Format:
@@ -81,8 +99,12 @@ class Scheme:
     def is_integer(self) -> bool:
         return self.numbers.integer
 
+    @property
+    def has_scales(self) -> bool:
+        return self.numbers.scaled
+
     def __str__(self) -> str:
-        """The text that `parse` reads back: `int4-g128`, `int4-g32-asym`, `int8`, `bf16`."""
+        """The text that `parse` reads back: `int4-g128`, `int4-g32-asym`, `int8`, `fp8-g128`, `bf16`."""
         group = f"-g{self.group_size}" if self.group_size else "-row" if self.numbers.default_group else ""
         return self.format + group + ("" if self.symmetric else "-asym")
 
@@ -92,13 +114,13 @@ class Scheme:
 
     def groups(self, k: int) -> int:
         """Scales per row of k columns; the last group may be short; floats have none."""
-        if not self.is_integer:
+        if not self.has_scales:
             return 0
         return -(-k // self.group_size) if self.group_size else 1
 
     def bits_per_weight(self, k: int) -> float:
         """Bits per weight of a row of k columns with its scales and zero points, without padding."""
-        zero_bits = 0 if self.symmetric else self.numbers.bits
+        zero_bits = 0 if self.symmetric else self.numbers.zero_bits
         return self.numbers.bits + self.groups(k) * (SCALE_BITS + zero_bits) / k
 
 
@@ -129,7 +151,7 @@ def parse(text: str, group_size: int | None = None, symmetric: bool | None = Non
 def activation_group(schemes: Iterable[Scheme], k: int) -> int:
     """Columns that share one int8 activation scale beside these weight segments; 0: f32 activations.
 
-    Float weights and narrow linears keep f32 activations. Else the activation group divides
+    Float weights, scaled ones too, and narrow linears keep f32 activations. Else the activation group divides
     every segment's weight group, so that a product group has one weight scale and one activation scale: it is
     the smallest weight group, and 64 beside whole rows.
     """

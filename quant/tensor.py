@@ -47,7 +47,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A weight matrix [n, k] as stored: `name.weight` and, for integers, `name.scale` and `name.zero`."""
+    """A weight matrix [n, k] as stored: `name.weight`, and as the scheme asks `name.scale`, `name.zero`."""
 
     name: str
     scheme: Scheme  # normalized for k
@@ -153,13 +153,13 @@ def _encode_all(name: str, w: Any, scheme: Scheme, scale_dtype: type) -> _Stored
 
 
 def _encode(w: F32, scheme: Scheme, scale_dtype: type) -> dict[str, Array]:
-    if not scheme.is_integer:
+    if not scheme.has_scales:
         return {"weight": pack.encode_float(w, scheme.format)}
     return pack.stored_arrays(rtn.quantize_rows(w, scheme, scale_dtype), scheme)
 
 
 def _decode(arrays: dict[str, Array], scheme: Scheme, k: int) -> F32:
-    if not scheme.is_integer:
+    if not scheme.has_scales:
         return pack.decode_float(arrays["weight"])
     return rtn.dequantize(pack.unpack(arrays, scheme, k), scheme)
 

@@ -20,7 +20,8 @@ from .errors import GristmillError
 FORMAT = 1
 LOGITS = -1  # the value id of the output, which lives in the caller's buffer
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
-FLOAT_FORMATS = ("f32", "f16", "bf16")
+FLOAT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}  # formats without scales: bytes of a weight
+BLOCK_BYTES = {"fp8": 64, "int8": 64, "int4": 32, "int3": 24, "int2": 16}  # with scales: of 64 columns
 CACHE_TYPES = {"f32": 4, "f16": 2, "int8": 1}
 POINTWISE_UNARY = (
     "neg", "exp", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "relu", "sqrt", "rsqrt", "square", "abs",
@@ -303,14 +304,11 @@ class Program:
 
 def segment_row_bytes(segment: Segment) -> int:
     """Stored bytes of one weight row, scales and zeros included (f16 scales)."""
-    padded = -(-segment.k // 64) * 64
-    if segment.format in FLOAT_FORMATS:
-        return segment.k * (4 if segment.format == "f32" else 2)
-    data = padded if segment.format == "int8" else padded // 2
-    zeros = (
-        0 if segment.symmetric else (segment.groups if segment.format == "int8" else -(-segment.groups // 2))
-    )
-    return data + 2 * segment.groups + zeros
+    if segment.format in FLOAT_BYTES:
+        return segment.k * FLOAT_BYTES[segment.format]
+    data = -(-segment.k // 64) * BLOCK_BYTES[segment.format]
+    zero_bytes = segment.groups if segment.format == "int8" else -(-segment.groups // 2)
+    return data + 2 * segment.groups + (0 if segment.symmetric else zero_bytes)
 
 
 T = TypeVar("T")
@@ -379,7 +377,7 @@ def _instruction(item: dict[str, Any], index: int) -> Instruction:
 
 
 def _format_text(segment: Segment) -> str:
-    if segment.format in FLOAT_FORMATS:
+    if segment.format in FLOAT_BYTES:
         return segment.format
     group = f"g{segment.group}" if segment.group else "row"
     return f"{segment.format}.{group}" + ("" if segment.symmetric else ".asym")

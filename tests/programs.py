@@ -19,6 +19,11 @@ DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16", "int8": "I8", "u
 
 # ---- weights
 
+RANGES = {"int8": (-127, 127, 0), "int4": (0, 15, 8), "int3": (0, 7, 4), "int2": (0, 3, 2)}
+E4M3 = np.array(
+    [m * 2.0**-9 if e == 0 else (8 + m) * 2.0 ** (e - 10) for e in range(16) for m in range(8)][:127]
+)
+
 
 @dataclass(frozen=True)
 class Format:
@@ -31,7 +36,7 @@ class Format:
 
     @property
     def is_integer(self) -> bool:
-        return self.name in ("int8", "int4")
+        return self.name in RANGES
 
 
 @dataclass
@@ -49,10 +54,25 @@ def bf16(w: Array) -> Array:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def pack_nibbles(q: Array) -> Array:
-    """[n, kp] of 0..15 -> [n, kp / 2]: byte i of a block holds columns i (low) and i + 32 (high)."""
-    blocks = q.reshape(q.shape[0], -1, 2, 32).astype(np.uint8)
-    return (blocks[:, :, 0] | blocks[:, :, 1] << 4).reshape(q.shape[0], -1)
+def pack_block(name: str, q: Array) -> Array:
+    """The bytes of 64 columns q [64], bit by bit."""
+    if name == "int8":
+        return q.astype(np.int8)
+    out = np.zeros({"int4": 32, "int3": 24, "int2": 16}[name], np.uint8)
+    for column, value in enumerate(q.astype(int)):
+        if name == "int4":
+            out[column % 32] |= value << 4 * (column // 32)
+            continue
+        out[column % 16] |= (value & 3) << 2 * (column // 16)
+        if name == "int3":
+            out[16 + column // 8] |= value >> 2 << column % 8
+    return out
+
+
+def pack_rows(name: str, q: Array) -> Array:
+    """q [n, k] in whole blocks, the last one filled up with the middle of the range."""
+    padded = np.pad(q, ((0, 0), (0, -q.shape[1] % 64)), constant_values=RANGES[name][2])
+    return np.stack([np.concatenate([pack_block(name, b) for b in row.reshape(-1, 64)]) for row in padded])
 
 
 def store(name: str, w: Array, form: Format) -> Stored:
@@ -61,6 +81,8 @@ def store(name: str, w: Array, form: Format) -> Stored:
     segment = {"name": name, "format": form.name, "n": n, "k": k, "group": group, "symmetric": form.symmetric}
     if form.is_integer:
         return store_integer(name, w.astype(np.float64), form, group, segment)
+    if form.name == "fp8":
+        return store_fp8(name, w.astype(np.float64), form, group, segment)
     if form.name == "bf16":
         data = bf16(w)
         values = (data.astype(np.uint32) << 16).view(np.float32)
@@ -70,15 +92,26 @@ def store(name: str, w: Array, form: Format) -> Stored:
     return Stored({f"{name}.weight": data}, values.astype(np.float64), segment)
 
 
+def in_groups(w: Array, group: int) -> Array:
+    """[n, k] as [n, groups, width], the last group filled up with zeros."""
+    width = group or w.shape[1]
+    return np.pad(w, ((0, 0), (0, -w.shape[1] % width))).reshape(len(w), -1, width)
+
+
+def store_fp8(name: str, w: Array, form: Format, group: int, segment: dict[str, Any]) -> Stored:
+    k, blocks = w.shape[1], in_groups(w, group)
+    scale = (np.abs(blocks).max(2) / 448).astype(form.scale_dtype)
+    wide = scale.astype(np.float64)[:, :, None]
+    code = np.abs(np.abs(blocks / wide)[..., None] - E4M3).argmin(-1)
+    values = (np.copysign(E4M3[code], blocks) * wide).reshape(len(w), -1)[:, :k]
+    bits = (code | np.signbit(blocks) << 7).astype(np.uint8).reshape(len(w), -1)[:, :k]
+    data = np.pad(bits, ((0, 0), (0, -k % 64)))
+    return Stored({f"{name}.weight": data, f"{name}.scale": scale}, values, segment)
+
+
 def store_integer(name: str, w: Array, form: Format, group: int, segment: dict[str, Any]) -> Stored:
-    n, k = w.shape
-    low, high = (-127, 127) if form.name == "int8" else (0, 15)
-    middle = 0 if form.name == "int8" else 8
-    width = group or k
-    groups = -(-k // width)
-    padded = np.zeros((n, groups * width))
-    padded[:, :k] = w
-    blocks = padded.reshape(n, groups, width)
+    k, blocks = w.shape[1], in_groups(w, group)
+    low, high, middle = RANGES[form.name]
     if form.symmetric:
         scale = np.abs(blocks).max(2) / (high - middle)
         zero = np.full(scale.shape, middle)
@@ -89,17 +122,13 @@ def store_integer(name: str, w: Array, form: Format, group: int, segment: dict[s
     stored_scale = scale.astype(form.scale_dtype)
     scale = stored_scale.astype(np.float64)
     q = np.clip(np.rint(blocks / np.where(scale > 0, scale, 1)[:, :, None]) + zero[:, :, None], low, high)
-    values = ((q - zero[:, :, None]) * scale[:, :, None]).reshape(n, -1)[:, :k]
-    full = np.zeros((n, -(-k // 64) * 64))
-    if form.name == "int4":
-        full[:] = 8
-    full[:, :k] = q.reshape(n, -1)[:, :k]
+    values = ((q - zero[:, :, None]) * scale[:, :, None]).reshape(len(w), -1)[:, :k]
     tensors = {
-        f"{name}.weight": pack_nibbles(full) if form.name == "int4" else full.astype(np.int8),
+        f"{name}.weight": pack_rows(form.name, q.reshape(len(w), -1)[:, :k]),
         f"{name}.scale": stored_scale,
     }
     if not form.symmetric:
-        tensors[f"{name}.zero"] = pack_zeros(zero) if form.name == "int4" else zero.astype(np.int8)
+        tensors[f"{name}.zero"] = zero.astype(np.int8) if form.name == "int8" else pack_zeros(zero)
     return Stored(tensors, values, segment)
 
 

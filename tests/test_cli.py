@@ -15,6 +15,7 @@ from tiny import tiny_artifact
 import gristmill
 from gristmill.cli import cli, run_command
 from gristmill.compiler.options import CompileOptions
+from gristmill.quant.scheme import FORMATS
 from gristmill.runtime.errors import GristmillError
 
 
@@ -248,14 +249,12 @@ def test_control_c(tmp_path: Path, artifact: str) -> None:
 
 def test_defaults_follow_from_the_weights() -> None:
     plain, exact = CompileOptions.of(), CompileOptions.of(weights="f32")
-    assert (plain.group, plain.embedding_format, plain.head_format, plain.kv_type) == (
-        128,
-        "int8",
-        "int8",
-        "f16",
-    )
+    assert (plain.embedding_format, plain.head_format, plain.kv_type) == ("int8", "int8", "f16")
     assert (exact.embedding_format, exact.head_format, exact.kv_type) == ("f32", "f32", "f32")
-    assert CompileOptions.of(group_size="row").group == 0
+    groups = {f: CompileOptions.of().group(FORMATS[f]) for f in ("int8", "int2", "fp8", "bf16")}
+    assert groups == {"int8": 128, "int2": 128, "fp8": 0, "bf16": 0}
+    assert CompileOptions.of(group_size="row").group(FORMATS["int4"]) == 0
+    assert CompileOptions.of(weights="fp8", group_size=64).group(FORMATS["fp8"]) == 64
     assert [CompileOptions.of(max_ppl_increase=x).max_ppl_increase for x in ("2%", "0.02", 0.02)] == [
         0.02
     ] * 3
@@ -264,12 +263,13 @@ def test_defaults_follow_from_the_weights() -> None:
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"weights": "int3"}, "expected one of"),
+        ({"weights": "int5"}, "expected one of"),
         ({"group_size": 48}, "expected one of"),
         ({"group_size": True}, "expected one of"),
         ({"kv": "fp8"}, "expected one of"),
         ({"head": "q4"}, "expected one of"),
-        ({"weights": "bf16", "group_size": 32}, "integer weights"),
+        ({"weights": "bf16", "group_size": 32}, "needs weights with scales, got weights bf16"),
+        ({"weights": "fp8", "asymmetric": True}, "use int8, int4, int3 or int2"),
         ({"max_len": 0}, "max_len"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"gate": "yes"}, "gate"),

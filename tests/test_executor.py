@@ -41,6 +41,14 @@ CASES: dict[str, Llama] = {
         hidden=320,
         intermediate=264,
     ),
+    "int3": Llama(form=Format("int3", 32), embedding=Format("int3"), act_group=32, hidden=136),
+    "int3_128": Llama(form=Format("int3", 128, False), act_group=64, hidden=320, intermediate=264),
+    "int2": Llama(
+        form=Format("int2", 64, False, "float32"), embedding=Format("int2", 32), act_group=32, hidden=200
+    ),
+    "int2_row": Llama(form=Format("int2"), act_group=128, hidden=136, intermediate=264, cache="f16"),
+    "fp8": Llama(form=Format("fp8"), embedding=Format("fp8", 32), hidden=136),
+    "fp8_group": Llama(form=Format("fp8", 64, scale_dtype="float32"), embedding=Format("fp8"), hidden=200),
     "float_activations": Llama(form=Format("int4", 32, False), embedding=Format("int8"), hidden=136),
     "window": Llama(window=7, cache="int8"),
     "uneven_heads": Llama(heads=6, kv_heads=1, k_dim=24, v_dim=10, rope_dims=8, cache="f16"),
@@ -197,7 +205,7 @@ def gpt2_like() -> Program:
     """Learned positions, layer norms, biases, mixed segments, leftovers as pointwise, a scaled tied head."""
     p = Program(61)
     x, y, z = p.value(48), p.value(48), p.value(96)
-    embed = p.weight("embed", [40, 21], 48, [Format("int8"), Format("int4", 32)])
+    embed = p.weight("embed", [30, 10, 21], 48, [Format("int8"), Format("int3", 32), Format("int4", 32)])
     p.add("embedding", ids="positions", weight=p.weight("wpe", [4100], 48, [Format()]), offset=2, out=y)
     p.add("embedding", ids="tokens", weight=embed, scale=1.5, residual=y, out=x)
     p.add(
@@ -399,7 +407,14 @@ def edit(change: str) -> Program:
         ("j['instructions'].pop()", "no instruction writes the logits"),
         ("j['instructions'].append(j['instructions'][-1])", "writes the logits a second time"),
         ("gather_rows['out'] = embedding['out']", "expected in with rows T and out with rows R"),
-        ("j['weights']['head'][0]['format'] = 'int3'", "'format' is 'int3'"),
+        ("j['weights']['head'][0]['format'] = 'int5'", "'format' is 'int5'"),
+        ("j['weights']['head'][0]['format'] = 'int3'", r"is 'I8' \[97, 128\], expected U8 \[97, 48\]"),
+        ("j['weights']['head'][0]['format'] = 'int2'", r"is 'I8' \[97, 128\], expected U8 \[97, 32\]"),
+        ("j['weights']['head'][0]['format'] = 'fp8'", r"is 'I8' \[97, 128\], expected U8 \[97, 128\]"),
+        (
+            "j['weights']['head'][0].update(format='fp8', symmetric=False)",
+            "float formats have no zero point",
+        ),
         (
             "j['weights']['head'][0]['n'] = 98",
             r"tensor 'head.0.weight' is 'I8' \[97, 128\], expected I8 \[98, 128\]",

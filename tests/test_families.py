@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, VARIANTS, VOCABULARY, save_tiny
+from transformers.pytorch_utils import Conv1D
 
 import gristmill
+from gristmill.quant.scheme import Scheme, parse
+from gristmill.quant.tensor import dequantize_tensor, quantize_tensor
 
 TOLERANCE = 1e-4  # of the largest logit, float32 throughout
 LENGTHS = (40, 23)
@@ -124,9 +127,9 @@ def test_bits_do_not_depend_on_batches_or_threads(compiled: tuple[Any, Path]) ->
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "int3", "int2", "fp8"])
 def test_quantized_bits_do_not_depend_on_batches_or_threads(weights: str, tmp_path: Path) -> None:
-    save_tiny(tmp_path / "model", "mistral")
+    save_tiny(tmp_path / "model", "mistral", hidden_size=288)  # wide enough for int8 activations
     gristmill.compile(
         tmp_path / "model",
         tmp_path / "a",
@@ -142,3 +145,52 @@ def test_quantized_bits_do_not_depend_on_batches_or_threads(weights: str, tmp_pa
     for other in (run(two, one_by_one()), run(one, chunked()), run(two, mixed())):
         for a, b in zip(first, other):
             np.testing.assert_array_equal(a, b)
+
+
+NARROW = {"gpt2": {"n_inner": 160}}  # a linear of 256 columns would have int8 activations
+STORED = [
+    *((family, "int3-g32-asym") for family in ("gemma2", "qwen2", "gpt2", "gpt_neox")),
+    *(("llama", text) for text in ("int8-g32", "int4-g64", "int3-g64", "int2-g32", "int2-row-asym")),
+    ("llama", "fp8"),
+    ("phi3", "fp8-g32"),
+]
+
+
+@pytest.mark.parametrize(("family", "scheme"), STORED)
+def test_quantized_logits_equal_those_of_the_weights_stored(family: str, scheme: str, tmp_path: Path) -> None:
+    """Narrow linears keep f32 activations: the artifact is the model with other weights, no more no less."""
+    model, form = save_tiny(tmp_path / "model", family, **NARROW.get(family, {})), parse(scheme)
+    gristmill.compile(
+        tmp_path / "model",
+        tmp_path / "a",
+        weights=form.format,
+        embedding="fp8",
+        head="fp8",
+        group_size=form.group_size or "row",
+        asymmetric=not form.symmetric,
+        kv="f32",
+        gate=False,
+        max_tokens=32,
+    )
+    round_weights(model, form)
+    session = gristmill.load(tmp_path / "a", threads=2, max_slots=3)
+    for got, ids in zip(run(session, whole()), texts()):
+        with torch.no_grad():
+            want = model(input_ids=torch.tensor(ids)[None].long()).logits[0].numpy()
+        assert np.abs(got - want).max() < TOLERANCE * np.abs(want).max()
+
+
+def round_weights(model: Any, scheme: Scheme) -> None:
+    """Every linear to the nearest weights of a scheme, embeddings and head to fp8 rows; transformers' Conv1D
+    holds its weights transposed."""
+    ends = {model.get_output_embeddings(), *(m for m in model.modules() if isinstance(m, torch.nn.Embedding))}
+    for module in model.modules():
+        if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding, Conv1D)):
+            continue
+        if module is model.get_output_embeddings() and module.weight is model.get_input_embeddings().weight:
+            continue  # tied: one matrix
+        transposed = isinstance(module, Conv1D)
+        w = module.weight.data.T if transposed else module.weight.data
+        used = parse("fp8") if module in ends else scheme
+        rounded = torch.from_numpy(dequantize_tensor(quantize_tensor("w", w.contiguous(), used)))
+        module.weight.data = rounded.T.contiguous() if transposed else rounded

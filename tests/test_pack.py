@@ -24,7 +24,7 @@ def random_quantized(n: int, k: int, scheme: Scheme, seed: int) -> Quantized:
 
 @given(
     *SIZES,
-    st.sampled_from(["int8", "int4"]),
+    st.sampled_from(["int8", "int4", "int3", "int2"]),
     st.sampled_from([0, 32, 64, 128]),
     st.booleans(),
     st.integers(0, 9),
@@ -58,6 +58,32 @@ def test_int4_bytes_follow_the_definition(n: int, k: int, seed: int) -> None:
             assert nibble == (quantized.q[row, column] if column < k else 8)
         for group in range(scheme.groups(k)):
             assert zero[row, group // 2] >> (4 * (group % 2)) & 15 == quantized.zero[row, group]
+
+
+@given(st.sampled_from(["int3", "int2"]), *SIZES, st.integers(0, 9))
+def test_int3_and_int2_bytes_follow_the_definition(name: str, n: int, k: int, seed: int) -> None:
+    scheme = Scheme(name, 32, symmetric=False).normalize(k)
+    quantized = random_quantized(n, k, scheme, seed)
+    arrays = pack.stored_arrays(quantized, scheme)
+    weight, size = arrays["weight"], {"int3": 24, "int2": 16}[name]
+    assert weight.dtype == np.uint8
+    assert weight.shape == (n, -(-k // 64) * size)
+    assert arrays["zero"].shape == (n, -(-scheme.groups(k) // 2))
+    for row in range(n):
+        for column in range(-(-k // 64) * 64):
+            block, c = weight[row, column // 64 * size :], column % 64
+            value = block[c % 16] >> c // 16 * 2 & 3
+            if name == "int3":
+                value |= (block[16 + c // 8] >> c % 8 & 1) << 2
+            assert value == (quantized.q[row, column] if column < k else scheme.numbers.zero_point)
+
+
+def test_fp8_rows_are_their_bits_padded_with_zeros() -> None:
+    q = np.arange(130, dtype=np.uint8).reshape(2, 65)
+    weight = pack.pack_weight(Quantized(q, np.ones((2, 1), np.float16), None), Scheme("fp8"))
+    assert weight.shape == (2, 128)
+    np.testing.assert_array_equal(weight[:, :65], q)
+    assert not weight[:, 65:].any()
 
 
 def test_int8_rows_are_padded_with_zeros_to_whole_blocks() -> None:

@@ -134,11 +134,11 @@ void add_matrix(Model& model, const Scheme& scheme, Shape shape) {
   w.group = scheme.group;
   w.symmetric = scheme.symmetric;
   w.data = filled(model, w.n * w.row_bytes());
-  if (scheme.act_group) {
+  if (has_scales(w.format)) {
     f16* scale = static_cast<f16*>(filled(model, w.n * w.groups() * 2));
     for (int64_t i = 0; i < w.n * w.groups(); i++) scale[i] = to_f16(0.01f);
     w.scale = scale;
-    if (!w.symmetric) w.zero = filled(model, w.n * w.groups());
+    if (!w.symmetric) w.zero = filled(model, w.n * zero_bytes(w.format, w.groups()));
   } else {
     uint8_t* data = static_cast<uint8_t*>(const_cast<void*>(w.data));
     std::memset(data, 0x3c, static_cast<size_t>(w.n * w.row_bytes()));
@@ -265,11 +265,21 @@ const Scheme kInt8[] = {{"int8 row", Format::int8, 0, 128, true},
                         {"int8 g128", Format::int8, 128, 128, true},
                         {"int8 g32", Format::int8, 32, 32, true},
                         {"int8 g128 asym", Format::int8, 128, 128, false}};
-const Scheme kFloat[] = {
-    {"bf16", Format::bf16, 0, 0, true}, {"f16", Format::f16, 0, 0, true}, {"f32", Format::f32, 0, 0, true}};
+const Scheme kPlanes[] = {{"int3 g128", Format::int3, 128, 128, true},
+                          {"int3 g32", Format::int3, 32, 32, true},
+                          {"int3 g128 asym", Format::int3, 128, 128, false},
+                          {"int2 g128", Format::int2, 128, 128, true},
+                          {"int2 g32", Format::int2, 32, 32, true},
+                          {"int2 g128 asym", Format::int2, 128, 128, false}};
+const Scheme kFloat[] = {{"bf16", Format::bf16, 0, 0, true},
+                         {"f16", Format::f16, 0, 0, true},
+                         {"f32", Format::f32, 0, 0, true},
+                         {"fp8 row", Format::fp8, 0, 0, true},
+                         {"fp8 g128", Format::fp8, 128, 0, true}};
 
 void bench_decode(Pool& pool, int repetitions) {
   for (const Scheme& scheme : kInt4) measure(scheme, 1, 5, true, pool, repetitions);
+  for (const Scheme& scheme : kPlanes) measure(scheme, 1, 6, true, pool, repetitions);
   for (const Scheme& scheme : kInt8) measure(scheme, 1, 3, true, pool, repetitions);
   for (const Scheme& scheme : kFloat) measure(scheme, 1, 2, false, pool, repetitions);
 }
@@ -285,6 +295,7 @@ void bench_batch(Pool& pool, int repetitions) {
 
 void bench_prefill(Pool& pool, int repetitions) {
   for (const Scheme& scheme : kInt4) measure(scheme, 256, 1, false, pool, repetitions);
+  for (const Scheme& scheme : kPlanes) measure(scheme, 256, 1, false, pool, repetitions);
   for (const Scheme& scheme : kInt8) measure(scheme, 256, 1, false, pool, repetitions);
   for (const Scheme& scheme : kFloat) measure(scheme, 256, 1, false, pool, 1 + repetitions / 4);
 }

@@ -12,6 +12,7 @@
 #include "kernels.h"
 
 #define GRISTMILL_VNNI 0
+#define GRISTMILL_DOTS "x86_dots_avx2.inc"
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else

@@ -17,6 +17,7 @@
 #include "kernels.h"
 
 #define GRISTMILL_VNNI 1
+#define GRISTMILL_DOTS "x86_dots_avx512.inc"
 #if defined(__clang__)
 #pragma clang attribute push(                                                               \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), \

@@ -1,4 +1,4 @@
-// 16-bit floats: storage types and exact conversions in plain C++. Vector code converts with instructions
+// 16-bit and 8-bit floats: storage types and exact conversions in plain C++. Vector code converts with instructions
 // that give the same bits.
 #pragma once
 #include <cstdint>
@@ -15,6 +15,12 @@ struct f16 {
 struct bf16 {
   uint16_t bits;
 };
+// An e4m3 number times 2^-8: its seven lower bits are those of an f16 with another bias, subnormals too, which
+// makes reading it two operations and a conversion. The two NaNs, which nobody writes, count as 480.
+struct fp8 {
+  uint8_t bits;
+};
+constexpr float kFp8Unit = 256.f;
 
 inline float float_of(uint32_t bits) {
   float value;
@@ -40,6 +46,10 @@ inline float to_float(f16 h) {
     return float_of(sign | 0x7f800000 | mantissa << 13 | (mantissa ? 0x400000 : 0));
   }
   return float_of(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+
+inline float to_float(fp8 x) {
+  return to_float(f16{static_cast<uint16_t>((x.bits & 0x80) << 8 | (x.bits & 0x7f) << 7)});
 }
 
 // Round to nearest even; overflow gives infinity.

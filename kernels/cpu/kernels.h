@@ -10,12 +10,26 @@
 
 namespace gristmill {
 
-enum class Format : uint8_t { f32, f16, bf16, int8, int4 };
+enum class Format : uint8_t { f32, f16, bf16, fp8, int8, int4, int3, int2 };
 enum class Activation : uint8_t { none, silu, gelu, gelu_tanh, relu };
 enum class CacheType : uint8_t { f32, f16, int8 };
 
 // Columns are padded to a multiple of 64 wherever integers are stored.
 constexpr int64_t padded_columns(int64_t k) { return (k + 63) / 64 * 64; }
+
+// What the formats are; those of one kind differ in these numbers alone. fp8 is e4m3fn.
+constexpr bool is_integer(Format f) { return f >= Format::int8; }
+constexpr bool has_scales(Format f) { return f >= Format::fp8; }
+constexpr int bits_of_weight(Format f) {
+  constexpr int bits[] = {32, 16, 16, 8, 8, 4, 3, 2};
+  return bits[static_cast<int>(f)];
+}
+// int8 is stored as it is; below, q is unsigned and symmetric weights have their zero in the middle.
+constexpr bool is_unsigned(Format f) { return f >= Format::int4; }
+constexpr int32_t middle(Format f) { return is_unsigned(f) ? 1 << (bits_of_weight(f) - 1) : 0; }
+constexpr int64_t block_bytes(Format f) { return 8 * bits_of_weight(f); }  // of 64 columns, with scales
+// Zero points of a row of G groups: int8, else packed nibbles.
+constexpr int64_t zero_bytes(Format f, int64_t groups) { return is_unsigned(f) ? (groups + 1) / 2 : groups; }
 
 // One weight matrix [n, k] in its stored layout (see the artifact format).
 struct Matrix {
@@ -24,20 +38,15 @@ struct Matrix {
   bool scale_is_f32 = false;
   int64_t n = 0, k = 0;
   int64_t group = 0;  // columns per scale; 0 = whole row
-  // [n, k] floats; [n, kp] int8; [n, kp / 2] nibbles (byte i of 32: column i low, i + 32 high)
+  // [n, k] floats, or rows of kp / 64 blocks: 64 bytes of fp8 or int8; 32 of int4 (byte i: column i low, i +
+  // 32 high); 16 of int2 (byte i: columns i, i + 16, i + 32, i + 48 from the lowest bits up); int3: the low
+  // two bits as int2, then 8 bytes of third bits (bit c % 8 of byte c / 8)
   const void* data = nullptr;
   const void* scale = nullptr;  // [n, G] f16 or f32
   const void* zero = nullptr;   // asymmetric: int8 [n, G] or packed nibbles [n, ceil(G / 2)]
   int64_t groups() const { return group ? (k + group - 1) / group : 1; }
   int64_t row_bytes() const {
-    switch (format) {
-      case Format::f32: return 4 * k;
-      case Format::f16:
-      case Format::bf16: return 2 * k;
-      case Format::int8: return padded_columns(k);
-      case Format::int4: return padded_columns(k) / 2;
-    }
-    return 0;
+    return has_scales(format) ? padded_columns(k) / 64 * block_bytes(format) : k * bits_of_weight(format) / 8;
   }
 };
 

@@ -17,20 +17,21 @@ namespace {
 
 // ---- integer product ----
 
-// One weight row as integers minus nothing: nibbles stay 0..15, int8 stays -128..127.
+// One weight row as integers minus nothing: int8 stays -128..127, the others 0..15, 0..7 and 0..3.
+template <Format format>
 void unpack_row(const Matrix& w, int64_t n, int16_t* out) {
-  const int64_t kp = padded_columns(w.k);
-  if (w.format == Format::int8) {
-    const int8_t* from = static_cast<const int8_t*>(w.data) + n * kp;
-    for (int64_t c = 0; c < kp; c++) out[c] = from[c];
-    return;
+  const uint8_t* block = static_cast<const uint8_t*>(w.data) + n * w.row_bytes();
+  for (int64_t c = 0; c < padded_columns(w.k); c += 64, block += block_bytes(format)) {
+    for (int64_t i = 0; i < 64; i++) out[c + i] = static_cast<int16_t>(block_value(format, block, i));
   }
-  const uint8_t* from = static_cast<const uint8_t*>(w.data) + n * (kp / 2);
-  for (int64_t block = 0; block < kp / 64; block++) {
-    for (int64_t i = 0; i < 32; i++) {
-      out[block * 64 + i] = from[block * 32 + i] & 15;
-      out[block * 64 + 32 + i] = from[block * 32 + i] >> 4;
-    }
+}
+
+void unpack_row(const Matrix& w, int64_t n, int16_t* out) {
+  switch (w.format) {
+    case Format::int4: return unpack_row<Format::int4>(w, n, out);
+    case Format::int3: return unpack_row<Format::int3>(w, n, out);
+    case Format::int2: return unpack_row<Format::int2>(w, n, out);
+    default: return unpack_row<Format::int8>(w, n, out);
   }
 }
 

@@ -34,6 +34,9 @@ GRISTMILL_INLINE Vec load(const f16* p) {
 GRISTMILL_INLINE Vec load(const bf16* p) {
   return each([&](int i) { return to_float(p[i]); });
 }
+GRISTMILL_INLINE Vec load(const fp8* p) {
+  return each([&](int i) { return to_float(p[i]); });
+}
 GRISTMILL_INLINE Vec load(const int8_t* p) {
   return each([&](int i) { return static_cast<float>(p[i]); });
 }

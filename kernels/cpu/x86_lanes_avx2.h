@@ -42,3 +42,12 @@ GRISTMILL_INLINE void store_some(float* p, Floats a, int64_t count) {
   if (count >= 8) _mm256_storeu_ps(p, a);
   else _mm256_maskstore_ps(p, lanes_before(count), a);
 }
+
+// 4 added to the bytes whose bit is set; they hold 0..3.
+GRISTMILL_INLINE __m256i add_third_bits(__m256i low, uint32_t bits) {
+  const __m256i from = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i own = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+  const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int32_t>(bits)), from);
+  const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, own), own);
+  return _mm256_or_si256(low, _mm256_and_si256(set, _mm256_set1_epi8(4)));
+}

@@ -45,3 +45,8 @@ GRISTMILL_INLINE Floats load_some(const float* p, int64_t count) {
 GRISTMILL_INLINE void store_some(float* p, Floats a, int64_t count) {
   _mm512_mask_storeu_ps(p, lanes_before(count), a);
 }
+
+// 4 added to the bytes whose bit is set; they hold 0..3.
+GRISTMILL_INLINE __m256i add_third_bits(__m256i low, uint32_t bits) {
+  return _mm256_mask_add_epi8(low, bits, low, _mm256_set1_epi8(4));
+}

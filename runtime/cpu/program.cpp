@@ -143,7 +143,7 @@ class Loader {
     for (size_t i = 0; i < json.items.size(); i++) {
       const std::string label = where + "[" + std::to_string(i) + "]";
       const Matrix matrix = load_segment(Fields(json.items[i], label), weight->bytes);
-      const bool integer = matrix.format == Format::int8 || matrix.format == Format::int4;
+      const bool integer = is_integer(matrix.format);
       if (i == 0) weight->k = matrix.k, weight->integer = integer;
       if (matrix.k != weight->k) fail(label, ": k is ", matrix.k, ", the first segment has ", weight->k);
       if (integer != weight->integer) fail(label, ": float and integer segments do not mix");
@@ -160,35 +160,40 @@ class Loader {
     matrix.format = fields.choice<Format>("format", {{"f32", Format::f32},
                                                      {"f16", Format::f16},
                                                      {"bf16", Format::bf16},
+                                                     {"fp8", Format::fp8},
                                                      {"int8", Format::int8},
-                                                     {"int4", Format::int4}});
+                                                     {"int4", Format::int4},
+                                                     {"int3", Format::int3},
+                                                     {"int2", Format::int2}});
     matrix.n = fields.integer("n", 1, kMostWidth);
     matrix.k = fields.integer("k", 1, kMostWidth);
     matrix.group = fields.integer("group", 0, 128, 0);
     matrix.symmetric = fields.flag("symmetric", true);
     fields.done();
-    const bool integer = matrix.format == Format::int8 || matrix.format == Format::int4;
+    const bool scaled = has_scales(matrix.format);
     const bool known_group =
         matrix.group == 0 || matrix.group == 32 || matrix.group == 64 || matrix.group == 128;
-    if (!known_group || (matrix.group >= matrix.k && matrix.group) || (!integer && matrix.group))
+    if (!known_group || (matrix.group >= matrix.k && matrix.group) || (!scaled && matrix.group))
       fail(fields.where(), ": group ", matrix.group,
-           ", expected 32, 64 or 128 below k, or 0 (whole row; float formats: always)");
-    if (!integer && !matrix.symmetric) fail(fields.where(), ": float formats have no zero point");
+           ", expected 32, 64 or 128 below k, or 0 (whole row; formats without scales: always)");
+    if (!is_integer(matrix.format) && !matrix.symmetric) fail(fields.where(), ": float formats have no zero point");
     bytes += matrix.n * matrix.row_bytes();
     matrix.data = load_data(name, matrix);
-    if (integer) load_scales(name, matrix, bytes);
+    if (scaled) load_scales(name, matrix, bytes);
     return matrix;
   }
 
   const char* load_data(const std::string& name, const Matrix& matrix) const {
     const std::string tensor = name + ".weight";
-    const int64_t kp = padded_columns(matrix.k);
     switch (matrix.format) {
       case Format::f32: return tensors_.need(tensor, "F32", {matrix.n, matrix.k});
       case Format::f16: return tensors_.need(tensor, "F16", {matrix.n, matrix.k});
       case Format::bf16: return tensors_.need(tensor, "BF16", {matrix.n, matrix.k});
-      case Format::int8: return tensors_.need(tensor, "I8", {matrix.n, kp});
-      case Format::int4: return tensors_.need(tensor, "U8", {matrix.n, kp / 2});
+      case Format::int8: return tensors_.need(tensor, "I8", {matrix.n, matrix.row_bytes()});
+      case Format::fp8:
+      case Format::int4:
+      case Format::int3:
+      case Format::int2: return tensors_.need(tensor, "U8", {matrix.n, matrix.row_bytes()});
     }
     return nullptr;
   }
@@ -200,10 +205,9 @@ class Loader {
     matrix.scale = tensors_.need(name + ".scale", matrix.scale_is_f32 ? "F32" : "F16", {matrix.n, groups});
     bytes += matrix.n * groups * (matrix.scale_is_f32 ? 4 : 2);
     if (matrix.symmetric) return;
-    const bool nibbles = matrix.format == Format::int4;
-    const int64_t zero_bytes = nibbles ? (groups + 1) / 2 : groups;
-    matrix.zero = tensors_.need(name + ".zero", nibbles ? "U8" : "I8", {matrix.n, zero_bytes});
-    bytes += matrix.n * zero_bytes;
+    const int64_t size = zero_bytes(matrix.format, groups);
+    matrix.zero = tensors_.need(name + ".zero", is_unsigned(matrix.format) ? "U8" : "I8", {matrix.n, size});
+    bytes += matrix.n * size;
   }
 
   View view(const Json& json, const Fields& fields, const char* name) const {

@@ -49,7 +49,7 @@ struct RopeSpec {
 struct Weight {
   std::vector<Matrix> segments;
   int64_t n = 0, k = 0, bytes = 0;
-  bool integer = false;  // int8 and int4; else float formats
+  bool integer = false;  // all segments are; else float formats, scaled or not
 };
 
 enum class Function : uint8_t {

@@ -40,9 +40,11 @@ const char* const kProgram = R"({"format": 1, "name": "decoder", "vocabulary": 5
  "embed": [{"name": "embed", "format": "int8", "n": 50, "k": 40, "group": 32, "symmetric": true}],
  "wpe": [{"name": "wpe", "format": "bf16", "n": 66, "k": 40}],
  "qkv": [{"name": "q", "format": "int4", "n": 40, "k": 40, "group": 32, "symmetric": false},
-         {"name": "kv", "format": "int8", "n": 40, "k": 40, "group": 0, "symmetric": false}],
- "o": [{"name": "o", "format": "int4", "n": 40, "k": 40, "group": 32, "symmetric": true}],
- "up": [{"name": "up", "format": "f16", "n": 144, "k": 40, "group": 0}],
+         {"name": "k", "format": "int3", "n": 20, "k": 40, "group": 32, "symmetric": false},
+         {"name": "v", "format": "int2", "n": 20, "k": 40, "group": 0, "symmetric": true}],
+ "o": [{"name": "o", "format": "int8", "n": 40, "k": 40, "group": 0, "symmetric": false}],
+ "up": [{"name": "gate", "format": "fp8", "n": 72, "k": 40, "group": 32},
+        {"name": "up", "format": "f16", "n": 72, "k": 40, "group": 0}],
  "down": [{"name": "down", "format": "int8", "n": 40, "k": 72, "group": 64, "symmetric": true}],
  "one": [{"name": "one", "format": "f32", "n": 1, "k": 40}]},
 "instructions": [
@@ -231,16 +233,16 @@ struct TensorSpec {
   std::vector<int64_t> shape;
 };
 
-const std::vector<TensorSpec> kTensors = {{"inv_freq", "F32", {4}},        {"norm", "F32", {40}},
-                                          {"head_norm", "F32", {10}},      {"sinks", "F32", {4}},
-                                          {"bias", "F32", {80}},           {"embed.weight", "I8", {50, 64}},
-                                          {"embed.scale", "F16", {50, 2}}, {"wpe.weight", "BF16", {66, 40}},
-                                          {"q.weight", "U8", {40, 32}},    {"q.scale", "F16", {40, 2}},
-                                          {"q.zero", "U8", {40, 1}},       {"kv.weight", "I8", {40, 64}},
-                                          {"kv.scale", "F32", {40, 1}},    {"kv.zero", "I8", {40, 1}},
-                                          {"o.weight", "U8", {40, 32}},    {"o.scale", "F16", {40, 2}},
-                                          {"up.weight", "F16", {144, 40}}, {"down.weight", "I8", {40, 128}},
-                                          {"down.scale", "F16", {40, 2}},  {"one.weight", "F32", {1, 40}}};
+const std::vector<TensorSpec> kTensors = {
+    {"inv_freq", "F32", {4}},        {"norm", "F32", {40}},         {"head_norm", "F32", {10}},
+    {"sinks", "F32", {4}},           {"bias", "F32", {80}},         {"embed.weight", "I8", {50, 64}},
+    {"embed.scale", "F16", {50, 2}}, {"wpe.weight", "BF16", {66, 40}}, {"q.weight", "U8", {40, 32}},
+    {"q.scale", "F16", {40, 2}},     {"q.zero", "U8", {40, 1}},     {"k.weight", "U8", {20, 24}},
+    {"k.scale", "F16", {20, 2}},     {"k.zero", "U8", {20, 1}},     {"v.weight", "U8", {20, 16}},
+    {"v.scale", "F32", {20, 1}},     {"o.weight", "I8", {40, 64}},  {"o.scale", "F32", {40, 1}},
+    {"o.zero", "I8", {40, 1}},       {"gate.weight", "U8", {72, 64}}, {"gate.scale", "F16", {72, 2}},
+    {"up.weight", "F16", {72, 40}},  {"down.weight", "I8", {40, 128}}, {"down.scale", "F16", {40, 2}},
+    {"one.weight", "F32", {1, 40}}};
 
 struct File {
   std::string header, data;
