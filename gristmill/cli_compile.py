@@ -10,6 +10,7 @@ from gristmill.cli_output import Rows, echo_json, note, progress_bar, show_table
 from gristmill.compiler.options import METHOD_NAMES
 
 WEIGHTS = ("f32", "bf16", "f16", "int8", "int4")
+KV_TYPES = ("f32", "f16", "int8", "fp8", "int4")
 
 
 @click.command("compile", no_args_is_help=True)
@@ -39,8 +40,13 @@ WEIGHTS = ("f32", "bf16", "f16", "int8", "int4")
 )
 @click.option(
     "--kv",
-    type=click.Choice(["f32", "f16", "int8"]),
+    type=click.Choice(KV_TYPES),
     help="Type of the KV cache.  [default: f16, f32 with f32 weights]",
+)
+@click.option("--kv-k", type=click.Choice(KV_TYPES), help="Type of its keys.  [default: as --kv]")
+@click.option("--kv-v", type=click.Choice(KV_TYPES), help="Type of its values.  [default: as --kv]")
+@click.option(
+    "--kv-rotate", is_flag=True, help="Rotate queries and keys (Hadamard): for int4 keys with outliers."
 )
 @click.option(
     "--rotate", is_flag=True,

@@ -16,6 +16,11 @@ template <typename T>
 GRISTMILL_INLINE Vec load(const T* p) {
   return {load8(p), load8(p + 8)};
 }
+GRISTMILL_INLINE Vec load_nibbles(const uint8_t* p) {
+  const __m128i bytes = nibbles16(p);
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
+          _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
+}
 
 GRISTMILL_INLINE void store(float* p, Vec a) {
   _mm256_storeu_ps(p, a.low);

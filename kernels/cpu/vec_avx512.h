@@ -21,6 +21,15 @@ GRISTMILL_INLINE Vec load(const bf16* p) {
 GRISTMILL_INLINE Vec load(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
+GRISTMILL_INLINE Vec load(const fp8* p) {
+  const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i half =
+      _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
+  return {_mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.f))};
+}
+GRISTMILL_INLINE Vec load_nibbles(const uint8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(nibbles16(p)))};
+}
 
 GRISTMILL_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 GRISTMILL_INLINE void store(f16* p, Vec a) {

@@ -37,6 +37,13 @@ GRISTMILL_INLINE Vec load(const bf16* p) {
 GRISTMILL_INLINE Vec load(const int8_t* p) {
   return each([&](int i) { return static_cast<float>(p[i]); });
 }
+GRISTMILL_INLINE Vec load(const fp8* p) {
+  return each([&](int i) { return to_float(p[i]); });
+}
+// 16 nibbles of 8 bytes, the low one of each byte first, as 0 to 15.
+GRISTMILL_INLINE Vec load_nibbles(const uint8_t* p) {
+  return each([&](int i) { return static_cast<float>(p[i / 2] >> i % 2 * 4 & 15); });
+}
 
 GRISTMILL_INLINE void store(float* p, Vec a) {
   for (int i = 0; i < kLanes; i++) p[i] = a.lane[i];
