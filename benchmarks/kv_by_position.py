@@ -1,8 +1,8 @@
 """What each format of the KV cache costs, by how far into the context a token stands.
 
 Every format reads the same windows of the text. Per token the nll is compared with that of the first format
-(paired), and the increase is given in per cent of its mean nll, with the 95 % bootstrap interval over blocks of
-32 tokens.
+(paired), and the increase is given in per cent of its mean nll, with the 95 % bootstrap interval over blocks
+of 32 tokens.
 
     python benchmarks/kv_by_position.py examples/py7m TEXT --tokens 60000
     python benchmarks/kv_by_position.py MODEL TEXT --format f16 --format int8/int4 --format "int4/f16 rotated"
@@ -22,8 +22,8 @@ from gristmill.compiler.statistics import Blocks, bootstrap_mean
 from gristmill.runtime.evaluation import read_text, text_windows, window_nll
 from gristmill.runtime.session import Session
 
-FORMATS = ("f16", "int8", "fp8", "int4", "int4 rotated", "int4/f16", "int4/f16 rotated", "f16/int4", "fp8/f16",
-           "f16/fp8", "int8/int4", "int8 rotated", "fp8 rotated")
+FORMATS = ("f16", "int8", "fp8", "int4", "int4 rotated", "int4/f16", "int4/f16 rotated", "f16/int4",
+           "fp8/f16", "f16/fp8", "int8/int4", "int8 rotated", "fp8 rotated")
 EDGES = (0, 64, 256, 512, 1024, 2048, 4096)
 Scores = list[NDArray[np.float64]]  # nll of each window's tokens
 
@@ -41,7 +41,7 @@ def score(session: Session, text: str, window: int, tokens: int) -> Scores:
     ids = session.tokenizer.encode(text, add_special_tokens=False)[:tokens]
     pieces = [p for p in text_windows(ids, session.tokenizer.prefix_ids, window) if len(p) == window]
     if not pieces:
-        raise click.ClickException(f"{len(ids)} tokens of text do not fill one window of {window}; give more text")
+        raise click.ClickException(f"{len(ids)} tokens do not fill one window of {window}; give more text")
     with session.slot() as slot:
         return [window_nll(session, piece, slot, 1) for piece in pieces]
 
@@ -69,8 +69,12 @@ def report_line(exact: Scores, scores: Scores, begin: int, end: int) -> str:
 @click.option("--weights", default="f16", show_default=True, help="Format of the linear layers.")
 @click.option("--window", type=int, help="Tokens of a window.  [default: the model's positions]")
 @click.option("--tokens", default=50_000, show_default=True, help="Tokens of the text to read.")
-@click.option("--format", "formats", multiple=True, default=FORMATS, help="K/V formats; the first is the reference.")
-def main(model: str, text: str, weights: str, window: int | None, tokens: int, formats: tuple[str, ...]) -> None:
+@click.option(
+    "--format", "formats", multiple=True, default=FORMATS, help="Keys/values; the first is the reference."
+)
+def main(
+    model: str, text: str, weights: str, window: int | None, tokens: int, formats: tuple[str, ...]
+) -> None:
     """Print the increase of nll of each cache format over the first, by position, in per cent."""
     content = read_text(text)
     exact: Scores = []
@@ -84,7 +88,8 @@ def main(model: str, text: str, weights: str, window: int | None, tokens: int, f
             print(f"{len(exact)} windows of {length + 1} tokens, nll {np.mean(exact):.4f} with {cache}")
             print(" " * 18 + "".join(f"{f'{a}-{b}':>32}" for a, b in spans), flush=True)
             continue
-        print(f"{cache:18}" + "".join(f"{report_line(exact, scores, a, b):>32}" for a, b in spans), flush=True)
+        cells = [report_line(exact, scores, begin, end) for begin, end in spans]
+        print(f"{cache:18}" + "".join(f"{cell:>32}" for cell in cells), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Formats of the KV cache: the Hadamard transform is exact, outliers cost less with it, bytes are as computed."""
+"""Formats of the KV cache: a rotation is exact and helps against outliers, bytes are as computed."""
 from __future__ import annotations
 
 import itertools
