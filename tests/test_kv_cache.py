@@ -73,24 +73,23 @@ def test_row_bytes_are_those_of_the_documentation() -> None:
     assert cache_row_bytes("int4", 33) == 2 * 4 + 17
 
 
-def test_compiled_caches_keep_the_text(stories260k: Path, shared: Path, tmp_path: Path) -> None:
-    """nll on 4,000 tokens against an f32 cache; keys and values chosen separately."""
-    text = (shared / "data" / "tinystories_dev.txt").read_text("utf-8")[:12_000]
-    bounds = {("f32", "f32"): 0.0, ("int8", "int8"): 0.002, ("fp8", "fp8"): 0.01, ("int8", "int4"): 0.02,
-              ("int4", "int8"): 0.05}  # fmt: skip
+# keys, values, rotated, the most that nll may change by
+COMPILED = [("f32", "f32", False, 0.0), ("int8", "int8", False, 0.001), ("fp8", "int4", False, 0.005),
+            ("int4", "fp8", True, 0.005)]  # fmt: skip
+
+
+def test_compiled_caches_keep_the_text(py7m: Path, shared: Path, tmp_path: Path) -> None:
+    """nll on 2,000 tokens in windows of 1,000 against an f32 cache; keys and values chosen separately."""
+    text = (shared / "data" / "python_dev.txt").read_text("utf-8")[:12_000]
     exact = 0.0
-    for (k, v), bound in bounds.items():
+    for k, v, rotate, bound in COMPILED:
         out = tmp_path / f"{k}-{v}"
-        rotate = k == "int4"
-        gristmill.compile(
-            stories260k, out, weights="f32", kv="f16", kv_k=k, kv_v=v, kv_rotate=rotate, gate=False
-        )
+        gristmill.compile(py7m, out, weights="f16", kv="f16", kv_k=k, kv_v=v, kv_rotate=rotate, gate=False)
         session = gristmill.load(out)
         attention = [i for i in session.program.instructions if i.op == "attention"]
-        assert {c.k_dtype for c in session.program.caches} == {k}
-        assert {c.v_dtype for c in session.program.caches} == {v}
-        assert {i.attribute("hadamard") for i in attention} == {8 if rotate else 0}
-        ids = session.tokenizer.encode(text, add_special_tokens=False)[:4000]
-        nll = float(negative_log_likelihood(session, ids).mean())
+        assert {(c.k_dtype, c.v_dtype) for c in session.program.caches} == {(k, v)}
+        assert {i.attribute("hadamard") for i in attention} == {32 if rotate else 0}
+        ids = session.tokenizer.encode(text, add_special_tokens=False)[:2000]
+        nll = float(negative_log_likelihood(session, ids, 1000).mean())
         exact = exact or nll
         assert abs(nll / exact - 1) <= bound, f"{k} keys, {v} values: nll {nll:.5f}, {exact:.5f} with f32"

@@ -44,6 +44,15 @@ GRISTMILL_INLINE Vec load(const fp8* p) {
 GRISTMILL_INLINE Vec load_nibbles(const uint8_t* p) {
   return each([&](int i) { return static_cast<float>(p[i / 2] >> i % 2 * 4 & 15); });
 }
+// Two f16 side by side, at any address.
+struct Two {
+  float first, second;
+};
+GRISTMILL_INLINE Two two_halves(const char* p) {
+  f16 both[2];
+  std::memcpy(both, p, sizeof both);
+  return {to_float(both[0]), to_float(both[1])};
+}
 
 GRISTMILL_INLINE void store(float* p, Vec a) {
   for (int i = 0; i < kLanes; i++) p[i] = a.lane[i];
