@@ -18,7 +18,19 @@ from ..passes.graph import Lazy, Traced, arguments, aten, is_op, ours, shape
 from ..quant.scheme import Scheme, activation_group
 from ..quant.tensor import QuantizedTensor
 from ..runtime.errors import GristmillError
-from ..runtime.program import LOGITS, CacheSpec, Instruction, Limits, Program, RopeSpec, Segment, Value, View
+from ..runtime.program import (
+    CACHE_GROUP,
+    LOGITS,
+    CacheSpec,
+    Instruction,
+    Limits,
+    Program,
+    RopeSpec,
+    Segment,
+    Value,
+    View,
+)
+from .options import CacheFormat
 
 
 @dataclass
@@ -54,23 +66,23 @@ Assign = Callable[[str, str], Scheme]
 
 
 def lower(
-    traced: Traced, assign: Assign, kv_type: str, limits: Limits, float_activations: bool = False
+    traced: Traced, assign: Assign, kv: CacheFormat, limits: Limits, float_activations: bool = False
 ) -> Lowered:
-    """Walk the graph once. ``kv_type``: f32, f16 or int8 for every cache.
+    """Walk the graph once. ``kv``: the format of every cache.
 
     ``float_activations``: integer weights are multiplied by f32 activations, not by int8 ones.
     """
-    return _Lowering(traced, assign, kv_type, limits, float_activations).run()
+    return _Lowering(traced, assign, kv, limits, float_activations).run()
 
 
 class _Lowering:
     def __init__(
-        self, traced: Traced, assign: Assign, kv_type: str, limits: Limits, float_activations: bool
+        self, traced: Traced, assign: Assign, kv: CacheFormat, limits: Limits, float_activations: bool
     ) -> None:
         self.float_activations = float_activations
         self.traced = traced
         self.assign = assign
-        self.kv_type = kv_type
+        self.kv = kv
         self.result = Lowered(Program(vocabulary=0, limits=limits))
         self.program = self.result.program
         self.views: dict[fx.Node, View] = {}
@@ -283,12 +295,22 @@ def _bias(low: _Lowering, biases: list[Any], segments: list[Segment]) -> fx.Node
 def _attention(low: _Lowering, node: fx.Node, a: dict[str, Any]) -> None:
     program = low.program
     k_dim, v_dim = shape(a["k"])[-1] // a["kv_heads"], shape(a["v"])[-1] // a["kv_heads"]
-    program.caches.append(CacheSpec(a["kv_heads"], k_dim, v_dim, low.kv_type, a["window"]))
+    program.caches.append(CacheSpec(a["kv_heads"], k_dim, v_dim, low.kv.k, low.kv.v, a["window"]))
     low.emit(
         node, "attention", {n: a[n] for n in "qkv"}, {n: a[n] for n in ("q_norm", "k_norm", "sinks")},
         cache=len(program.caches) - 1, heads=a["heads"], scale=float(a["scale"]), softcap=float(a["softcap"]),
-        rope=_rope(low, a), norm_eps=float(a["norm_eps"]),
+        rope=_rope(low, a), hadamard=hadamard_block(k_dim) if low.kv.rotate else 0,
+        norm_eps=float(a["norm_eps"]),
     )  # fmt: skip
+
+
+def hadamard_block(k_dim: int) -> int:
+    """Columns that a rotation of keys mixes: the largest power of two that divides ``k_dim``, at most 32.
+
+    The columns of a group share what an outlier costs, other groups stay as exact as they are: against keys
+    with a few large channels this rounds better than a transform of the whole head.
+    """
+    return min(k_dim & -k_dim, CACHE_GROUP)
 
 
 def _rope(low: _Lowering, a: dict[str, Any]) -> int:

@@ -23,7 +23,19 @@ CALIBRATION = (
     "damping",
     "asymmetric_error",
 )
-KV_TYPES = ("f32", "f16", "int8")
+KV_TYPES = ("f32", "f16", "int8", "fp8", "int4")
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """Types of cached keys and values; ``rotate``: a Hadamard transform on queries and keys before."""
+
+    k: str
+    v: str
+    rotate: bool = False
+
+    def __str__(self) -> str:
+        return (self.k if self.k == self.v else f"{self.k}/{self.v}") + (" rotated" if self.rotate else "")
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,9 @@ class CompileOptions:
     """None means: chosen from the others, see the properties below; `of` checks that they go together.
 
     weights: format of the linear layers. group_size: columns per scale, 32, 64, 128 or "row". asymmetric:
-    zero points. embedding, head: formats of the two ends (a tied pair is one matrix). kv: type of the cache.
+    zero points. embedding, head: formats of the two ends (a tied pair is one matrix). kv: type of the cache;
+    kv_k, kv_v: of its keys, of its values; kv_rotate: rotate queries and keys so that no column of a key
+    stands out.
     max_len, max_slots, max_tokens: positions per slot, sequences, and rows of one forward that the artifact
     is planned for. text: file of held text for the gate; gate_tokens: how many of its tokens;
     max_ppl_increase (0.02 or "2%") and max_kl (nats): what the gate lets pass. rotate: turn the
@@ -54,6 +68,9 @@ class CompileOptions:
     embedding: str | None = None
     head: str | None = None
     kv: str | None = None
+    kv_k: str | None = None
+    kv_v: str | None = None
+    kv_rotate: bool = False
     max_len: int | None = None
     max_slots: int = 8
     max_tokens: int = 512
@@ -113,17 +130,23 @@ class CompileOptions:
         return self.head or (self.weights if self.weights in FLOAT_WEIGHTS else "int8")
 
     @property
-    def kv_type(self) -> str:
+    def cache_format(self) -> CacheFormat:
         """f32 for f32 weights, whose numbers are then those of the reference; otherwise f16."""
-        return self.kv or ("f32" if self.weights == "f32" else "f16")
+        both = self.kv or ("f32" if self.weights == "f32" else "f16")
+        return CacheFormat(self.kv_k or both, self.kv_v or both, self.kv_rotate)
 
     def _check_formats(self) -> None:
         _one_of("weights", self.weights, WEIGHTS)
         for name in ("embedding", "head"):
             if getattr(self, name) is not None:
                 _one_of(name, getattr(self, name), WEIGHTS)
-        if self.kv is not None:
-            _one_of("kv", self.kv, KV_TYPES)
+        for name in ("kv", "kv_k", "kv_v"):
+            if getattr(self, name) is not None:
+                _one_of(name, getattr(self, name), KV_TYPES)
+        if self.kv_rotate is True and self.cache_format.k in ("f32", "f16"):
+            raise GristmillError(
+                f"kv_rotate needs quantized keys, got {self.cache_format.k}; use kv_k int4, fp8 or int8"
+            )
         if self.group_size is not None:
             _one_of("group_size", self.group_size, (*GROUP_SIZES, "row"))
         formats = [FORMATS[f] for f in (self.weights, self.embedding_format, self.head_format)]
@@ -148,8 +171,8 @@ class CompileOptions:
             ):
                 raise GristmillError(f"{name} is {bound!r}, expected a number from 0")
         flags = (
-            "asymmetric", "gate", "rotate", "resume", "act_order", "asymmetric_error", "explain",
-            "check_passes", "force",
+            "asymmetric", "gate", "rotate", "kv_rotate", "resume", "act_order", "asymmetric_error",
+            "explain", "check_passes", "force",
         )  # fmt: skip
         for name in flags:
             if not isinstance(getattr(self, name), bool):

@@ -184,7 +184,7 @@ def _manifest(
     matrices = {n: {k: v for k, v in r.items() if k != "seconds"} for n, r in made.records.items()}
     quantization = {
         "method": made.method,
-        "kv": options.kv_type,
+        "kv": str(options.cache_format),
         "rotated": options.rotate,
         "activations": options.activations,
         "schemes": {name: str(matrix.scheme) for name, matrix in made.lowered.matrices.items()},

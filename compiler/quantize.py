@@ -59,7 +59,8 @@ def quantize(
     """Lower the graph with every matrix's format decided and, for calibrated methods, its integers chosen."""
     formats = Formats.of(options)
     build = partial(
-        lower, traced, formats.scheme, options.kv_type, limits, float_activations=options.activations == "f32"
+        lower, traced, formats.scheme, options.cache_format, limits,
+        float_activations=options.activations == "f32",
     )
     lowered = build()
     formats.check(lowered)

@@ -11,6 +11,7 @@ from gristmill.compiler.options import METHOD_NAMES
 from gristmill.quant.scheme import FORMATS
 
 WEIGHTS = tuple(FORMATS)
+KV_TYPES = ("f32", "f16", "int8", "fp8", "int4")
 
 
 @click.command("compile", no_args_is_help=True)
@@ -40,8 +41,13 @@ WEIGHTS = tuple(FORMATS)
 )
 @click.option(
     "--kv",
-    type=click.Choice(["f32", "f16", "int8"]),
+    type=click.Choice(KV_TYPES),
     help="Type of the KV cache.  [default: f16, f32 with f32 weights]",
+)
+@click.option("--kv-k", type=click.Choice(KV_TYPES), help="Type of its keys.  [default: as --kv]")
+@click.option("--kv-v", type=click.Choice(KV_TYPES), help="Type of its values.  [default: as --kv]")
+@click.option(
+    "--kv-rotate", is_flag=True, help="Rotate queries and keys (Hadamard): for int4 keys with outliers."
 )
 @click.option(
     "--rotate", is_flag=True,

@@ -17,10 +17,12 @@ def refuse_malformed(program: Program) -> None:
     for index, cache in enumerate(program.caches):
         sizes = ("kv_heads", "k_dim", "v_dim", "window")
         numbers |= {f"caches[{index}].{key}": getattr(cache, key) for key in sizes}
-        if not isinstance(cache.dtype, str) or cache.dtype not in CACHE_TYPES:
-            raise GristmillError(
-                f"program.json: caches[{index}].dtype is {cache.dtype!r}; compile the model again"
-            )
+        for name in ("k_dtype", "v_dtype"):
+            dtype = getattr(cache, name)
+            if dtype not in CACHE_TYPES:
+                raise GristmillError(
+                    f"program.json: caches[{index}].{name} is {dtype!r}; compile the model again"
+                )
     for name, value in numbers.items():
         least = 0 if name.endswith("window") else 1
         if type(value) is not int or not least <= value < _SANE:

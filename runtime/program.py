@@ -22,7 +22,8 @@ LOGITS = -1  # the value id of the output, which lives in the caller's buffer
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
 FLOAT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}  # formats without scales: bytes of a weight
 BLOCK_BYTES = {"fp8": 64, "int8": 64, "int4": 32, "int3": 24, "int2": 16}  # with scales: of 64 columns
-CACHE_TYPES = {"f32": 4, "f16": 2, "int8": 1}
+CACHE_TYPES = ("f32", "f16", "int8", "fp8", "int4")
+CACHE_GROUP = 32  # columns of an int4 cache row that share a scale and an offset
 POINTWISE_UNARY = (
     "neg", "exp", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "relu", "sqrt", "rsqrt", "square", "abs",
     "reciprocal",
@@ -73,7 +74,8 @@ OPS: dict[str, Op] = {
     ),
     "attention": Op(
         ("q", "k", "v"), ("q_norm?", "k_norm?", "sinks?"),
-        {"cache": ..., "heads": ..., "scale": ..., "softcap": 0.0, "rope": -1, "norm_eps": 0.0}, False,
+        {"cache": ..., "heads": ..., "scale": ..., "softcap": 0.0, "rope": -1, "hadamard": 0,
+         "norm_eps": 0.0}, False,
         "append k, v at (slot, position); softmax(scale q K^T) V over what the position may see",
     ),
     "gather_rows": Op(("in",), (), {}, False, "out[r] = in[rows[r]]"),
@@ -140,18 +142,31 @@ class Segment:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """One layer's cache; window 0 = the whole context."""
+    """One layer's cache; the types of keys and values are of CACHE_TYPES; window 0 = the whole context."""
 
     kv_heads: int
     k_dim: int
     v_dim: int
-    dtype: str
+    k_dtype: str
+    v_dtype: str
     window: int = 0
 
     def row_bytes(self) -> int:
         """Bytes of one position in one slot, scales included."""
-        scales = 12 if self.dtype == "int8" else 0  # k scale and offset, v scale: f32
-        return self.kv_heads * ((self.k_dim + self.v_dim) * CACHE_TYPES[self.dtype] + scales)
+        return self.kv_heads * (
+            cache_row_bytes(self.k_dtype, self.k_dim) + cache_row_bytes(self.v_dtype, self.v_dim)
+        )
+
+
+def cache_row_bytes(dtype: str, dim: int) -> int:
+    """Bytes of one head's key or value, with what it is scaled by."""
+    return {
+        "f32": 4 * dim,
+        "f16": 2 * dim,
+        "int8": 8 + dim,  # scale and offset, f32
+        "fp8": 4 + dim,  # scale, f32
+        "int4": 4 * -(-dim // CACHE_GROUP) + (dim + 1) // 2,  # scale and offset of each group, f16
+    }[dtype]
 
 
 @dataclass(frozen=True)
@@ -385,7 +400,8 @@ def _format_text(segment: Segment) -> str:
 
 def _cache_text(cache: CacheSpec) -> str:
     window = f" window={cache.window}" if cache.window else ""
-    return f"{cache.kv_heads} heads x ({cache.k_dim} + {cache.v_dim}) {cache.dtype}{window}"
+    types = cache.k_dtype if cache.k_dtype == cache.v_dtype else f"{cache.k_dtype} + {cache.v_dtype}"
+    return f"{cache.kv_heads} heads x ({cache.k_dim} + {cache.v_dim}) {types}{window}"
 
 
 def _runs(texts: list[str]) -> Iterator[tuple[str, str]]:

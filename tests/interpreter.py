@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,23 +51,48 @@ def quantize_rows(x: Array, group: int) -> Array:
     return out
 
 
-def quantize_key(x: Array) -> Array:
-    """int8 with an offset, by the best of 16 steps, and back. x [D]."""
-    x = x.astype(np.float32)
-    middle, step = np.float32(0.5) * (x.max() + x.min()), (x.max() - x.min()) / np.float32(255)
-    if step <= 1e-35:
-        return np.full(len(x), middle, np.float64)
-    steps = [step * np.float32(1 + i / 32) for i in range(16)]
-    one, centered = np.float32(1), x - middle
-    tried = [np.minimum(np.rint(centered * (one / s)), 127).astype(np.float32) * s for s in steps]
-    best = min(tried, key=lambda values: float(np.square(values - centered).sum()))
-    return best.astype(np.float64) + middle
+def quantize_group(x: Array, levels: int, narrowest: float, stored: type) -> Array:
+    """The best of 16 grids step * (0..levels) + offset, both kept as `stored`, and back. x [D] f32."""
+    middle, range_ = np.float32(0.5) * x.max() + np.float32(0.5) * x.min(), x.max() - x.min()
+    best, least = np.full(len(x), np.float32(stored(middle)), np.float64), np.inf
+    for i in range(16):
+        step = np.float32(stored(np.float32(narrowest + i / 32) * (range_ / np.float32(levels))))
+        if step <= 1e-35:
+            continue
+        offset = np.float32(stored(middle - np.float64(levels) / 2 * step))
+        q = np.clip(np.rint((x - offset) * (np.float32(1) / step)), 0, levels)
+        values = q.astype(np.float64) * step + offset
+        if (error := np.square(values - x).sum()) < least:
+            best, least = values, error
+    return best
+
+
+def round_fp8(x: Array) -> Array:
+    """To the nearest e4m3 value, ties to even; |x| <= 448."""
+    step = np.exp2(np.maximum(np.floor(np.log2(np.maximum(np.abs(x), 1e-30))), -6) - 3)
+    return np.rint(x / step) * step
 
 
 def quantize_cache(x: Array, dtype: str) -> Array:
+    """A key or value as the cache gives it back. x [D]."""
+    x = x.astype(np.float32)
     if dtype == "int8":
-        return quantize_rows(x[None], len(x))[0]
+        return quantize_group(x, 255, 1.0, np.float32)
+    if dtype == "int4":
+        groups = [x[at : at + 32] for at in range(0, len(x), 32)]
+        return np.concatenate([quantize_group(group, 15, 0.75, np.float16) for group in groups])
+    if dtype == "fp8":
+        amax = np.abs(x).max()
+        return round_fp8(x * (np.float32(448) / amax)).astype(np.float64) * (amax / np.float32(448))
     return x.astype({"f32": np.float32, "f16": np.float16}[dtype]).astype(np.float64)
+
+
+def hadamard(x: Array, block: int) -> Array:
+    """Each `block` columns times the orthonormal Walsh-Hadamard matrix. x [..., D]."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < block:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return (x.reshape(*x.shape[:-1], -1, block) @ (matrix / math.sqrt(block))).reshape(x.shape)
 
 
 class Reference:
@@ -145,9 +169,8 @@ class Reference:
         for t in range(len(self.ids["tokens"])):
             k = self.heads(i, "k", t, spec["kv_heads"], i.get("k_norm"))
             v = self.view(i["v"])[t].reshape(spec["kv_heads"], -1)
-            keys = quantize_key if spec["dtype"] == "int8" else partial(quantize_cache, dtype=spec["dtype"])
-            k = np.stack([keys(head) for head in k])
-            v = np.stack([quantize_cache(head, spec["dtype"]) for head in v])
+            k = np.stack([quantize_cache(head, spec["k_dtype"]) for head in k])
+            v = np.stack([quantize_cache(head, spec["v_dtype"]) for head in v])
             self.cache[i["cache"], int(self.ids["slots"][t]), int(self.ids["positions"][t])] = k, v
         return np.stack([self.attend(i, spec, t) for t in range(len(self.ids["tokens"]))])
 
@@ -155,11 +178,9 @@ class Reference:
         x = self.view(i[name])[t].reshape(count, -1)
         if norm:
             x = rms(x, i["norm_eps"]) * self.vector(norm, 1)
-        return (
-            x
-            if i.get("rope", -1) < 0
-            else self.rotate(x, self.p.json["ropes"][i["rope"]], int(self.ids["positions"][t]))
-        )
+        if i.get("rope", -1) >= 0:
+            x = self.rotate(x, self.p.json["ropes"][i["rope"]], int(self.ids["positions"][t]))
+        return hadamard(x, i["hadamard"]) if i.get("hadamard") else x
 
     def rotate(self, x: Array, rope: dict[str, Any], position: int) -> Array:
         angle = (np.float32(position) * self.p.tensors[rope["inv_freq"]]).astype(np.float64)

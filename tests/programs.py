@@ -250,6 +250,8 @@ class Llama:
     embedding: Format = Format()
     act_group: int = 0
     cache: str = "f32"
+    cache_v: str = ""  # like the keys unless given
+    hadamard: int = 0
     window: int = 0
     softcap: float = 0.0
     final_softcap: float = 0.0
@@ -303,7 +305,14 @@ def llama(c: Llama) -> Program:
 def attention_block(p: Program, c: Llama, name: str, x: View) -> View:
     layer = len(p.json["caches"])
     p.json["caches"].append(
-        {"kv_heads": c.kv_heads, "k_dim": c.k_dim, "v_dim": c.v_dim, "dtype": c.cache, "window": c.window}
+        {
+            "kv_heads": c.kv_heads,
+            "k_dim": c.k_dim,
+            "v_dim": c.v_dim,
+            "k_dtype": c.cache,
+            "v_dtype": c.cache_v or c.cache,
+            "window": c.window,
+        }
     )
     sizes = [c.heads * c.k_dim, c.kv_heads * c.k_dim, c.kv_heads * c.v_dim]
     normed, qkv, attended, out = (
@@ -337,6 +346,7 @@ def attention_block(p: Program, c: Llama, name: str, x: View) -> View:
         scale=c.k_dim**-0.5,
         softcap=c.softcap,
         rope=0,
+        hadamard=c.hadamard,
         norm_eps=1e-6,
         sinks=sinks,
         **norms,

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
+import kv_by_position
 import llamacpp_peer
 import make_model
 import numpy as np
@@ -60,3 +62,15 @@ def test_gguf_conversion_reads_every_tensor(tmp_path: Path, monkeypatch: pytest.
     assert len(seen) == len(list(make_model.tensor_shapes(SMALL)))
     assert seen["output.weight"] == (400, 64)
     assert seen["blk.1.ffn_down.weight"] == (64, 96)
+
+
+def test_cache_formats_and_their_cost_by_position() -> None:
+    options = kv_by_position.cache_options("int8/int4 rotated")
+    assert options == {"kv_k": "int8", "kv_v": "int4", "kv_rotate": True}
+    assert kv_by_position.cache_options("fp8") == {"kv_k": "fp8", "kv_v": "fp8", "kv_rotate": False}
+    with pytest.raises(click.BadParameter, match="no format"):
+        kv_by_position.cache_options("int8+int4")
+    exact = [np.full(100, 2.0)] * 10
+    worse = [np.concatenate([np.full(64, 2.0), np.full(36, 2.02)])] * 10
+    assert kv_by_position.report_line(exact, worse, 0, 64).split() == ["+0.000", "(+0.000", "to", "+0.000)"]
+    assert kv_by_position.report_line(exact, worse, 64, 100).split()[0] == "+1.000"

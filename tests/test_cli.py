@@ -249,12 +249,15 @@ def test_control_c(tmp_path: Path, artifact: str) -> None:
 
 def test_defaults_follow_from_the_weights() -> None:
     plain, exact = CompileOptions.of(), CompileOptions.of(weights="f32")
-    assert (plain.embedding_format, plain.head_format, plain.kv_type) == ("int8", "int8", "f16")
-    assert (exact.embedding_format, exact.head_format, exact.kv_type) == ("f32", "f32", "f32")
+    assert (plain.embedding_format, plain.head_format, str(plain.cache_format)) == ("int8", "int8", "f16")
+    assert (exact.embedding_format, exact.head_format, str(exact.cache_format)) == ("f32", "f32", "f32")
     groups = {f: CompileOptions.of().group(FORMATS[f]) for f in ("int8", "int2", "fp8", "bf16")}
     assert groups == {"int8": 128, "int2": 128, "fp8": 0, "bf16": 0}
     assert CompileOptions.of(group_size="row").group(FORMATS["int4"]) == 0
     assert CompileOptions.of(weights="fp8", group_size=64).group(FORMATS["fp8"]) == 64
+    mixed = CompileOptions.of(kv="int8", kv_v="int4", kv_rotate=True)
+    assert (mixed.cache_format.k, mixed.cache_format.v) == ("int8", "int4")
+    assert str(mixed.cache_format) == "int8/int4 rotated"
     assert [CompileOptions.of(max_ppl_increase=x).max_ppl_increase for x in ("2%", "0.02", 0.02)] == [
         0.02
     ] * 3
@@ -266,7 +269,11 @@ def test_defaults_follow_from_the_weights() -> None:
         ({"weights": "int5"}, "expected one of"),
         ({"group_size": 48}, "expected one of"),
         ({"group_size": True}, "expected one of"),
-        ({"kv": "fp8"}, "expected one of"),
+        ({"kv": "int3"}, "expected one of"),
+        ({"kv_k": "bf16"}, "kv_k is 'bf16', expected one of"),
+        ({"kv_rotate": True}, "kv_rotate needs quantized keys, got f16; use kv_k int4"),
+        ({"kv": "int4", "kv_k": "f32", "kv_rotate": True}, "kv_rotate needs quantized keys, got f32"),
+        ({"kv": "int4", "kv_rotate": "yes"}, "kv_rotate is 'yes', expected True or False"),
         ({"head": "q4"}, "expected one of"),
         ({"weights": "bf16", "group_size": 32}, "needs weights with scales, got weights bf16"),
         ({"weights": "fp8", "asymmetric": True}, "use int8, int4, int3 or int2"),

@@ -18,6 +18,8 @@ from gristmill.runtime.errors import GristmillError
 
 FLOAT_TOLERANCE = 2e-5  # of the largest logit, f32 against f64 through two layers
 INTEGER_TOLERANCE = 2e-2  # an activation rounded the other way moves by 1/127 of its group's largest
+# where a key or value rounds the other way, by a step of its type
+CACHE_TOLERANCE = {"f32": FLOAT_TOLERANCE, "f16": 2e-3, "int8": 2e-2, "fp8": 3e-2, "int4": 5e-2}
 
 CASES: dict[str, Llama] = {
     "f32": Llama(),
@@ -51,6 +53,9 @@ CASES: dict[str, Llama] = {
     "fp8_group": Llama(form=Format("fp8", 64, scale_dtype="float32"), embedding=Format("fp8"), hidden=200),
     "float_activations": Llama(form=Format("int4", 32, False), embedding=Format("int8"), hidden=136),
     "window": Llama(window=7, cache="int8"),
+    "kv_fp8": Llama(cache="fp8", cache_v="int4", k_dim=8, v_dim=33, rope_dims=8, qk_norm=True),
+    "kv_int4": Llama(cache="int4", cache_v="fp8", k_dim=80, v_dim=40, rope_dims=32, hadamard=16, hidden=64),
+    "kv_mixed": Llama(cache="int4", cache_v="f16", k_dim=96, v_dim=16, rope_dims=96, hadamard=32, window=9),
     "uneven_heads": Llama(heads=6, kv_heads=1, k_dim=24, v_dim=10, rope_dims=8, cache="f16"),
     "many_heads": Llama(heads=8, kv_heads=8, k_dim=64, v_dim=64, rope_dims=64, hidden=128),
 }
@@ -104,9 +109,10 @@ def test_equals_the_interpreter(case: str, isa: str, tmp_path: Path) -> None:
     program = llama(CASES[case])
     executor, reference = make(program, tmp_path, isa=isa), Reference(program)
     assert executor.isa == isa
-    tolerance = INTEGER_TOLERANCE if CASES[case].act_group or CASES[case].cache == "int8" else FLOAT_TOLERANCE
-    if CASES[case].cache == "f16":
-        tolerance = max(tolerance, 2e-3)
+    caches = {CASES[case].cache, CASES[case].cache_v or CASES[case].cache}
+    tolerance = max(CACHE_TOLERANCE[cache] for cache in caches)
+    if CASES[case].act_group:
+        tolerance = INTEGER_TOLERANCE
     tokens = tokens_for(program, 30)
     assert_close(
         in_chunks(executor, tokens, [11, 1, 16, 2]), in_chunks(reference, tokens, [11, 1, 16, 2]), tolerance
@@ -153,11 +159,12 @@ def test_interleaved_rows_of_several_slots(tmp_path: Path) -> None:
         assert row.tobytes() == expected[slot][position].tobytes()
 
 
-@pytest.mark.parametrize("cache", ["f32", "f16", "int8"])
+@pytest.mark.parametrize("cache", ["f32", "f16", "int8", "fp8 int4", "int4 fp8"])
 @pytest.mark.parametrize("window", [0, 600])
 def test_long_context_over_several_splits(cache: str, window: int, tmp_path: Path) -> None:
     """Several splits of 512 positions: shared by threads in decode, taken whole in prefill, the same bits."""
-    config = Llama(layers=1, cache=cache, window=window, max_tokens=128, sinks=True)
+    keys, _, values = cache.partition(" ")
+    config = Llama(layers=1, cache=keys, cache_v=values, window=window, max_tokens=128, sinks=True)
     program = llama(config)
     tokens = tokens_for(program, 1400)
     sizes = [128] * 10 + [119] + [1]
@@ -169,7 +176,7 @@ def test_long_context_over_several_splits(cache: str, window: int, tmp_path: Pat
     assert_close(
         expected[1390:],
         run(reference, tokens[1390:], 1390),
-        {"f32": FLOAT_TOLERANCE, "f16": 2e-3, "int8": INTEGER_TOLERANCE}[cache],
+        max(CACHE_TOLERANCE[keys], CACHE_TOLERANCE[values or keys]),
     )
 
 
@@ -185,7 +192,7 @@ def test_window_crossed_inside_one_chunk(tmp_path: Path) -> None:
 
 
 def test_copied_slot_continues_alike(tmp_path: Path) -> None:
-    for case in ("int8", "window"):
+    for case in ("int8", "window", "kv_fp8", "kv_int4"):
         program = llama(CASES[case])
         executor = make(program, tmp_path / case)
         tokens = tokens_for(program, 20)
@@ -403,7 +410,11 @@ def edit(change: str) -> Program:
         ("attention['rope'] = 1", "field 'rope' is 1, expected -1 to 0"),
         ("attention['cache'] = 1", "caches\\[0\\]: no attention uses it|cache 1 is shared"),
         ("j['ropes'][0]['dims'] = 17", "dims is 17, expected an even number"),
-        ("j['caches'][0]['dtype'] = 'int3'", "'dtype' is 'int3', expected one of: f32, f16, int8"),
+        ("j['caches'][0]['k_dtype'] = 'int3'", "'int3', expected one of: f32, f16, int8, fp8, int4"),
+        ("del j['caches'][0]['v_dtype']", "'v_dtype' is missing"),
+        ("attention['hadamard'] = 4", "hadamard is 4, expected a power of two that divides k_dim 18"),
+        ("attention['hadamard'] = 6", "hadamard is 6, expected a power of two"),
+        ("attention['hadamard'] = -2", "'hadamard' is -2, expected 0 to"),
         ("j['instructions'].pop()", "no instruction writes the logits"),
         ("j['instructions'].append(j['instructions'][-1])", "writes the logits a second time"),
         ("gather_rows['out'] = embedding['out']", "expected in with rows T and out with rows R"),

@@ -72,7 +72,7 @@ def tiny_program(max_tokens: int = 16, max_slots: int = 4, max_len: int = 64, wi
         vocabulary=VOCABULARY,
         limits=Limits(max_tokens, max_slots, max_len, 4 * max_len),
         values=values,
-        caches=[CacheSpec(1, HEAD, HEAD, "f32", window)],
+        caches=[CacheSpec(1, HEAD, HEAD, "f32", "f32", window)],
         ropes=[RopeSpec("inv_freq", HEAD)],
         weights={key: [Segment(key, "f32", n, k)] for key, (n, k) in shapes.items()},
         instructions=instructions,

@@ -305,13 +305,11 @@ void bench_prefill(Pool& pool, int repetitions) {
 void measure_attention(CacheType type, int64_t kv_heads, int64_t rows, int64_t length, Pool& pool,
                        int repetitions) {
   constexpr int64_t heads = 32, dim = 64;
-  const int64_t width = type == CacheType::f32 ? 4 : type == CacheType::f16 ? 2 : 1, group = heads / kv_heads;
-  Cache cache{type, kv_heads, dim, dim, length, 0, nullptr, nullptr, nullptr, nullptr};
-  cache.k = allocate<uint8_t>(kv_heads * length * dim * width);
-  cache.v = allocate<uint8_t>(kv_heads * length * dim * width);
-  cache.k_scale = allocate<float>(kv_heads * length);
-  cache.k_offset = allocate<float>(kv_heads * length);
-  cache.v_scale = allocate<float>(kv_heads * length);
+  const int64_t group = heads / kv_heads;
+  Cache cache{{type, dim}, {type, dim}, kv_heads, length};
+  const int64_t bytes = kv_heads * length * cache.k.row_bytes();
+  cache.k.data = allocate<char>(bytes);
+  cache.v.data = allocate<char>(bytes);
   float* q = allocate<float>(rows * heads * dim);
   for (int64_t i = 0; i < rows * heads * dim; i++) q[i] = static_cast<float>(i % 23) * 0.1f - 1.1f;
   const int64_t splits = (length + kSplit - 1) / kSplit, queries = rows * group;
@@ -320,10 +318,8 @@ void measure_attention(CacheType type, int64_t kv_heads, int64_t rows, int64_t l
   AttentionShape shape{heads, 0.125f, 0, nullptr};
   std::vector<void*> scratch;
   for (int i = 0; i < pool.threads(); i++) scratch.push_back(allocate<uint8_t>(4 << 20));
-  std::printf("attention %s kv_heads %2ld rows %3ld context %ld:",
-              width == 4   ? "f32"
-              : width == 2 ? "f16"
-                           : "int8",
+  const char* const names[] = {"f32", "f16", "int8", "fp8", "int4"};
+  std::printf("attention %4s kv_heads %2ld rows %3ld context %ld:", names[static_cast<int>(type)],
               static_cast<long>(kv_heads), static_cast<long>(rows), static_cast<long>(length));
   for (const Kernels* kernels : vector_kernels()) {
     for (int64_t p = 0; p < length; p++) {
@@ -348,16 +344,16 @@ void measure_attention(CacheType type, int64_t kv_heads, int64_t rows, int64_t l
     const double t = median(times), operations = 4. * heads * dim * static_cast<double>(rows) *
                                                  static_cast<double>(length - rows / 2);
     std::printf(" | %s %7.0f us %5.1f GB/s %4.0f GFLOPS", kernels->name, t * 1e6,
-                2e-9 * static_cast<double>(kv_heads * length * dim * width) / t, operations / t / 1e9);
+                2e-9 * static_cast<double>(bytes) / t, operations / t / 1e9);
   }
   std::printf("\n");
-  for (void* p : {cache.k, cache.v}) std::free(p);
-  for (float* p : {cache.k_scale, cache.k_offset, cache.v_scale, q, m, acc}) std::free(p);
+  for (char* p : {cache.k.data, cache.v.data}) std::free(p);
+  for (float* p : {q, m, acc}) std::free(p);
   for (void* p : scratch) std::free(p);
 }
 
 void bench_attention(Pool& pool, int repetitions) {
-  for (const CacheType type : {CacheType::f16, CacheType::int8}) {
+  for (const CacheType type : {CacheType::f16, CacheType::int8, CacheType::fp8, CacheType::int4}) {
     for (int64_t kv_heads : {4, 32}) {
       measure_attention(type, kv_heads, 1, 2048, pool, repetitions * 5);
       measure_attention(type, kv_heads, 256, 256, pool, repetitions);

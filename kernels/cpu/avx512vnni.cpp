@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "fp8.h"
 #include "half.h"
 #include "kernels.h"
 

@@ -17,7 +17,7 @@ struct bf16 {
 };
 // An e4m3 number times 2^-8: its seven lower bits are those of an f16 with another bias, subnormals too, which
 // makes reading it two operations and a conversion. The two NaNs, which nobody writes, count as 480.
-struct fp8 {
+struct scaled_fp8 {
   uint8_t bits;
 };
 constexpr float kFp8Unit = 256.f;
@@ -48,7 +48,7 @@ inline float to_float(f16 h) {
   return float_of(sign | (exponent + 112) << 23 | mantissa << 13);
 }
 
-inline float to_float(fp8 x) {
+inline float to_float(scaled_fp8 x) {
   return to_float(f16{static_cast<uint16_t>((x.bits & 0x80) << 8 | (x.bits & 0x7f) << 7)});
 }
 

@@ -12,7 +12,7 @@ namespace gristmill {
 
 enum class Format : uint8_t { f32, f16, bf16, fp8, int8, int4, int3, int2 };
 enum class Activation : uint8_t { none, silu, gelu, gelu_tanh, relu };
-enum class CacheType : uint8_t { f32, f16, int8 };
+enum class CacheType : uint8_t { f32, f16, int8, fp8, int4 };
 
 // Columns are padded to a multiple of 64 wherever integers are stored.
 constexpr int64_t padded_columns(int64_t k) { return (k + 63) / 64 * 64; }
@@ -67,19 +67,43 @@ struct Rope {
   bool interleaved = false;
 };
 
-// One layer's cache. Row (slot, head, position) of K starts at k + ((slot * kv_heads + head) * ring +
-// position % ring) * k_dim elements.
-struct Cache {
+// The keys or the values of a cache: rows of row_bytes() each, what a row is scaled by in front of its
+// columns.
+struct CacheRows {
+  static constexpr int64_t kGroup = 32;  // columns of int4 that share a scale and an offset
   CacheType type = CacheType::f16;
-  int64_t kv_heads = 0, k_dim = 0, v_dim = 0;
+  int64_t dim = 0;
+  char* data = nullptr;
+
+  int64_t header_bytes() const {
+    switch (type) {
+      case CacheType::f32:
+      case CacheType::f16: return 0;
+      case CacheType::int8: return 8;                                  // x = scale * q + offset, both f32
+      case CacheType::fp8: return 4;                                   // x = scale * e4m3, f32
+      case CacheType::int4: return (dim + kGroup - 1) / kGroup * 4;  // scale and offset, both f16, per group
+    }
+    return 0;
+  }
+  int64_t row_bytes() const {
+    switch (type) {
+      case CacheType::f32: return 4 * dim;
+      case CacheType::f16: return 2 * dim;
+      case CacheType::int8:
+      case CacheType::fp8: return header_bytes() + dim;
+      case CacheType::int4: return header_bytes() + (dim + 1) / 2;  // byte i: column 2i low, 2i + 1 high
+    }
+    return 0;
+  }
+  char* row(int64_t index) const { return data + index * row_bytes(); }
+};
+
+// One layer's cache.
+struct Cache {
+  CacheRows k, v;
+  int64_t kv_heads = 0;
   int64_t ring = 0;    // rows per (slot, head): max_len, or window + max_tokens when that is smaller
   int64_t window = 0;  // 0 = whole context
-  void* k = nullptr;
-  void* v = nullptr;
-  // int8, each [slots, kv_heads, ring]: k = k_scale * q + k_offset, v = v_scale * q
-  float* k_scale = nullptr;
-  float* k_offset = nullptr;
-  float* v_scale = nullptr;
   int64_t row(int64_t slot, int64_t head, int64_t position) const {
     return (slot * kv_heads + head) * ring + position % ring;
   }
@@ -128,6 +152,10 @@ struct Kernels {
 
   // Rotates one head in place: x [dims_of_head], cos/sin of its row.
   void (*rotate)(float* x, const Rope& rope, int64_t row);
+
+  // Multiplies each `block` columns of a head by the orthonormal Walsh-Hadamard matrix, in place; block: a
+  // power of two that divides dim.
+  void (*hadamard)(float* x, int64_t dim, int64_t block);
 
   // Writes one head's k [k_dim] and v [v_dim] (already normed and rotated) at (slot, head, position),
   // quantizing as the cache asks.

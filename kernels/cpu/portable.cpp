@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "fp8.h"
 #include "half.h"
 #include "kernels.h"
 
@@ -12,6 +13,7 @@ namespace {
 #include "vec_portable.h"
 #include "vec_math.inc"
 #include "rows.inc"
+#include "cache.inc"
 #include "product_float.inc"
 #include "attention.inc"
 

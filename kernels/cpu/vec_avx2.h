@@ -16,9 +16,14 @@ template <typename T>
 GRISTMILL_INLINE Vec load(const T* p) {
   return {load8(p), load8(p + 8)};
 }
-GRISTMILL_INLINE Vec load(const fp8* p) {
+GRISTMILL_INLINE Vec load(const scaled_fp8* p) {
   const __m256i half = fp8_to_f16(p);
   return {_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
+}
+GRISTMILL_INLINE Vec load_nibbles(const uint8_t* p) {
+  const __m128i bytes = nibbles16(p);
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
+          _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
 }
 
 GRISTMILL_INLINE void store(float* p, Vec a) {

@@ -18,9 +18,15 @@ GRISTMILL_INLINE Vec load(const bf16* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
-GRISTMILL_INLINE Vec load(const fp8* p) { return {_mm512_cvtph_ps(fp8_to_f16(p))}; }
+GRISTMILL_INLINE Vec load(const scaled_fp8* p) { return {_mm512_cvtph_ps(fp8_to_f16(p))}; }
 GRISTMILL_INLINE Vec load(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+GRISTMILL_INLINE Vec load(const fp8* p) {
+  return {_mm512_mul_ps(_mm512_cvtph_ps(fp8_to_f16(p)), _mm512_set1_ps(kFp8Unit))};
+}
+GRISTMILL_INLINE Vec load_nibbles(const uint8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(nibbles16(p)))};
 }
 
 GRISTMILL_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }

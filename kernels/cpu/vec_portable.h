@@ -34,11 +34,27 @@ GRISTMILL_INLINE Vec load(const f16* p) {
 GRISTMILL_INLINE Vec load(const bf16* p) {
   return each([&](int i) { return to_float(p[i]); });
 }
-GRISTMILL_INLINE Vec load(const fp8* p) {
+GRISTMILL_INLINE Vec load(const scaled_fp8* p) {
   return each([&](int i) { return to_float(p[i]); });
 }
 GRISTMILL_INLINE Vec load(const int8_t* p) {
   return each([&](int i) { return static_cast<float>(p[i]); });
+}
+GRISTMILL_INLINE Vec load(const fp8* p) {
+  return each([&](int i) { return to_float(p[i]); });
+}
+// 16 nibbles of 8 bytes, the low one of each byte first, as 0 to 15.
+GRISTMILL_INLINE Vec load_nibbles(const uint8_t* p) {
+  return each([&](int i) { return static_cast<float>(p[i / 2] >> i % 2 * 4 & 15); });
+}
+// Two f16 side by side, at any address.
+struct Two {
+  float first, second;
+};
+GRISTMILL_INLINE Two two_halves(const char* p) {
+  f16 both[2];
+  std::memcpy(both, p, sizeof both);
+  return {to_float(both[0]), to_float(both[1])};
 }
 
 GRISTMILL_INLINE void store(float* p, Vec a) {

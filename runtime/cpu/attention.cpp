@@ -21,7 +21,7 @@ class AttentionStep : public Step {
 
  protected:
   const Cache& cache() const { return m.caches[static_cast<size_t>(in_.cache)]; }
-  bool bare_queries() const { return !in_.q_norm && in_.rope < 0; }
+  bool bare_queries() const { return !in_.q_norm && in_.rope < 0 && !in_.hadamard; }
 
   void norm_and_rotate(const float* in, const float* norm, int64_t t, float* out) const {
     if (norm) {
@@ -30,6 +30,7 @@ class AttentionStep : public Step {
       std::memcpy(out, in, static_cast<size_t>(spec_.k_dim) * sizeof(float));
     }
     if (in_.rope >= 0) m.kernels->rotate(out, m.ropes[static_cast<size_t>(in_.rope)], t);
+    if (in_.hadamard) m.kernels->hadamard(out, spec_.k_dim, in_.hadamard);
   }
 
   void append(int64_t t, int64_t head, float* memory) const {

@@ -107,6 +107,9 @@ class Checker {
       const int64_t dims = program_.ropes[static_cast<size_t>(in.rope)].dims;
       need(dims <= cache.k_dim, "rope rotates ", dims, " columns of heads with ", cache.k_dim);
     }
+    if (const int64_t block = in.hadamard)
+      need((block & (block - 1)) == 0 && cache.k_dim % block == 0, "hadamard is ", block,
+           ", expected a power of two that divides k_dim ", cache.k_dim);
     need(!requested(in.q) && !requested(in.k) && !requested(in.v) && !requested(in.out),
          "q, k, v and out must have rows T");
     check_sharing(in);
@@ -120,7 +123,7 @@ class Checker {
     const Instruction*& first = attended_[static_cast<size_t>(in.cache)];
     if (!first) first = &in;
     need(first->k == in.k && first->v == in.v && first->rope == in.rope && first->k_norm == in.k_norm &&
-             first->eps == in.eps,
+             first->eps == in.eps && first->hadamard == in.hadamard,
          "cache ", in.cache, " is shared with an instruction that appends something else");
   }
 

@@ -112,26 +112,18 @@ size_t Executor::lay_out_caches(Carver carver) {
   shortest_ring_ = max_len();
   for (const CacheSpec& spec : program_.caches) {
     Cache cache;
-    cache.type = spec.type;
+    cache.k = {spec.k_type, spec.k_dim};
+    cache.v = {spec.v_type, spec.v_dim};
     cache.kv_heads = spec.kv_heads;
-    cache.k_dim = spec.k_dim;
-    cache.v_dim = spec.v_dim;
     cache.window = spec.window;
     cache.ring = spec.window ? std::min(max_len(), spec.window + program_.max_tokens) : max_len();
     const int64_t rows = max_slots() * spec.kv_heads * cache.ring;  // < 2^52
-    const int64_t element = spec.type == CacheType::f32 ? 4 : spec.type == CacheType::f16 ? 2 : 1;
-    if (static_cast<size_t>(rows) >
-            kMostCacheBytes / static_cast<size_t>((spec.k_dim + spec.v_dim + 2) * 4) ||
+    const int64_t row_bytes = cache.k.row_bytes() + cache.v.row_bytes();
+    if (static_cast<size_t>(rows) > kMostCacheBytes / static_cast<size_t>(row_bytes) ||
         carver.used() > kMostCacheBytes)
       fail("the caches for max_len ", max_len(), " and max_slots ", max_slots(),
            " are larger than any machine's memory");
-    cache.k = carver.take<char>(rows * spec.k_dim * element);
-    cache.v = carver.take<char>(rows * spec.v_dim * element);
-    if (spec.type == CacheType::int8) {
-      cache.k_scale = carver.take<float>(rows);
-      cache.k_offset = carver.take<float>(rows);
-      cache.v_scale = carver.take<float>(rows);
-    }
+    for (CacheRows* side : {&cache.k, &cache.v}) side->data = carver.take<char>(rows * side->row_bytes());
     shortest_ring_ = std::min(shortest_ring_, cache.ring);
     machine_.caches.push_back(cache);
   }

@@ -114,19 +114,10 @@ void Executor::copy_slot(int64_t from, int64_t to, int64_t length) {
   if (from == to) return;
   for (const Cache& cache : machine_.caches) {
     const int64_t rows = std::min(length, cache.ring);
-    const int64_t element = cache.type == CacheType::f32 ? 4 : cache.type == CacheType::f16 ? 2 : 1;
-    const auto copy = [&](void* data, int64_t row_bytes) {
-      if (!data) return;
+    for (const CacheRows& side : {cache.k, cache.v})
       for (int64_t head = 0; head < cache.kv_heads; head++)
-        std::memcpy(static_cast<char*>(data) + cache.row(to, head, 0) * row_bytes,
-                    static_cast<char*>(data) + cache.row(from, head, 0) * row_bytes,
-                    static_cast<size_t>(rows * row_bytes));
-    };
-    copy(cache.k, cache.k_dim * element);
-    copy(cache.v, cache.v_dim * element);
-    copy(cache.k_scale, sizeof(float));
-    copy(cache.k_offset, sizeof(float));
-    copy(cache.v_scale, sizeof(float));
+        std::memcpy(side.row(cache.row(to, head, 0)), side.row(cache.row(from, head, 0)),
+                    static_cast<size_t>(rows * side.row_bytes()));
   }
 }
 

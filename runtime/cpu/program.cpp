@@ -99,11 +99,19 @@ class Loader {
     cache.kv_heads = fields.integer("kv_heads", 1, kMostHeads);
     cache.k_dim = fields.integer("k_dim", 1, kMostHeads);
     cache.v_dim = fields.integer("v_dim", 1, kMostHeads);
-    cache.type = fields.choice<CacheType>(
-        "dtype", {{"f32", CacheType::f32}, {"f16", CacheType::f16}, {"int8", CacheType::int8}});
+    cache.k_type = cache_type(fields, "k_dtype");
+    cache.v_type = cache_type(fields, "v_dtype");
     cache.window = fields.integer("window", 0, kMostPosition, 0);
     fields.done();
     program_.caches.push_back(cache);
+  }
+
+  static CacheType cache_type(Fields& fields, const char* name) {
+    return fields.choice<CacheType>(name, {{"f32", CacheType::f32},
+                                           {"f16", CacheType::f16},
+                                           {"int8", CacheType::int8},
+                                           {"fp8", CacheType::fp8},
+                                           {"int4", CacheType::int4}});
   }
 
   void load_rope(Fields fields) {
@@ -304,6 +312,7 @@ class Loader {
     in.scale = fields.real("scale");
     in.softcap = fields.real("softcap", 0);
     in.rope = fields.integer("rope", -1, static_cast<int64_t>(program_.ropes.size()) - 1, -1);
+    in.hadamard = fields.integer("hadamard", 0, kMostHeads, 0);
     in.eps = fields.real("norm_eps", 0);
     const int64_t k_dim = program_.caches[static_cast<size_t>(in.cache)].k_dim;
     in.q_norm = vector(fields.optional("q_norm"), fields, "q_norm", k_dim);

@@ -35,7 +35,7 @@ struct Value {
 
 struct CacheSpec {
   int64_t kv_heads = 0, k_dim = 0, v_dim = 0, window = 0;
-  CacheType type = CacheType::f16;
+  CacheType k_type = CacheType::f16, v_type = CacheType::f16;
 };
 
 struct RopeSpec {
@@ -100,6 +100,7 @@ struct Instruction {
   int64_t act_group = 0;
   View q, k, v;
   int64_t cache = 0, rope = -1, heads = 0;
+  int64_t hadamard = 0;  // attention: columns that q and k are rotated by; 0 = none
   const float* q_norm = nullptr;
   const float* k_norm = nullptr;
   const float* sinks = nullptr;

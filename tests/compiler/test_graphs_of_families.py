@@ -51,7 +51,7 @@ FAMILIES: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 def program_of(graph: Any) -> Program:
     options = CompileOptions.of(weights="f32")
-    program = lower(graph, Formats.of(options).scheme, "f32", Limits(32, 4, 64, 128)).program
+    program = lower(graph, Formats.of(options).scheme, options.cache_format, Limits(32, 4, 64, 128)).program
     plan_arena(program)
     return program
 

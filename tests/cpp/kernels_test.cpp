@@ -3,6 +3,7 @@
 // the sizes an artifact gives them, so that an address sanitizer sees every read outside. The products have files
 // of their own. Build: g++ -std=c++17 -O2 -I kernels/cpu tests/cpp/kernels_test.cpp kernels/cpu/*.cpp
 #include "check.h"
+#include "fp8.h"
 
 using namespace gristmill;
 
@@ -118,54 +119,60 @@ struct Context {
   AttentionShape shape;
   int64_t slots, length;
   Buffer<uint8_t> k, v;
-  Buffer<float> k_scale, k_offset, v_scale, sinks, q;
+  Buffer<float> sinks, q;
   double key(int64_t slot, int64_t head, int64_t position, int64_t d) const {
-    const double offset = cache.type == CacheType::int8 ? k_offset[cache.row(slot, head, position)] : 0;
-    return at(k, k_scale, cache.k_dim, slot, head, position, d) + offset;
+    return stored(cache.k, cache.row(slot, head, position), d);
   }
   double value(int64_t slot, int64_t head, int64_t position, int64_t d) const {
-    return at(v, v_scale, cache.v_dim, slot, head, position, d);
+    return stored(cache.v, cache.row(slot, head, position), d);
+  }
+
+  // Column d of a row, read as kernels.h describes rows.
+  static double stored(const CacheRows& rows, int64_t index, int64_t d) {
+    const char* row = rows.row(index);
+    const auto real = [&](int64_t at) { return static_cast<double>(read<float>(row + at)); };
+    const auto half = [&](int64_t at) { return static_cast<double>(to_float(read<f16>(row + at))); };
+    switch (rows.type) {
+      case CacheType::f32: return real(4 * d);
+      case CacheType::f16: return half(2 * d);
+      case CacheType::int8: return real(0) * static_cast<int8_t>(row[8 + d]) + real(4);
+      case CacheType::fp8: return real(0) * static_cast<double>(to_float(read<fp8>(row + 4 + d)));
+      case CacheType::int4: break;
+    }
+    const int64_t header = (rows.dim + 31) / 32 * 4;
+    const int q = static_cast<uint8_t>(row[header + d / 2]) >> (d % 2 ? 4 : 0) & 15;
+    return half(d / 32 * 4) * q + half(d / 32 * 4 + 2);
   }
 
  private:
-  double at(const Buffer<uint8_t>& data, const Buffer<float>& scale, int64_t width, int64_t slot,
-            int64_t head, int64_t position, int64_t d) const {
-    const int64_t row = cache.row(slot, head, position), i = row * width + d;
-    if (cache.type == CacheType::f32) return reinterpret_cast<const float*>(data.data())[i];
-    if (cache.type == CacheType::f16) return to_float(reinterpret_cast<const f16*>(data.data())[i]);
-    return static_cast<double>(scale[row]) * static_cast<int8_t>(data[i]);
+  template <typename T>
+  static T read(const char* at) {
+    T value;
+    std::memcpy(&value, at, sizeof value);
+    return value;
   }
 };
 
-Context context(CacheType type, int64_t heads, int64_t kv_heads, int64_t k_dim, int64_t v_dim, int64_t window,
-                float softcap, int64_t length) {
+const CacheType kCacheTypes[] = {CacheType::f32, CacheType::f16, CacheType::int8, CacheType::fp8,
+                                 CacheType::int4};
+
+Context context(CacheType k_type, CacheType v_type, int64_t heads, int64_t kv_heads, int64_t k_dim,
+                int64_t v_dim, int64_t window, float softcap, int64_t length) {
   Context c;
   c.slots = 2;
   c.length = length;
-  c.cache.type = type;
+  c.cache.k = {k_type, k_dim};
+  c.cache.v = {v_type, v_dim};
   c.cache.kv_heads = kv_heads;
-  c.cache.k_dim = k_dim;
-  c.cache.v_dim = v_dim;
   c.cache.window = window;
   c.cache.ring = window ? std::min(length, window + 40) : length;
-  const int64_t rows = c.slots * kv_heads * c.cache.ring, bytes = type == CacheType::f32   ? 4
-                                                                  : type == CacheType::f16 ? 2
-                                                                                           : 1;
-  c.k = Buffer<uint8_t>(rows * k_dim * bytes);
-  c.v = Buffer<uint8_t>(rows * v_dim * bytes);
+  const int64_t rows = c.slots * kv_heads * c.cache.ring;
+  c.k = Buffer<uint8_t>(rows * c.cache.k.row_bytes());
+  c.v = Buffer<uint8_t>(rows * c.cache.v.row_bytes());
   std::memset(c.k.data(), 0xff, static_cast<size_t>(c.k.size()));  // what was never appended is not a number
   std::memset(c.v.data(), 0xff, static_cast<size_t>(c.v.size()));
-  if (type == CacheType::int8) {
-    c.k_scale = Buffer<float>(rows);
-    c.k_offset = Buffer<float>(rows);
-    c.v_scale = Buffer<float>(rows);
-    for (int64_t i = 0; i < rows; i++) c.k_scale[i] = c.k_offset[i] = c.v_scale[i] = NAN;
-  }
-  c.cache.k = c.k.data();
-  c.cache.v = c.v.data();
-  c.cache.k_scale = type == CacheType::int8 ? c.k_scale.data() : nullptr;
-  c.cache.k_offset = type == CacheType::int8 ? c.k_offset.data() : nullptr;
-  c.cache.v_scale = type == CacheType::int8 ? c.v_scale.data() : nullptr;
+  c.cache.k.data = reinterpret_cast<char*>(c.k.data());
+  c.cache.v.data = reinterpret_cast<char*>(c.v.data());
   c.sinks = random_floats(heads);
   c.shape.heads = heads;
   c.shape.scale = 1.f / std::sqrt(static_cast<float>(k_dim));
@@ -179,7 +186,7 @@ Context context(CacheType type, int64_t heads, int64_t kv_heads, int64_t k_dim, 
 void append_all(const Kernels& kernels, const Context& c, int64_t slot, int64_t length) {
   for (int64_t position = 0; position < length; position++) {
     for (int64_t head = 0; head < c.cache.kv_heads; head++) {
-      const Buffer<float> k = random_floats(c.cache.k_dim), v = random_floats(c.cache.v_dim);
+      const Buffer<float> k = random_floats(c.cache.k.dim), v = random_floats(c.cache.v.dim);
       kernels.append(c.cache, slot, head, position, k.data(), v.data());
     }
   }
@@ -188,15 +195,15 @@ void append_all(const Kernels& kernels, const Context& c, int64_t slot, int64_t 
 // `rows` query rows from `first` on, all heads, through splits and their combination: [rows, heads, v_dim].
 Buffer<float> attend(const Kernels& kernels, const Context& c, int64_t slot, int64_t first, int64_t rows) {
   const int64_t group = c.shape.heads / c.cache.kv_heads, splits = (first + rows - 1) / kSplit + 1,
-                v_dim = c.cache.v_dim;
+                v_dim = c.cache.v.dim;
   const int64_t queries = rows * group;
   Buffer<float> out(rows * c.shape.heads * v_dim), m(splits * queries), l(splits * queries),
       acc(splits * queries * v_dim);
-  Buffer<uint8_t> scratch(static_cast<int64_t>(kernels.attention_scratch_bytes(group, c.cache.k_dim, v_dim)));
-  const int64_t ldq = c.shape.heads * c.cache.k_dim;
+  Buffer<uint8_t> scratch(static_cast<int64_t>(kernels.attention_scratch_bytes(group, c.cache.k.dim, v_dim)));
+  const int64_t ldq = c.shape.heads * c.cache.k.dim;
   for (int64_t head = 0; head < c.cache.kv_heads; head++) {
     for (int64_t split = 0; split < splits; split++) {
-      kernels.attention_split(c.cache, c.shape, c.q.data() + first * ldq + head * group * c.cache.k_dim, ldq,
+      kernels.attention_split(c.cache, c.shape, c.q.data() + first * ldq + head * group * c.cache.k.dim, ldq,
                               rows, slot, head, first, split, m.data() + split * queries,
                               l.data() + split * queries, acc.data() + split * queries * v_dim,
                               scratch.data());
@@ -214,12 +221,12 @@ Buffer<float> attend(const Kernels& kernels, const Context& c, int64_t slot, int
 std::vector<double> reference_attention(const Context& c, int64_t slot, int64_t position, int64_t h) {
   const int64_t head = h / (c.shape.heads / c.cache.kv_heads);
   const int64_t oldest = c.cache.window ? std::max<int64_t>(0, position - c.cache.window + 1) : 0;
-  std::vector<double> score, out(static_cast<size_t>(c.cache.v_dim));
+  std::vector<double> score, out(static_cast<size_t>(c.cache.v.dim));
   double largest = c.shape.sinks ? c.shape.sinks[h] : -1e300;
   for (int64_t j = oldest; j <= position; j++) {
     double s = 0;
-    for (int64_t d = 0; d < c.cache.k_dim; d++)
-      s += c.q[(position * c.shape.heads + h) * c.cache.k_dim + d] * c.key(slot, head, j, d);
+    for (int64_t d = 0; d < c.cache.k.dim; d++)
+      s += c.q[(position * c.shape.heads + h) * c.cache.k.dim + d] * c.key(slot, head, j, d);
     s *= c.shape.scale;
     if (c.shape.softcap > 0) s = c.shape.softcap * std::tanh(s / c.shape.softcap);
     score.push_back(s);
@@ -228,7 +235,7 @@ std::vector<double> reference_attention(const Context& c, int64_t slot, int64_t 
   double total = c.shape.sinks ? std::exp(c.shape.sinks[h] - largest) : 0;
   for (double& s : score) total += s = std::exp(s - largest);
   for (int64_t j = oldest; j <= position; j++) {
-    for (int64_t d = 0; d < c.cache.v_dim; d++) {
+    for (int64_t d = 0; d < c.cache.v.dim; d++) {
       out[static_cast<size_t>(d)] +=
           score[static_cast<size_t>(j - oldest)] / total * c.value(slot, head, j, d);
     }
@@ -237,7 +244,7 @@ std::vector<double> reference_attention(const Context& c, int64_t slot, int64_t 
 }
 
 void test_attention(const Context& c, const std::string& name) {
-  const int64_t slot = 1, width = c.shape.heads * c.cache.v_dim;
+  const int64_t slot = 1, width = c.shape.heads * c.cache.v.dim;
   // a window's ring keeps window + 40 rows: only late rows can be asked, up to 16 at once
   for (const int64_t length : {c.length, c.length - 37}) {
     append_all(portable_kernels, c, slot, length);
@@ -246,8 +253,8 @@ void test_attention(const Context& c, const std::string& name) {
     for (int64_t t = 0; t < rows; t += 5) {
       for (int64_t h = 0; h < c.shape.heads; h++) {
         const std::vector<double> exact = reference_attention(c, slot, first + t, h);
-        for (int64_t d = 0; d < c.cache.v_dim; d++) {
-          check_near(name, expected[t * width + h * c.cache.v_dim + d], exact[static_cast<size_t>(d)], 1e-5,
+        for (int64_t d = 0; d < c.cache.v.dim; d++) {
+          check_near(name, expected[t * width + h * c.cache.v.dim + d], exact[static_cast<size_t>(d)], 1e-5,
                      d);
         }
       }
@@ -267,10 +274,10 @@ void test_attention(const Context& c, const std::string& name) {
 
 // What one instruction set appends, every other appends too.
 void test_append(const Kernels& kernels) {
-  for (const CacheType type : {CacheType::f32, CacheType::f16, CacheType::int8}) {
+  for (const CacheType type : kCacheTypes) {
     for (int64_t width : {5, 16, 40, 64}) {
-      const Context a = context(type, 2, 2, width, width + 3, 0, 0, 9),
-                    b = context(type, 2, 2, width, width + 3, 0, 0, 9);
+      const Context a = context(type, type, 2, 2, width, width + 3, 0, 0, 9),
+                    b = context(type, type, 2, 2, width, width + 3, 0, 0, 9);
       const auto before = random_bits;
       append_all(kernels, a, 1, 9);
       random_bits = before;
@@ -278,31 +285,130 @@ void test_append(const Kernels& kernels) {
       const std::string what = std::string(kernels.name) + " append";
       for (int64_t i = 0; i < a.k.size(); i++) check_near(what + " k", a.k[i], b.k[i], 0, i);
       for (int64_t i = 0; i < a.v.size(); i++) check_near(what + " v", a.v[i], b.v[i], 0, i);
-      const int64_t half = a.k_scale.size() / 2;  // slot 1; slot 0 stays untouched
-      check_equal(what + " scale", a.k_scale.data() + half, b.k_scale.data() + half, half);
-      check_equal(what + " offset", a.k_offset.data() + half, b.k_offset.data() + half, half);
+    }
+  }
+}
+
+// How far a value may be from what is stored for it, where the range of its group is `range`.
+double rounding_bound(CacheType type, double value, double range) {
+  switch (type) {
+    case CacheType::f32: return 0;
+    case CacheType::f16: return std::fabs(value) / 2048;
+    case CacheType::int8: return range / 255 * 0.76;  // half of one and a half steps
+    case CacheType::fp8: return std::max(std::fabs(value) / 16, range / 448 / 1024) * 1.0001;
+    case CacheType::int4: return range * 0.135 + std::fabs(value) / 2048;  // three quarters of the range
+  }
+  return 0;
+}
+
+// Stored rows come back, constant parts, outliers, constant and zero rows included.
+void test_rounding(const Kernels& kernels) {
+  for (const CacheType type : kCacheTypes) {
+    for (int64_t width : {1, 8, 31, 64, 80, 96}) {
+      for (int kind = 0; kind < 4; kind++) {
+        const Context c = context(type, type, 1, 1, width, width, 0, 0, 1);
+        Buffer<float> x = random_floats(width);
+        for (int64_t i = 0; i < width; i++) x[i] = kind == 0 ? 0.f : kind == 1 ? 7.25f : x[i];
+        if (kind == 3) x[width / 2] *= 30;
+        kernels.append(c.cache, 0, 0, 0, x.data(), x.data());
+        for (int64_t d = 0; d < width; d++) {
+          const int64_t size = type == CacheType::int4 ? 32 : width, begin = d / size * size;
+          const float *first = x.data() + begin, *last = x.data() + std::min(width, begin + size);
+          const auto [least, most] = std::minmax_element(first, last);
+          const double largest = std::max(std::fabs(*least), std::fabs(*most));
+          const double range = type == CacheType::fp8 ? largest : *most - *least;
+          const double beyond = std::fabs(c.key(0, 0, 0, d) - x[d]) - rounding_bound(type, x[d], range);
+          check_near(std::string(kernels.name) + " rounding", std::max(0., beyond), 0, 1e-5, d);
+          check_near("values round as keys", c.value(0, 0, 0, d), c.key(0, 0, 0, d), 0, d);
+        }
+      }
+    }
+  }
+}
+
+// A number that is none makes its row none, and no other.
+void test_poison(const Kernels& kernels) {
+  for (const CacheType type : kCacheTypes) {
+    for (const float bad : {NAN, INFINITY}) {
+      const Context c = context(type, type, 1, 1, 40, 40, 0, 0, 2);
+      Buffer<float> x = random_floats(40);
+      kernels.append(c.cache, 0, 0, 0, x.data(), x.data());
+      x[3] = bad;
+      kernels.append(c.cache, 0, 0, 1, x.data(), x.data());
+      check_near("poison", std::isfinite(c.key(0, 0, 1, 3)), 0, 0, 3);
+      const Buffer<float> clean = attend(kernels, c, 0, 0, 1), both = attend(kernels, c, 0, 0, 2);
+      check_equal(std::string(kernels.name) + " poison is not seen before", both.data(), clean.data(), 40);
+      check_near("poison is seen", std::isfinite(both[40 + 3]), 0, 0, 3);
+    }
+  }
+}
+
+void test_hadamard(const Kernels& kernels) {
+  const std::pair<int64_t, int64_t> shapes[] = {{8, 8}, {64, 32}, {80, 16}, {96, 32}, {128, 128}, {5, 1}};
+  for (const auto& [dim, block] : shapes) {
+    const Buffer<float> x = random_floats(dim);
+    Buffer<float> got(dim);
+    std::copy(x.data(), x.data() + dim, got.data());
+    kernels.hadamard(got.data(), dim, block);
+    for (int64_t i = 0; i < dim; i++) {
+      double sum = 0;
+      for (int64_t j = 0; j < block; j++) {
+        const double sign = __builtin_parityll(static_cast<uint64_t>(i % block & j)) ? -1 : 1;
+        sum += sign * x[i / block * block + j];
+      }
+      const double exact = sum / std::sqrt(static_cast<double>(block));
+      check_near(std::string(kernels.name) + " hadamard", got[i], exact, 1e-5, i);
     }
   }
 }
 
 void test_attentions() {
-  for (const CacheType type : {CacheType::f32, CacheType::f16, CacheType::int8}) {
-    test_attention(context(type, 4, 4, 64, 64, 0, 0, 150), "attention mha");
-    test_attention(context(type, 8, 1, 64, 64, 0, 0, 600), "attention mqa");
-    test_attention(context(type, 6, 2, 40, 24, 0, 5.f, 130), "attention odd, softcap, sinks");
-    test_attention(context(type, 4, 2, 80, 96, 70, 0, 560), "attention window");
-    test_attention(context(type, 3, 1, 192, 128, 0, 0, 90), "attention wide");
+  for (const CacheType k : kCacheTypes) {
+    for (const CacheType v : kCacheTypes) {
+      test_attention(context(k, v, 6, 2, 40, 24, 0, 5.f, 130), "attention odd, softcap, sinks");
+      test_attention(context(k, v, 4, 2, 8, 16, 70, 0, 200), "attention narrow, window");
+      if (k != v) continue;
+      test_attention(context(k, v, 4, 4, 64, 64, 0, 0, 150), "attention mha");
+      test_attention(context(k, v, 8, 1, 64, 64, 0, 0, 600), "attention mqa");
+      test_attention(context(k, v, 4, 2, 80, 96, 70, 0, 560), "attention window");
+      test_attention(context(k, v, 3, 1, 192, 128, 0, 0, 90), "attention wide");
+      test_attention(context(k, v, 2, 1, 5, 33, 0, 0, 70), "attention odd");
+    }
   }
+}
+
+// e4m3 against its definition, for every code and for what lies between two of them.
+void test_fp8() {
+  const auto exact = [](uint32_t code) {
+    const int exponent = static_cast<int>(code >> 3 & 15), mantissa = static_cast<int>(code & 7);
+    return exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
+  };
+  for (uint32_t code = 0; code < 0x7f; code++) {
+    check_near("fp8 value", to_float(fp8{static_cast<uint8_t>(code)}), exact(code), 0, code);
+    check_near("fp8 negative", to_float(fp8{static_cast<uint8_t>(code | 0x80)}), -exact(code), 0, code);
+    check_near("fp8 round trip", to_fp8(static_cast<float>(exact(code))).bits, code, 0, code);
+    if (code == 0x7e) continue;
+    const double middle = (exact(code) + exact(code + 1)) / 2, step = exact(code + 1) - exact(code);
+    check_near("fp8 tie", to_fp8(static_cast<float>(middle)).bits, code + code % 2, 0, code);
+    check_near("fp8 below", to_fp8(static_cast<float>(middle - step / 64)).bits, code, 0, code);
+    check_near("fp8 above", to_fp8(static_cast<float>(-middle - step / 64)).bits, (code + 1) | 0x80, 0, code);
+  }
+  check_near("fp8 saturates", to_fp8(1e9f).bits, 0x7e, 0, 0);
+  check_near("fp8 keeps what is not a number", std::isnan(to_float(to_fp8(NAN))), 1, 0, 0);
 }
 
 }  // namespace
 
 int main() {
+  test_fp8();
   for (const Kernels* kernels : all_kernels()) {
     test_norms(*kernels);
     test_epilogue(*kernels);
     test_rotate(*kernels);
     test_append(*kernels);
+    test_rounding(*kernels);
+    test_poison(*kernels);
+    test_hadamard(*kernels);
   }
   test_attentions();
   return report();
