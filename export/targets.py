@@ -67,7 +67,7 @@ def plan_gptq(layers: Sequence[Facts], floats: Sequence[str], checkpoint_format:
               "use gptq_v2")  # fmt: skip
     (bits, group), _ = Counter((f.bits, f.group) for f in layers).most_common(1)[0]
     others = [f for f in layers if (f.bits, f.group) != (bits, group)]
-    dynamic = {f"-:^{re.escape(name)}$": {} for name in floats} | {
+    dynamic: dict[str, dict[str, Any]] = {f"-:^{re.escape(name)}$": {} for name in floats} | {
         f"+:^{re.escape(f.layer.name)}$": {"bits": f.bits, "group_size": f.group} for f in others
     }
     settings = {

@@ -16,8 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Array = NDArray[Any]
-LLAMA = {"hidden_size": 128, "intermediate_size": 224, "num_attention_heads": 4, "num_key_value_heads": 2}
-WIDE = {"hidden_size": 256, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 224,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+WIDE: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 320,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 

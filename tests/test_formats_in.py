@@ -184,7 +184,7 @@ def one_scale(n: int, k: int) -> Any:
 
 
 FLOAT_GROUP = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
-FP8 = {
+FP8: dict[str, tuple[Any, dict[str, Any]]] = {
     "blocks": (block_scale, {"quant_method": "fp8", "weight_block_size": [128, 128]}),
     "tensor": (one_scale, {"quant_method": "fp8"}),
     "rows": (row_scale, {"quant_method": "fbgemm_fp8"}),

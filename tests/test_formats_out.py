@@ -17,8 +17,8 @@ import gristmill
 from gristmill.cli import run_command
 from gristmill.runtime.errors import GristmillError
 
-INT4 = {"group_size": 32, "max_slots": 2, "max_tokens": 32, "gate": False}
-ASYMMETRIC = INT4 | {"asymmetric": True}
+INT4: dict[str, Any] = {"group_size": 32, "max_slots": 2, "max_tokens": 32, "gate": False}
+ASYMMETRIC: dict[str, Any] = INT4 | {"asymmetric": True}
 
 
 def made(folder: Path, family: str = "llama", options: dict[str, Any] = ASYMMETRIC, **changes: Any) -> Path:
@@ -100,7 +100,7 @@ def test_column_orders(to: str, tmp_path: Path) -> None:
 
 def test_rows_and_biases_are_put_back(tmp_path: Path) -> None:
     """GPT-NeoX keeps q, k and v of a head together; the artifact does not."""
-    changes = {
+    changes: dict[str, Any] = {
         "hidden_size": 128,
         "intermediate_size": 224,
         "num_attention_heads": 4,
@@ -144,7 +144,7 @@ def test_what_a_format_cannot_express(to: str, options: dict[str, Any], message:
 
 
 def test_folded_weights_are_refused(tmp_path: Path) -> None:
-    changes = {
+    changes: dict[str, Any] = {
         "hidden_size": 128,
         "intermediate_size": 224,
         "num_attention_heads": 4,
