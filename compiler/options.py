@@ -139,7 +139,8 @@ class CompileOptions:
             )
         if self.asymmetric and not FORMATS[self.linear_format].integer:
             raise GristmillError(
-                f"asymmetric needs integer weights, got weights {self.linear_format}; use {_names(integer=True)}"
+                f"asymmetric needs integer weights, got weights {self.linear_format}; "
+                f"use {_names(integer=True)}"
             )
 
     def _check_numbers(self) -> None:

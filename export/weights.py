@@ -81,7 +81,7 @@ class Contents:
         """The tensor's name and its values f32, as transformers keeps it."""
         segment = self.segments[name]
         scheme = Scheme(segment.format, segment.group, segment.symmetric)
-        if scheme.is_integer:
+        if scheme.numbers.scaled:
             w = rtn.dequantize(self._quantized(segment), scheme)
         else:
             w = pack.decode_float(self.tensor(f"{name}.weight"))
@@ -121,14 +121,14 @@ class Contents:
         return _put_back(rows, self.tensor(f"{name}.rows")) if origin == "rows" else rows
 
     def _layers(self) -> list[Layer]:
-        """Integer matrices that only linears inside the model read."""
+        """Matrices with scales that only linears inside the model read."""
         used = [i for i in self.program.instructions if i.weight is not None]
         ends = [i for i in used if i.op != "linear" or i.out.value == LOGITS]
         outer = {s.name for i in ends for s in self.program.weights[str(i.weight)]}
         found: dict[str, Layer] = {}
         for instruction in used:
             for segment in self.program.weights[str(instruction.weight)]:
-                if segment.name not in outer and Scheme(segment.format).is_integer:
+                if segment.name not in outer and Scheme(segment.format).numbers.scaled:
                     tensor, _, origin = self.origins[segment.name][0]
                     order = instruction.vectors.get("order")
                     module = tensor.removesuffix(".weight")

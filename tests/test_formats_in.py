@@ -36,6 +36,7 @@ from gristmill.quant import pack as packing
 from gristmill.quant.formats import gptq
 from gristmill.quant.formats.words import pack_words, unpack_words
 from gristmill.quant.scheme import Scheme
+from gristmill.quant.tensor import dequantize_tensor
 from gristmill.runtime.artifact import open_artifact
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.program import Program, Segment
@@ -205,6 +206,17 @@ def test_fp8_values(name: str, tmp_path: Path) -> None:
     checkpoint = load_source(str(tmp_path / "m")).checkpoint
     for tensor, values in expected.items():
         np.testing.assert_array_equal(checkpoint.read(tensor).numpy(), values)
+
+
+@pytest.mark.parametrize("name", FP8)
+def test_fp8_is_kept(name: str, tmp_path: Path) -> None:
+    fp8_checkpoint(tmp_path / "m", *FP8[name])
+    checkpoint = load_source(str(tmp_path / "m")).checkpoint
+    assert isinstance(checkpoint, QuantizedCheckpoint)
+    for tensor in sorted(checkpoint.layers):
+        found = checkpoint.quantized(f"{tensor}.weight")
+        assert found is not None
+        np.testing.assert_array_equal(dequantize_tensor(found.stored(tensor)), found.dequantize())
 
 
 def test_fp8_is_rounded_anew_on_request(tmp_path: Path) -> None:
