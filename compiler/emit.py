@@ -24,7 +24,7 @@ def write_weights(
     found while it is quantized, and the file is begun again with that known: rare, and cheaper than
     looking at every weight twice.
     """
-    wide: set[str] = set()
+    wide = {matrix.name for matrix in lowered.matrices.values() if matrix.wide}
     while True:
         found = _write_once(writer, lowered, metadata, wide, progress)
         if isinstance(found, dict):
@@ -51,6 +51,8 @@ def _write_once(
         if not np.isfinite(vector).all():
             raise GristmillError(f"weight {name!r} has values that are not finite; the checkpoint is damaged")
         weights.write(name, np.ascontiguousarray(vector))
+    for name, order in lowered.orders.items():
+        weights.write(name, np.ascontiguousarray(order))
     return errors
 
 
@@ -70,3 +72,5 @@ def _specs(lowered: Lowered, wide: set[str]) -> Iterator[TensorSpec]:
             yield TensorSpec(*stored)
     for name, lazy in lowered.vectors.items():
         yield TensorSpec(name, "F32", tuple(lazy.shape))
+    for name, order in lowered.orders.items():
+        yield TensorSpec(name, "I32", order.shape)

@@ -51,7 +51,7 @@ class Formats:
     def _by_role(self, role: str) -> Scheme:
         """8-bit embeddings and heads have one scale per row."""
         names = {"embedding": self.options.embedding_format, "head": self.options.head_format}
-        name = names.get(role, self.options.weights)
+        name = names.get(role, self.options.linear_format)
         return self._parsed(name, role)
 
     def _parsed(self, text: str, role: str) -> Scheme:

@@ -9,20 +9,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..quant.formats import Reader, reader
 from ..runtime.errors import GristmillError
 from .checkpoint import Checkpoint, file_hash
+from .quantized import QuantizedCheckpoint
 
+QUANTIZATION = "quantization_config"
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "pytorch_model*.bin"]
 
 
 @dataclass
 class Source:
-    """What the compiler starts from. ``config`` is a transformers PretrainedConfig."""
+    """What the compiler starts from. ``config`` is a transformers PretrainedConfig of the float model."""
 
     name: str
     directory: Path
     config: Any
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | QuantizedCheckpoint
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -36,16 +39,41 @@ def load_source(model: str) -> Source:
     Raises GristmillError for anything unusable.
     """
     directory = _resolve(model)
+    quantized = quantization_reader(directory)
+    config = load_config(directory)
+    checkpoint = Checkpoint(directory)
     return Source(
         directory.name if os.path.isdir(model) else model,
         directory,
-        load_config(directory),
-        Checkpoint(directory),
+        config,
+        QuantizedCheckpoint(checkpoint, quantized) if quantized else checkpoint,
     )
 
 
 def load_config(directory: Path) -> Any:
-    """The transformers config of a directory; custom code and already quantized checkpoints are refused."""
+    """The transformers config of a directory's float model; custom code is refused."""
+    config = _transformers_config(directory, read_config(directory)["model_type"])
+    if hasattr(config, QUANTIZATION):
+        delattr(config, QUANTIZATION)  # else transformers builds the quantized model
+    return config
+
+
+def quantization_reader(directory: Path) -> Reader | None:
+    """How the checkpoint of a directory is quantized, None for a float one.
+
+    Raises GristmillError where that is not supported.
+    """
+    settings = read_config(directory).get(QUANTIZATION)
+    if not settings:
+        return None
+    try:
+        return reader(settings)
+    except GristmillError as error:
+        raise GristmillError(f"{directory / 'config.json'}: {error}") from None
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a directory as it stands, checked to be one that we may use."""
     path = directory / "config.json"
     if not path.is_file():
         raise GristmillError(f"{directory}: no config.json; expected a Hugging Face model directory")
@@ -60,11 +88,7 @@ def load_config(directory: Path) -> Any:
             f"{path}: the model brings its own code (trust_remote_code), which is never run; "
             "use a built-in one"
         )
-    if raw.get("quantization_config"):
-        settings = raw["quantization_config"]
-        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
-        raise GristmillError(f"{path}: already quantized ({method}); give the original float model")
-    return _transformers_config(directory, raw["model_type"])
+    return raw
 
 
 def _transformers_config(directory: Path, model_type: str) -> Any:

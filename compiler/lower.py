@@ -7,14 +7,18 @@ checkpoint tensors they come from; a tied embedding and head are one matrix.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import fx
 
 from ..passes.graph import Lazy, Traced, arguments, aten, is_op, ours, shape
+from ..quant.formats.weight import QuantizedWeight
 from ..quant.scheme import Scheme, activation_group
 from ..quant.tensor import QuantizedTensor
 from ..runtime.errors import GristmillError
@@ -37,21 +41,24 @@ from .options import CacheFormat
 class Matrix:
     """A weight matrix [n, k] to be stored under ``name`` with ``scheme``.
 
-    ``stored``: its stored form where a calibrated method made it; None: rounded to nearest when written.
+    ``stored``: its stored form where a calibrated method made it, or the checkpoint holds it; None: rounded
+    to nearest when written. ``wide``: its scales are known to be f32.
     """
 
     name: str
     lazy: Lazy
     scheme: Scheme
     stored: Callable[[], QuantizedTensor] | None = None
+    wide: bool = False
 
 
 @dataclass
 class Lowered:
-    """``matrices`` and ``vectors`` (float32) are what the program refers to, in the order of first need.
+    """``matrices``, ``vectors`` (float32) and column ``orders`` [k] (int32) are what the program refers to,
+    in the order of first need.
 
     ``placeholders``: name of a matrix's placeholder in the graph → its stored name; ``roles``: stored name →
-    "embedding", "head" or "linear".
+    "embedding", "head" or "linear". ``origins``: what the checkpoint calls each of them.
     """
 
     program: Program
@@ -59,7 +66,13 @@ class Lowered:
     vectors: dict[str, Lazy] = field(default_factory=dict)
     placeholders: dict[str, str] = field(default_factory=dict)
     roles: dict[str, str] = field(default_factory=dict)
+    orders: dict[str, NDArray[np.int32]] = field(default_factory=dict)
+    origins: Origins = field(default_factory=dict)
 
+
+# Stored name → the checkpoint's tensors that it is made of, one after the other: name (None: the checkpoint
+# has none), rows, origin (see Lazy). "rows": row i is row NAME.rows[i], an i32 vector beside the weights.
+Origins = dict[str, list[tuple[str | None, int, str]]]
 
 # role ("embedding", "head", "linear") and the name that the matrix is stored under → scheme
 Assign = Callable[[str, str], Scheme]
@@ -87,6 +100,7 @@ class _Lowering:
         self.program = self.result.program
         self.views: dict[fx.Node, View] = {}
         self.names: dict[str, str] = {}  # placeholder → stored name
+        self.merged: dict[str, list[Lazy | int]] = {}  # placeholder → parts of a bias; int: that many zeros
         self.roles = _roles(traced)
 
     def run(self) -> Lowered:
@@ -158,6 +172,7 @@ class _Lowering:
         if node.name not in self.names:
             self.names[node.name] = self._fresh(lazy)
             self.result.vectors[self.names[node.name]] = lazy
+            self._note_origin(self.names[node.name], self.merged.get(node.name, [lazy]))
         return self.names[node.name]
 
     def matrix(self, node: fx.Node) -> Segment:
@@ -166,13 +181,44 @@ class _Lowering:
         if node.name not in self.names:
             name = self._fresh(lazy).removesuffix(".weight")
             self.names[node.name] = name
-            scheme = self.assign(self.roles[node], name).normalize(lazy.shape[1])
-            self.result.matrices[name] = Matrix(name, lazy, scheme)
+            self.result.matrices[name] = self._matrix(name, lazy, self.roles[node])
+            self._note_origin(name, [lazy])
             self.result.placeholders[node.name] = name
             self.result.roles[name] = self.roles[node]
         made = self.result.matrices[self.names[node.name]]
         n, k = lazy.shape
         return Segment(made.name, made.scheme.format, n, k, made.scheme.group_size, made.scheme.symmetric)
+
+    def _note_origin(self, name: str, parts: list[Lazy | int]) -> None:
+        """For who writes a checkpoint again: where a stored tensor comes from, and which rows went where."""
+        self.result.origins[name] = [
+            (None, part, "constant") if isinstance(part, int) else (part.names[0], part.shape[0], part.origin)
+            for part in parts
+        ]
+        if any(isinstance(part, Lazy) and part.origin == "rows" for part in parts):
+            rows = [_rows_of(part) for part in parts]
+            self.result.orders[f"{name}.rows"] = np.concatenate(rows).astype(np.int32)
+
+    def _matrix(self, name: str, lazy: Lazy, role: str) -> Matrix:
+        """Stored as the checkpoint holds it, where it is quantized there, else by its role."""
+        found = lazy.quantized
+        if not isinstance(found, QuantizedWeight):
+            return Matrix(name, lazy, self.assign(role, name).normalize(lazy.shape[1]))
+        if found.scheme is None:
+            raise GristmillError(
+                f"{name} is fp8, which this version cannot keep; give --weights bf16 or another format"
+            )
+        wide = found.scale_dtype == "float32"
+        return Matrix(name, lazy, found.scheme.normalize(found.k), partial(found.stored, name), wide)
+
+    def order(self, key: str, segments: list[Segment]) -> dict[str, str]:
+        """The column order that the weights of an instruction share: {"order": stored name}, or nothing."""
+        found = self.result.matrices[segments[0].name].lazy.quantized
+        if not isinstance(found, QuantizedWeight) or found.order is None:
+            return {}
+        name = f"{key}.order"
+        self.result.orders[name] = found.order
+        return {"order": name}
 
     def _fresh(self, lazy: Lazy) -> str:
         name = base = lazy.names[0]
@@ -187,6 +233,25 @@ class _Lowering:
         key = _joined([s.name for s in segments])
         self.program.weights[key] = segments
         return key
+
+
+def _rows_of(part: Lazy | int) -> NDArray[Any]:
+    """Which rows of its tensor a part has."""
+    if isinstance(part, Lazy) and part.rows is not None:
+        return part.rows.numpy()
+    return np.arange(part if isinstance(part, int) else part.shape[0])
+
+
+def round_anew(traced: Traced, roles: Container[str]) -> list[str]:
+    """Forget the quantized form of weights of these roles, so that they are rounded from their values.
+
+    Returns their names.
+    """
+    found = [traced.weights[node.name] for node, role in _roles(traced).items() if role in roles]
+    quantized = [lazy for lazy in found if lazy.quantized is not None]
+    for lazy in quantized:
+        lazy.quantized = None
+    return [lazy.names[0] for lazy in quantized]
 
 
 def _roles(traced: Traced) -> dict[fx.Node, str]:
@@ -210,7 +275,10 @@ def _joined(names: list[str]) -> str:
 
 
 def _embedding(low: _Lowering, node: fx.Node, a: dict[str, Any]) -> None:
-    key = low.weight_list([low.matrix(a["weight"])])
+    segments = [low.matrix(a["weight"])]
+    key = low.weight_list(segments)
+    if low.order(key, segments):
+        raise GristmillError(f"{key}: an embedding with a column order is not supported; give --weights")
     extra = {"offset": a["offset"]} if a["offset"] else {}
     low.emit(
         node,
@@ -265,11 +333,13 @@ def _emit_linear(
     """One instruction; ``out``: the columns of the node's value that it computes, from ``column`` on."""
     schemes = [low.result.matrices[s.name].scheme for s in segments]
     group = 0 if low.float_activations else activation_group(schemes, segments[0].k)
+    key = low.weight_list(segments)
     low.emit(
         node, "linear", {"in": a["x"], "residual": a["residual"]}, {"bias": _bias(low, biases, segments)},
-        low.weight_list(segments), out, column, activation=a["activation"], glu=a["glu"],
+        key, out, column, activation=a["activation"], glu=a["glu"],
         scale=float(a["scale"]), softcap=float(a["softcap"]), act_group=group,
     )  # fmt: skip
+    low.program.instructions[-1].vectors.update(low.order(key, segments))
 
 
 def _bias(low: _Lowering, biases: list[Any], segments: list[Segment]) -> fx.Node | None:
@@ -289,7 +359,9 @@ def _bias(low: _Lowering, biases: list[Any], segments: list[Segment]) -> fx.Node
     lazy = Lazy(
         (sum(s.n for s in segments),), (_joined([n.removesuffix(".bias") for n in names]) + ".bias",), load
     )
-    return low.traced.add_weight(lazy.names[0].replace(".", "_").replace("+", "_"), lazy)
+    node = low.traced.add_weight(lazy.names[0].replace(".", "_").replace("+", "_"), lazy)
+    low.merged[node.name] = [s.n if p is None else p for p, s in zip(parts, segments, strict=True)]
+    return node
 
 
 def _attention(low: _Lowering, node: fx.Node, a: dict[str, Any]) -> None:

@@ -42,12 +42,12 @@ class CacheFormat:
 class CompileOptions:
     """None means: chosen from the others, see the properties below; `of` checks that they go together.
 
-    weights: format of the linear layers. group_size: columns per scale, 32, 64, 128 or "row". asymmetric:
-    zero points. embedding, head: formats of the two ends (a tied pair is one matrix). kv: type of the cache;
-    kv_k, kv_v: of its keys, of its values; kv_rotate: rotate queries and keys so that no column of a key
-    stands out.
-    max_len, max_slots, max_tokens: positions per slot, sequences, and rows of one forward that the artifact
-    is planned for. text: file of held text for the gate; gate_tokens: how many of its tokens;
+    weights: format of the linear layers; None: int4, or as they are in a checkpoint that is quantized already
+    (a format given here rounds its weights anew). group_size: columns per scale, 32, 64, 128 or "row".
+    asymmetric: zero points. embedding, head: formats of the two ends (a tied pair is one matrix). kv: type of
+    the cache; kv_k, kv_v: of its keys, of its values; kv_rotate: rotate queries and keys so that no column of
+    a key stands out. max_len, max_slots, max_tokens: positions per slot, sequences, and rows of one forward
+    that the artifact is planned for. text: file of held text for the gate; gate_tokens: how many of its tokens;
     max_ppl_increase (0.02 or "2%") and max_kl (nats): what the gate lets pass. rotate: turn the
     residual stream by a Hadamard matrix, or refuse.
 
@@ -62,7 +62,7 @@ class CompileOptions:
     check_passes: run each pass's before and after.
     """
 
-    weights: str = "int4"
+    weights: str | None = None
     group_size: int | str | None = None
     asymmetric: bool = False
     embedding: str | None = None
@@ -121,23 +121,27 @@ class CompileOptions:
         return 0 if self.group_size == "row" or not numbers.scaled else int(self.group_size)
 
     @property
+    def linear_format(self) -> str:
+        """Format of the linears that a checkpoint holds as floats."""
+        return self.weights or "int4"
+
+    @property
     def embedding_format(self) -> str:
         """int8 unless asked otherwise; float models stay as they are."""
-        return self.embedding or (self.weights if self.weights in FLOAT_WEIGHTS else "int8")
+        return self.embedding or (self.linear_format if self.linear_format in FLOAT_WEIGHTS else "int8")
 
     @property
     def head_format(self) -> str:
-        return self.head or (self.weights if self.weights in FLOAT_WEIGHTS else "int8")
+        return self.head or (self.linear_format if self.linear_format in FLOAT_WEIGHTS else "int8")
 
     @property
     def cache_format(self) -> CacheFormat:
         """f32 for f32 weights, whose numbers are then those of the reference; otherwise f16."""
-        both = self.kv or ("f32" if self.weights == "f32" else "f16")
+        both = self.kv or ("f32" if self.linear_format == "f32" else "f16")
         return CacheFormat(self.kv_k or both, self.kv_v or both, self.kv_rotate)
 
     def _check_formats(self) -> None:
-        _one_of("weights", self.weights, WEIGHTS)
-        for name in ("embedding", "head"):
+        for name in ("weights", "embedding", "head"):
             if getattr(self, name) is not None:
                 _one_of(name, getattr(self, name), WEIGHTS)
         for name in ("kv", "kv_k", "kv_v"):
@@ -149,14 +153,16 @@ class CompileOptions:
             )
         if self.group_size is not None:
             _one_of("group_size", self.group_size, (*GROUP_SIZES, "row"))
-        formats = [FORMATS[f] for f in (self.weights, self.embedding_format, self.head_format)]
+        formats = [FORMATS[f] for f in (self.linear_format, self.embedding_format, self.head_format)]
         if self.group_size is not None and not any(f.scaled for f in formats):
             raise GristmillError(
-                f"group_size needs weights with scales, got weights {self.weights}; use {_names(scaled=True)}"
+                f"group_size needs weights with scales, got weights {self.linear_format}; "
+                f"use {_names(scaled=True)}"
             )
-        if self.asymmetric and not FORMATS[self.weights].integer:
+        if self.asymmetric and not FORMATS[self.linear_format].integer:
             raise GristmillError(
-                f"asymmetric needs integer weights, got weights {self.weights}; use {_names(integer=True)}"
+                f"asymmetric needs integer weights, got weights {self.linear_format}; "
+                f"use {_names(integer=True)}"
             )
 
     def _check_numbers(self) -> None:

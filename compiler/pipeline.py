@@ -31,15 +31,16 @@ from ..passes import (
 from ..passes.graph import EXAMPLE_ROWS, Traced
 from ..passes.manager import Entry, IllegalGraph, run_passes
 from ..runtime import selftest
+from ..runtime.artifact import MODEL_CONFIG
 from ..runtime.artifact_writer import ArtifactWriter
 from ..runtime.errors import GristmillError
 from ..runtime.evaluation import read_text
 from ..runtime.program import Limits
 from ..runtime.session import Session
 from ..runtime.session import load as load_session
-from . import gate, interpret
+from . import foreign, gate, interpret
 from .emit import write_weights
-from .load import Source, load_source
+from .load import QUANTIZATION, Source, load_source, read_config
 from .lower import Lowered
 from .memory import plan_arena
 from .options import CompileOptions
@@ -94,16 +95,21 @@ def compile_model(
         traced = trace(source.config, source.checkpoint, limits.max_len)
         limits = _narrow(limits, traced)
         report("passes", 0.0)
+        taken = foreign.of(source, options)
+        taken.before_passes(traced)
         ledger = _run_passes(traced, options)
+        taken.after_passes(traced)
         made = quantize(traced, source, options, limits, tokenizer, writer.out, tool_versions(), report, tell)
         plan_arena(made.lowered.program)
         errors = _write(writer, made.lowered, tokenizer, source, report)
         manifest = _manifest(made, source, options, errors)
+        manifest["quantization"] |= taken.record(made.lowered)
         accepted = _accept(writer, manifest, traced, source, options, report)
         path = writer.commit(manifest)
         made.clear()
         size = writer.size_bytes
     summary = _summary(made, manifest, size, accepted, ledger, time.perf_counter() - start)
+    summary |= taken.summary(made.lowered)
     return CompileResult(path, summary)
 
 
@@ -172,6 +178,8 @@ def _write(
 ) -> dict[str, float]:
     errors = write_weights(writer, lowered, {"model": source.name}, report)
     writer.write_bytes("program.json", lowered.program.to_bytes())
+    config = {k: v for k, v in read_config(source.directory).items() if k != QUANTIZATION}
+    writer.write_json(MODEL_CONFIG, config)
     for name, data in tokenizer.items():
         writer.write_bytes(name, data)
     return errors
@@ -197,6 +205,7 @@ def _manifest(
         "tools": tool_versions(),
         "quantization": quantization,
         "bits_per_weight": bits_per_weight(made.lowered),
+        "origins": made.lowered.origins,
     }
     if made.records:
         manifest["calibration_seconds"] = {name: record["seconds"] for name, record in made.records.items()}

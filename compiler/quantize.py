@@ -20,6 +20,7 @@ from ..quant.methods import METHODS
 from ..runtime.errors import GristmillError
 from ..runtime.program import Limits
 from ..runtime.tokenizer import Tokenizer
+from . import foreign
 from .calibrate import Calibration, Calibrator, Recipe
 from .calibration_set import CalibrationSet, calibration_set
 from .calibration_store import CalibrationStore
@@ -58,8 +59,9 @@ def quantize(
 ) -> Quantized:  # fmt: skip
     """Lower the graph with every matrix's format decided and, for calibrated methods, its integers chosen."""
     formats = Formats.of(options)
+    assign = foreign.of(source, options).assign(formats.scheme)
     build = partial(
-        lower, traced, formats.scheme, options.cache_format, limits,
+        lower, traced, assign, options.cache_format, limits,
         float_activations=options.activations == "f32",
     )
     lowered = build()
@@ -99,7 +101,8 @@ def quantize(
 def _refuse_floats(lowered: Lowered, options: CompileOptions) -> None:
     if not any(m.scheme.is_integer and lowered.roles[n] != "embedding" for n, m in lowered.matrices.items()):
         raise GristmillError(
-            f"method {options.method} needs integer weights, got weights {options.weights}; use int4 or int8"
+            f"method {options.method} needs integer weights, got weights {options.linear_format}; "
+            "use int4 or int8"
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..passes.graph import EXAMPLE_ROWS, Lazy, Traced
 from ..runtime.errors import GristmillError
 from .checkpoint import Checkpoint
 from .names import parameter_sources, require
+from .quantized import QuantizedCheckpoint
 
 NAME = "gristmill"
 # transformers' builders of masks that our attention implements; "packed" says that sequences of a batch do
@@ -39,7 +41,7 @@ class _Wrapper(torch.nn.Module):
         return self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits
 
 
-def trace(config: Any, checkpoint: Checkpoint, max_len: int) -> Traced:
+def trace(config: Any, checkpoint: Checkpoint | QuantizedCheckpoint, max_len: int) -> Traced:
     """Export the decoder of ``config`` over [1, T] rows; its weights stay in ``checkpoint`` until asked for.
 
     Raises GristmillError when the model cannot be traced or the checkpoint lacks one of its weights.
@@ -202,7 +204,10 @@ def _mask_parts(function: Any) -> Iterator[Any]:
 
 
 def _lift(
-    program: torch.export.ExportedProgram, model: torch.nn.Module, config: Any, checkpoint: Checkpoint
+    program: torch.export.ExportedProgram,
+    model: torch.nn.Module,
+    config: Any,
+    checkpoint: Checkpoint | QuantizedCheckpoint,
 ) -> Traced:
     """Placeholders of the exported graph → weights by name; buffers are small and kept."""
     graph = program.graph_module.graph
@@ -210,6 +215,7 @@ def _lift(
     aliases = _aliases(model)
     sources = parameter_sources(model, checkpoint)
     weights: dict[str, Lazy] = {}
+    turned = _turned_weights(model)
     _refuse_untied(aliases, sources, checkpoint)
     for node in graph.find_nodes(op="placeholder"):
         name = _target(signature, node)
@@ -217,7 +223,8 @@ def _lift(
             continue
         if name in aliases or name in sources:
             source = require(sources, aliases.get(name, (name,)))
-            weights[node.name] = _stored(checkpoint, source, tuple(node.meta["val"].shape))
+            extent = tuple(node.meta["val"].shape)
+            weights[node.name] = _stored(checkpoint, source, extent, name in turned)
         else:
             weights[node.name] = _constant(program, signature, node)
     return Traced(graph, weights, config)
@@ -235,7 +242,7 @@ def _target(signature: Any, node: fx.Node) -> str | None:
 
 
 def _refuse_untied(
-    aliases: dict[str, tuple[str, ...]], sources: dict[str, str], checkpoint: Checkpoint
+    aliases: dict[str, tuple[str, ...]], sources: dict[str, str], checkpoint: Checkpoint | QuantizedCheckpoint
 ) -> None:
     """A checkpoint may hold a tied tensor twice, but not with two values."""
     for names in aliases.values():
@@ -248,14 +255,27 @@ def _refuse_untied(
                 )
 
 
-def _stored(checkpoint: Checkpoint, source: str, shape: tuple[int, ...]) -> Lazy:
-    if checkpoint.shape(source) != shape:
+def _stored(
+    checkpoint: Checkpoint | QuantizedCheckpoint, source: str, shape: tuple[int, ...], turned: bool
+) -> Lazy:
+    """``turned``: the model keeps [inputs, outputs]; what is quantized is always [outputs, inputs]."""
+    quantized = checkpoint.quantized(source) if isinstance(checkpoint, QuantizedCheckpoint) else None
+    turned = turned and quantized is not None
+    stored = checkpoint.shape(source)
+    if (stored[::-1] if turned else stored) != shape:
         raise GristmillError(
-            f"tensor {source!r} has shape {list(checkpoint.shape(source))}, "
-            f"the config asks for {list(shape)}; "
+            f"tensor {source!r} has shape {list(stored)}, the config asks for {list(shape)}; "
             "config.json and weights do not belong together"
         )
-    return Lazy(shape, (source,), lambda: checkpoint.read(source))
+    lazy = Lazy(stored, (source,), lambda: checkpoint.read(source), "checkpoint", quantized=quantized)
+    return replace(lazy.turned(), origin="checkpoint") if turned else lazy
+
+
+def _turned_weights(model: torch.nn.Module) -> set[str]:
+    """Parameters that GPT-2's Conv1D keeps as [inputs, outputs]."""
+    from transformers.pytorch_utils import Conv1D
+
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
 def _constant(program: torch.export.ExportedProgram, signature: Any, node: fx.Node) -> Lazy:
@@ -264,7 +284,7 @@ def _constant(program: torch.export.ExportedProgram, signature: Any, node: fx.No
     )
     stored = program.state_dict.get(name)
     value = (program.constants[name] if stored is None else stored).detach().clone()
-    return Lazy(tuple(value.shape), (name.removeprefix("model."),), lambda: value)
+    return Lazy(tuple(value.shape), (name.removeprefix("model."),), lambda: value, "constant")
 
 
 def _aliases(model: torch.nn.Module) -> dict[str, tuple[str, ...]]:

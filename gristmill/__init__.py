@@ -15,13 +15,15 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from gristmill.compiler.pipeline import CompileResult
     from gristmill.runtime.errors import GristmillError as GristmillError
     from gristmill.runtime.session import Session as Session
     from gristmill.runtime.session import load as load
 
 __version__ = "0.1.0"
-__all__ = ["GristmillError", "Session", "__version__", "compile", "load"]
+__all__ = ["GristmillError", "Session", "__version__", "compile", "export_checkpoint", "load"]
 
 _HOMES = {
     "load": "gristmill.runtime.session",
@@ -51,6 +53,28 @@ def compile(model: str | PathLike[str], out: str | PathLike[str], **options: Any
             f"compiling needs {error.name}; install it with `pip install 'gristmill[compile]'`"
         ) from error
     return compile_model(str(model), str(out), chosen, progress=progress, note=note)
+
+
+def export_checkpoint(
+    artifact: str | PathLike[str], out: str | PathLike[str], to: str, **options: Any
+) -> Path:
+    """Writes an artifact to `out` as a Hugging Face directory in the format `gptq`, `awq` or
+    `compressed-tensors`; nothing is rounded again.
+
+    options: checkpoint_format ("gptq" or "gptq_v2"), force. Needs the extra [compile]. Raises GristmillError
+    for what the format cannot express.
+    """
+    from gristmill.runtime.errors import GristmillError
+
+    try:
+        from gristmill.export.huggingface import export_checkpoint as export
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise GristmillError(
+            "exporting needs torch; install it with `pip install 'gristmill[compile]'`"
+        ) from error
+    return export(str(artifact), str(out), to, **options)
 
 
 def __getattr__(name: str) -> Any:

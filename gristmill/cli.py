@@ -14,6 +14,7 @@ import click
 
 from gristmill import __version__
 from gristmill.cli_compile import compile_command
+from gristmill.cli_export import export_command
 from gristmill.cli_output import Rows, echo_json, note, show_table
 from gristmill.runtime.errors import GristmillError
 
@@ -41,6 +42,7 @@ def cli(traceback: bool) -> None:
 
 
 cli.add_command(compile_command)
+cli.add_command(export_command)
 
 
 @cli.command(no_args_is_help=True)

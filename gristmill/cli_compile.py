@@ -20,9 +20,7 @@ KV_TYPES = ("f32", "f16", "int8", "fp8", "int4")
 @click.option(
     "--weights",
     type=click.Choice(WEIGHTS),
-    default="int4",
-    show_default=True,
-    help="Format of the linear layers.",
+    help="Format of the linear layers.  [default: int4; as they are where the model is quantized already]",
 )
 @click.option(
     "--group-size", type=click.Choice(["32", "64", "128", "row"]),
@@ -151,6 +149,8 @@ def summary_rows(path: str, summary: dict[str, Any]) -> Rows:
         rows.append(("compile", f"{summary['compile_s']:.1f} s"))
     if "peak_memory_bytes" in summary:
         rows.append(("peak memory", size_text(summary["peak_memory_bytes"])))
+    if summary.get("checkpoint"):
+        rows.append(("checkpoint", summary["checkpoint"]))
     for line in summary.get("gate", []):
         name, _, value = line.partition("  ")
         rows.append((name, value.strip()) if value else ("gate", line))

@@ -126,8 +126,7 @@ def _addmm(traced: Traced, node: fx.Node) -> fx.Node | None:
         for v in views
     ):
         return None
-    turned = Lazy(tuple(reversed(source.shape)), source.names, lambda: source.load().t().contiguous())
-    turned_weight = traced.add_weight(f"{weight.name}_transposed", turned)
+    turned_weight = traced.add_weight(f"{weight.name}_transposed", source.turned())
     new = call(traced, node, ours.linear.default, (rows.args[0], [turned_weight], [bias]))
     new.meta["val"] = views[0].meta["val"]
     return new
@@ -215,7 +214,8 @@ def _folded(traced: Traced, node: fx.Node) -> Lazy:
         return evaluate(target, args, kwargs, lambda n: lazies[n].load())
 
     names = tuple(dict.fromkeys(n for lazy in lazies.values() for n in lazy.names))
-    return Lazy(shape(node), names, load)
+    constant = all(lazy.origin == "constant" for lazy in lazies.values())
+    return Lazy(shape(node), names, load, "constant" if constant else "computed")
 
 
 def _gelu_new(x: Any) -> Any:

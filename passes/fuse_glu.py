@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from .graph import Traced, arguments, aten, call, is_op, only_user, ours, plain_linear, width
+from .merge_linears import merge_key
 from .rule import Report
 
 ACTIVATIONS: dict[Any, str] = {
@@ -44,7 +45,7 @@ def _fuse(traced: Traced, node: fx.Node, name: str, activated: Any, up: Any, rep
     if not only_user(activated):
         report.miss(node, "the activation is used elsewhere")
         return
-    parts = _two_linears(gate, up) or _two_halves(gate, up)
+    parts = _two_linears(traced, gate, up) or _two_halves(gate, up)
     if parts is None:
         report.miss(node, "gate and up are not linears of one input, gate first")
         return
@@ -54,11 +55,13 @@ def _fuse(traced: Traced, node: fx.Node, name: str, activated: Any, up: Any, rep
     report.hits += 1
 
 
-def _two_linears(gate: fx.Node, up: fx.Node) -> tuple[Any, list[Any], list[Any]] | None:
+def _two_linears(traced: Traced, gate: fx.Node, up: fx.Node) -> tuple[Any, list[Any], list[Any]] | None:
     if not (plain_linear(gate) and plain_linear(up)):
         return None
     a, b = arguments(gate), arguments(up)
     if a["x"] is not b["x"] or not (only_user(gate) and only_user(up)) or width(gate) != width(up):
+        return None
+    if merge_key(traced, gate) != merge_key(traced, up):
         return None
     return a["x"], [*a["weights"], *b["weights"]], [*a["biases"], *b["biases"]]
 

@@ -129,7 +129,7 @@ class _Fusion:
         assert not isinstance(tables, str)
         inv_freq, scale = tables
         name = _name(traced, inv_freq)
-        weight = traced.add_weight(name, Lazy(tuple(inv_freq.shape), (name,), lambda: inv_freq))
+        weight = traced.add_weight(name, Lazy(tuple(inv_freq.shape), (name,), lambda: inv_freq, "constant"))
         args = (found["x"], traced.input("positions"), weight, self.style, scale)
         return call(traced, out, ours.rope.default, args)
 

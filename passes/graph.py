@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -17,13 +17,51 @@ VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 EXAMPLE_ROWS = 13  # T while tracing: a number no model has as a width
 
 
+class Quantized(Protocol):
+    """The form of a matrix [n, k] that a checkpoint holds quantized, of which passes may only choose rows."""
+
+    @property
+    def merge_key(self) -> Hashable:
+        """Linears of one input may be merged where this is equal."""
+
+    def select(self, rows: Tensor) -> Any:
+        """The same for these rows, in this order."""
+
+
 @dataclass
 class Lazy:
-    """A weight that is read when asked for: shape, names in the checkpoint, how to load it (float32)."""
+    """A weight that is read when asked for: shape, names in the checkpoint, how to load it (float32).
+
+    origin: how it comes from the tensor of its first name, for who writes checkpoints: "checkpoint" (as it
+    is), "transposed", "rows" (row i is row ``rows[i]`` of it), "computed" (not to be undone), or "constant"
+    (the checkpoint has no such tensor). quantized: the form in which the checkpoint holds a linear's [n, k].
+    """
 
     shape: tuple[int, ...]
     names: tuple[str, ...]
     load: Callable[[], Tensor]
+    origin: str = "computed"
+    rows: Tensor | None = None
+    quantized: Quantized | None = None
+
+    def moved(self, rows: Tensor) -> Lazy:
+        """These rows, in this order."""
+        before = torch.arange(self.shape[0]) if self.rows is None else self.rows
+        origin = "rows" if self.origin in ("checkpoint", "rows") else "computed"
+        kept = self.quantized.select(rows) if self.quantized else None
+        return Lazy(
+            (len(rows), *self.shape[1:]), self.names, lambda: self.load()[rows], origin, before[rows], kept
+        )
+
+    def turned(self) -> Lazy:
+        """The transpose of a matrix whose quantized form, if any, is that of the transpose already."""
+        origin = "transposed" if self.origin == "checkpoint" else "computed"
+        return replace(
+            self,
+            shape=self.shape[::-1],
+            load=lambda: self.load().t().contiguous(),
+            origin=origin,
+        )
 
 
 @dataclass

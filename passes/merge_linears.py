@@ -1,6 +1,12 @@
-"""Linears of one input become one with many segments: the input is read and quantized once."""
+"""Linears of one input become one with many segments: the input is read and quantized once.
+
+Weights that the checkpoint holds quantized stay apart where they differ in their column order, or are
+integers beside floats.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Hashable
 
 from torch import fx
 
@@ -9,15 +15,21 @@ from .rule import Report
 
 
 def run(traced: Traced, report: Report) -> None:
-    groups: dict[fx.Node, list[fx.Node]] = {}
+    groups: dict[tuple[fx.Node, Hashable], list[fx.Node]] = {}
     for node in traced.graph.find_nodes(op="call_function", target=ours.linear.default):
         if plain_linear(node) and len(shape(node)) == 3:
-            groups.setdefault(node.args[0], []).append(node)
+            groups.setdefault((node.args[0], merge_key(traced, node)), []).append(node)
     for group in groups.values():
         if len(group) > 1:
             _merge(traced, group)
             report.hits += 1
     traced.clean()
+
+
+def merge_key(traced: Traced, linear: fx.Node) -> Hashable:
+    """Equal for linears whose weights may share an instruction."""
+    lazies = [traced.weight(w) for w in arguments(linear)["weights"]]
+    return tuple(dict.fromkeys(z.quantized.merge_key if z and z.quantized else None for z in lazies))
 
 
 def _merge(traced: Traced, group: list[fx.Node]) -> None:

@@ -62,7 +62,7 @@ def _norm(traced: Traced, heads: Heads) -> tuple[fx.Node | None, float | None]:
     if heads.norm is None:
         return None, None
     a, width = arguments(heads.norm), heads.columns.shape[1]
-    ones = Lazy((width,), (f"ones_{width}",), lambda: torch.ones(width))
+    ones = Lazy((width,), (f"ones_{width}",), lambda: torch.ones(width), "constant")
     return a["weight"] or traced.add_weight(ones.names[0], ones), float(a["eps"])
 
 
@@ -134,7 +134,4 @@ def _reorder(traced: Traced, linear: fx.Node, order: Tensor) -> fx.Node:
 
 
 def _moved(traced: Traced, node: fx.Node, order: Tensor) -> fx.Node:
-    lazy = traced.weights[node.name]
-    return traced.add_weight(
-        f"{node.name}_reordered", Lazy(lazy.shape, lazy.names, lambda: lazy.load()[order])
-    )
+    return traced.add_weight(f"{node.name}_reordered", traced.weights[node.name].moved(order))

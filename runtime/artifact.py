@@ -23,6 +23,7 @@ KIND = "gristmill artifact"
 MANIFEST, PROGRAM, WEIGHTS = "manifest.json", "program.json", "weights.safetensors"
 TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 GENERATION_CONFIG, SELFTEST, EVALUATION = "generation_config.json", "selftest.json", "evaluation.json"
+MODEL_CONFIG = "model_config.json"  # the source's config.json: nothing here reads it, exports need it
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"  # older models name their special tokens here
 IDENTITY_FILES = (
     PROGRAM,

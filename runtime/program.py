@@ -68,9 +68,9 @@ OPS: dict[str, Op] = {
         "(x - mean(x)) / sqrt(var(x) + eps) * weight + bias + residual",
     ),
     "linear": Op(
-        ("in", "residual?"), ("bias?",),
+        ("in", "residual?"), ("bias?", "order?"),
         {"activation": "none", "glu": False, "scale": 1.0, "softcap": 0.0, "act_group": ...}, True,
-        "softcap(scale * activation(x W^T + bias) [* up half]) + residual",
+        "softcap(scale * activation(x[order] W^T + bias) [* up half]) + residual",
     ),
     "attention": Op(
         ("q", "k", "v"), ("q_norm?", "k_norm?", "sinks?"),

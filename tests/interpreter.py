@@ -142,6 +142,8 @@ class Reference:
 
     def linear(self, i: dict[str, Any]) -> Array:
         x = self.view(i["in"])
+        if i.get("order"):
+            x = x[:, self.p.tensors[i["order"]]]
         if i["act_group"]:
             x = quantize_rows(x, i["act_group"])
         y = x @ self.p.matrices[i["weight"]].T + self.vector(i.get("bias"), 0)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 View = list[int]
 ALIGNMENT = 64
-DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16", "int8": "I8", "uint8": "U8"}
+DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16", "int8": "I8", "uint8": "U8", "int32": "I32"}
 
 
 # ---- weights
@@ -204,6 +204,11 @@ class Program:
         self.tensors[name] = values.astype(np.float32)
         return name
 
+    def order(self, name: str, width: int) -> str:
+        """A random permutation of columns."""
+        self.tensors[name] = self.random.permutation(width).astype(np.int32)
+        return name
+
     def gain(self, name: str, width: int) -> str:
         return self.vector(name, 1 + 0.1 * self.random.standard_normal(width))
 
@@ -258,6 +263,7 @@ class Llama:
     qk_norm: bool = False
     sinks: bool = False
     bias: bool = False
+    order: bool = False
     activation: str = "silu"
     max_tokens: int = 32
     max_position: int = 4096
@@ -329,6 +335,7 @@ def attention_block(p: Program, c: Llama, name: str, x: View) -> View:
             "weight": p.weight(f"{name}.qkv", sizes, c.hidden, [c.form] * 3),
             "act_group": c.act_group,
             "bias": p.gain(f"{name}.bias", sum(sizes)) if c.bias else None,
+            "order": p.order(f"{name}.qkv.order", c.hidden) if c.order else None,
             "out": qkv,
         },
     )
@@ -368,6 +375,7 @@ def mlp_block(p: Program, c: Llama, name: str, x: View) -> View:
             "act_group": c.act_group,
             "activation": c.activation,
             "glu": True,
+            "order": p.order(f"{name}.gate_up.order", c.hidden) if c.order else None,
             "out": inner,
         },
     )

@@ -52,6 +52,8 @@ CASES: dict[str, Llama] = {
     "fp8": Llama(form=Format("fp8"), embedding=Format("fp8", 32), hidden=136),
     "fp8_group": Llama(form=Format("fp8", 64, scale_dtype="float32"), embedding=Format("fp8"), hidden=200),
     "float_activations": Llama(form=Format("int4", 32, False), embedding=Format("int8"), hidden=136),
+    "order": Llama(form=Format("int4", 32, False), act_group=32, hidden=328, order=True, bias=True),
+    "order_float": Llama(form=Format("int8", 64), hidden=136, order=True),
     "window": Llama(window=7, cache="int8"),
     "kv_fp8": Llama(cache="fp8", cache_v="int4", k_dim=8, v_dim=33, rope_dims=8, qk_norm=True),
     "kv_int4": Llama(cache="int4", cache_v="fp8", k_dim=80, v_dim=40, rope_dims=32, hadamard=16, hidden=64),
@@ -451,3 +453,21 @@ def test_profile_names_every_instruction(tmp_path: Path) -> None:
     results = executor.profile_results()
     assert [label.split()[1] for label, _, _ in results] == [i["op"] for i in program.json["instructions"]]
     assert sum(nanoseconds for _, nanoseconds, _ in results) > 0
+
+
+@pytest.mark.parametrize(
+    "order, message",
+    [
+        (np.zeros(72, np.int32), "holds 0 twice"),
+        (np.arange(72, dtype=np.int32) + 1, r"order\[71\] is 72, expected 0 to 71"),
+        (np.arange(72, dtype=np.int32) - 1, r"order\[0\] is -1, expected 0 to 71"),
+        (np.arange(71, dtype=np.int32), r"\[71\], expected I32 \[72\]"),
+        (np.arange(72, dtype=np.float32), "I32"),
+    ],
+    ids=["twice", "beyond", "negative", "short", "floats"],
+)
+def test_an_order_that_is_no_permutation_is_refused(order: Array, message: str, tmp_path: Path) -> None:
+    program = llama(Llama(order=True))
+    program.tensors["layers.0.qkv.order"] = order
+    with pytest.raises(GristmillError, match=message):
+        make(program, tmp_path)

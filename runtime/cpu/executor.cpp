@@ -79,13 +79,15 @@ void Executor::add_step(int64_t instruction, std::unique_ptr<Step> step) {
   step_instruction_.push_back(instruction);
 }
 
-// Linears in a row that read the same input quantize it once.
+// Linears in a row that read the same input in the same column order reorder and quantize it once.
 void Executor::add_linear(size_t index) {
   const Instruction& in = program_.instructions[index];
   const Instruction* before = index ? &program_.instructions[index - 1] : nullptr;
-  const bool at_hand =
-      before && before->op == Op::linear && before->in == in.in && before->act_group == in.act_group;
+  const bool reordered =
+      before && before->op == Op::linear && before->in == in.in && before->order == in.order;
+  const bool at_hand = reordered && before->act_group == in.act_group;
   const auto number = static_cast<int64_t>(index);
+  if (in.order && !reordered) add_step(number, make_reorder(machine_, in));
   if (in.act_group && !at_hand) add_step(number, make_quantize(machine_, in));
   add_step(number, make_product(machine_, in));
   weight_elements_ += in.weight->n * in.weight->k;
@@ -150,8 +152,9 @@ size_t Executor::lay_out_scratch(Carver carver) {
 }
 
 void Executor::lay_out_quantized(Carver& carver) {
-  int64_t columns = 0, groups = 0;
+  int64_t columns = 0, groups = 0, reordered = 0;
   for (const Instruction& in : program_.instructions) {
+    if (in.op == Op::linear && in.order) reordered = std::max(reordered, in.in.width);
     if (in.op != Op::linear || !in.act_group) continue;
     columns = std::max(columns, padded_columns(in.in.width));
     groups = std::max(groups, (in.in.width + in.act_group - 1) / in.act_group);
@@ -159,6 +162,7 @@ void Executor::lay_out_quantized(Carver& carver) {
   machine_.quantized = carver.take<int8_t>(program_.max_tokens * columns);
   machine_.scales = carver.take<float>(program_.max_tokens * groups);
   machine_.sums = carver.take<int32_t>(program_.max_tokens * groups);
+  machine_.ordered = carver.take<float>(program_.max_tokens * reordered);
 }
 
 void Executor::lay_out_attention(Carver& carver) {

@@ -1,4 +1,4 @@
-// Linear: quantize the input's rows once, then products over tiles of the output, each with its epilogue.
+// Linear: reorder and quantize the input's rows once, then products over tiles of the output, each with its epilogue.
 #include <algorithm>
 
 #include "machine.h"
@@ -16,6 +16,25 @@ QuantizedRows quantized_rows(const Machine& m, const Instruction& in, int64_t fi
   return rows;
 }
 
+class Reorder final : public RowStep {
+ public:
+  Reorder(const Machine& machine, const Instruction& in) : RowStep(machine, in.in.width), in_(in) {}
+
+ protected:
+  int64_t rows() const override { return m.rows(in_.in).count; }
+  void each(int64_t begin, int64_t end, int) override {
+    const Rows from = m.rows(in_.in), to = m.input(in_);
+    for (int64_t t = begin; t < end; t++) {
+      const float* x = from.row(t);
+      float* y = to.row(t);
+      for (int64_t j = 0; j < in_.in.width; j++) y[j] = x[in_.order[j]];
+    }
+  }
+
+ private:
+  const Instruction& in_;
+};
+
 class Quantize final : public RowStep {
  public:
   Quantize(const Machine& machine, const Instruction& in) : RowStep(machine, in.in.width), in_(in) {}
@@ -23,7 +42,7 @@ class Quantize final : public RowStep {
  protected:
   int64_t rows() const override { return m.rows(in_.in).count; }
   void each(int64_t begin, int64_t end, int) override {
-    const Rows in = m.rows(in_.in);
+    const Rows in = m.input(in_);
     m.kernels->quantize_rows(in.row(begin), in.stride, end - begin, quantized_rows(m, in_, begin));
   }
 
@@ -95,7 +114,7 @@ class Product final : public Step {
     if (in_.act_group) {
       m.kernels->product_int(segment, quantized_rows(m, in_, first), rows, n0, n1, y, stride, memory);
     } else {
-      const Rows in = m.rows(in_.in);
+      const Rows in = m.input(in_);
       m.kernels->product_float(segment, in.row(first), in.stride, rows, n0, n1, y, stride, memory);
     }
   }
@@ -137,6 +156,9 @@ class Product final : public Step {
 
 }  // namespace
 
+std::unique_ptr<Step> make_reorder(const Machine& machine, const Instruction& in) {
+  return std::make_unique<Reorder>(machine, in);
+}
 std::unique_ptr<Step> make_quantize(const Machine& machine, const Instruction& in) {
   return std::make_unique<Quantize>(machine, in);
 }

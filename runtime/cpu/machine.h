@@ -46,6 +46,7 @@ struct Machine {
   int8_t* quantized = nullptr;  // activations of the linear at work: [max_tokens, kp]
   float* scales = nullptr;      // [max_tokens, groups]
   int32_t* sums = nullptr;
+  float* ordered = nullptr;   // the input of the linear at work with its columns reordered: [max_tokens, k]
   float* queries = nullptr;   // normed and rotated queries of the attention at work
   float* partials = nullptr;  // of a context shared by several threads
   int64_t partial_floats = 0;
@@ -59,6 +60,12 @@ struct Machine {
     const Value& value = program->values[static_cast<size_t>(view.value)];
     float* base = reinterpret_cast<float*>(arena + value.offset);
     return {base + view.column, value.width, value.requested ? batch.wanted_rows : batch.rows};
+  }
+
+  // What a linear multiplies: its input, or the copy in the weight's column order that make_reorder made.
+  Rows input(const Instruction& in) const {
+    const Rows plain = rows(in.in);
+    return in.order ? Rows{ordered, in.in.width, plain.count} : plain;
   }
 };
 
@@ -105,6 +112,7 @@ std::unique_ptr<Step> make_embedding(const Machine& machine, const Instruction& 
 std::unique_ptr<Step> make_norm(const Machine& machine, const Instruction& instruction);
 std::unique_ptr<Step> make_gather(const Machine& machine, const Instruction& instruction);
 std::unique_ptr<Step> make_pointwise(const Machine& machine, const Instruction& instruction);
+std::unique_ptr<Step> make_reorder(const Machine& machine, const Instruction& instruction);
 std::unique_ptr<Step> make_quantize(const Machine& machine, const Instruction& instruction);
 std::unique_ptr<Step> make_product(const Machine& machine, const Instruction& instruction);
 std::unique_ptr<Step> make_append(const Machine& machine, const Instruction& instruction);

@@ -132,6 +132,22 @@ class Loader {
     return reinterpret_cast<const float*>(data);
   }
 
+  // A named i32 vector that holds each of 0 .. size - 1 once; null when the field is.
+  const int32_t* permutation(const Json* field, const Fields& fields, const char* name, int64_t size) const {
+    if (!field) return nullptr;
+    const std::string& tensor = fields.as_text(*field, name);
+    const auto* values = reinterpret_cast<const int32_t*>(tensors_.need(tensor, "I32", {size}));
+    std::vector<bool> seen(static_cast<size_t>(size), false);
+    for (int64_t i = 0; i < size; i++) {
+      const int32_t value = values[i];
+      if (value < 0 || value >= size)
+        fail(fields.where(), ": ", name, "[", i, "] is ", value, ", expected 0 to ", size - 1);
+      if (seen[static_cast<size_t>(value)]) fail(fields.where(), ": ", name, " holds ", value, " twice");
+      seen[static_cast<size_t>(value)] = true;
+    }
+    return values;
+  }
+
   void load_weights(const Json& json) {
     if (json.kind != Json::Kind::object)
       fail("program.json: weights is ", json.kind_name(), ", expected an object");
@@ -290,6 +306,7 @@ class Loader {
     in.in = view(fields, "in");
     in.weight = weight(fields);
     in.bias = vector(fields.optional("bias"), fields, "bias", in.weight->n);
+    in.order = permutation(fields.optional("order"), fields, "order", in.in.width);
     if (fields.has("activation"))
       in.activation = fields.choice<Activation>("activation", {{"none", Activation::none},
                                                                {"silu", Activation::silu},

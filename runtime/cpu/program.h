@@ -91,6 +91,7 @@ struct Instruction {
   const Weight* weight = nullptr;  // embedding, linear
   const float* gain = nullptr;     // norms [width]
   const float* bias = nullptr;     // layer_norm [width], linear [N]
+  const int32_t* order = nullptr;  // linear [K]: column j of the weight multiplies in[order[j]]; a permutation
   float eps = 0;
   bool positions = false;  // embedding: ids are the positions
   int64_t offset = 0;      // embedding: added to the ids

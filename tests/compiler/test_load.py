@@ -64,8 +64,9 @@ def test_config_without_model_type(directory, text):
 
 @pytest.mark.parametrize("changes, pattern", [
     ({"auto_map": {"AutoModelForCausalLM": "mine.Model"}}, "brings its own code"),
-    ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq\)"),
-    ({"quantization_config": "fp8"}, r"already quantized \(unknown\)"),
+    ({"quantization_config": {"quant_method": "hqq"}}, r"not supported \(hqq\)"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "bits None"),
+    ({"quantization_config": "fp8"}, "is str, expected an object"),
     ({"model_type": "perceptron"}, "model_type 'perceptron' is not a decoder"),
     ({"hidden_size": "wide"}, "transformers refuses it"),
 ], ids=str)  # fmt: skip

@@ -59,7 +59,7 @@ const char* const kProgram = R"({"format": 1, "name": "decoder", "vocabulary": 5
  {"op": "attention", "q": [2, 0, 40], "k": [2, 40, 20], "v": [2, 60, 20], "out": [1, 0, 40],
   "cache": 1, "heads": 4, "scale": 0.3, "hadamard": 2,
   "softcap": 5.0},
- {"op": "linear", "in": [3, 0, 40], "weight": "o", "act_group": 32, "residual": [0, 0, 40], "out": [0,
+ {"op": "linear", "in": [3, 0, 40], "weight": "o", "order": "order", "act_group": 32, "residual": [0, 0, 40], "out": [0,
   0, 40]},
  {"op": "layer_norm", "in": [0, 0, 40], "weight": "norm", "bias": "norm", "eps": 1e-5, "residual": [1,
   0, 40], "out": [3, 0, 40]},
@@ -242,7 +242,7 @@ const std::vector<TensorSpec> kTensors = {
     {"v.scale", "F32", {20, 1}},     {"o.weight", "I8", {40, 64}},  {"o.scale", "F32", {40, 1}},
     {"o.zero", "I8", {40, 1}},       {"gate.weight", "U8", {72, 64}}, {"gate.scale", "F16", {72, 2}},
     {"up.weight", "F16", {72, 40}},  {"down.weight", "I8", {40, 128}}, {"down.scale", "F16", {40, 2}},
-    {"one.weight", "F32", {1, 40}}};
+    {"one.weight", "F32", {1, 40}},  {"order", "I32", {40}}};
 
 struct File {
   std::string header, data;
@@ -256,8 +256,16 @@ File make_weights(Random& random) {
     for (const int64_t size : shape)
       bytes *= size, sizes += (sizes.empty() ? "" : ",") + std::to_string(size);
     const size_t begin = file.data.size();
-    for (int64_t i = 0; i < bytes; i++)
-      file.data += static_cast<char>(random());  // floats of any bits: NaN and infinity, too
+    if (name == "order") {  // a permutation: 7 has no divisor in common with 40
+      for (int32_t i = 0; i < shape[0]; i++) {
+        const auto value = static_cast<int32_t>(i * 7 % shape[0]);
+        file.data.append(reinterpret_cast<const char*>(&value), sizeof value);
+      }
+      bytes = 4 * shape[0];
+    } else {
+      for (int64_t i = 0; i < bytes; i++)
+        file.data += static_cast<char>(random());  // floats of any bits: NaN and infinity, too
+    }
     file.header += (file.header.empty() ? "{\"" : ",\"") + name + "\":{\"dtype\":\"" + dtype +
                    "\",\"shape\":[" + sizes + "],\"data_offsets\":[" + std::to_string(begin) + "," +
                    std::to_string(file.data.size()) + "]}";

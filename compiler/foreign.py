@@ -1,0 +1,80 @@
+"""What becomes of the weights that a checkpoint holds quantized: kept as they are, or rounded anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..passes.graph import Traced
+from ..quant.scheme import Scheme
+from .load import Source
+from .lower import Assign, Lowered, round_anew
+from .options import CompileOptions
+from .quantized import QuantizedCheckpoint
+
+FLOATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """The choice for one compile. checkpoint None: the model is a float one, and nothing differs."""
+
+    checkpoint: QuantizedCheckpoint | None
+    anew: bool
+    head_anew: bool
+
+    def before_passes(self, traced: Traced) -> None:
+        """Passes keep apart what is stored differently, so they have to know."""
+        if self.anew:
+            for lazy in traced.weights.values():
+                lazy.quantized = None
+
+    def after_passes(self, traced: Traced) -> None:
+        """The passes show what the head is: forget its quantized form where a format for it is asked."""
+        if self.checkpoint and self.head_anew:
+            round_anew(traced, ("head",))
+
+    def assign(self, assign: Assign) -> Assign:
+        """Linears that the checkpoint left as floats, beside others that it quantized, stay what they are."""
+        checkpoint = self.checkpoint
+        if checkpoint is None or self.anew:
+            return assign
+
+        def as_stored(role: str, name: str) -> Scheme:
+            stored = f"{name}.weight"
+            if role != "linear" or stored not in checkpoint:
+                return assign(role, name)
+            return Scheme(FLOATS.get(checkpoint.dtype(stored), "f32"))
+
+        return as_stored
+
+    def record(self, lowered: Lowered) -> dict[str, Any]:
+        """For the manifest: the method that quantized the checkpoint, and the matrices taken over from it."""
+        if self.checkpoint is None:
+            return {}
+        return {"checkpoint": {"method": self.checkpoint.reader.method, "kept": kept(lowered)}}
+
+    def summary(self, lowered: Lowered) -> dict[str, Any]:
+        """A line for people."""
+        if self.checkpoint is None:
+            return {}
+        method, layers, count = self.checkpoint.reader.method, len(self.checkpoint.layers), len(kept(lowered))
+        text = f"{method}: {count} of {layers} quantized matrices kept as they are"
+        if count < layers:
+            text += ", the others rounded anew from their values"
+        return {"checkpoint": text}
+
+
+def of(source: Source, options: CompileOptions) -> Foreign:
+    """Whatever decides how integers are chosen (format, method, budget, rotation) rounds everything anew."""
+    checkpoint = source.checkpoint if isinstance(source.checkpoint, QuantizedCheckpoint) else None
+    asked = (options.weights, options.bits, options.size)
+    anew = options.rotate or options.method != "rtn" or any(value is not None for value in asked)
+    return Foreign(checkpoint, anew, options.head is not None)
+
+
+def kept(lowered: Lowered) -> list[str]:
+    """Names of the matrices in the form in which the checkpoint holds them."""
+    return [name for name, matrix in lowered.matrices.items() if matrix.lazy.quantized is not None]
