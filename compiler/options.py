@@ -47,8 +47,8 @@ class CompileOptions:
     asymmetric: zero points. embedding, head: formats of the two ends (a tied pair is one matrix). kv: type of
     the cache; kv_k, kv_v: of its keys, of its values; kv_rotate: rotate queries and keys so that no column of
     a key stands out. max_len, max_slots, max_tokens: positions per slot, sequences, and rows of one forward
-    that the artifact is planned for. text: file of held text for the gate; gate_tokens: how many of its tokens;
-    max_ppl_increase (0.02 or "2%") and max_kl (nats): what the gate lets pass. rotate: turn the
+    that the artifact is planned for. text: file of held text for the gate; gate_tokens: how many of its
+    tokens; max_ppl_increase (0.02 or "2%") and max_kl (nats): what the gate lets pass. rotate: turn the
     residual stream by a Hadamard matrix, or refuse.
 
     method: how integers are chosen, see quant.methods. calibration: a text file, a JSONL file or a hub data

@@ -231,4 +231,4 @@ def _scaled(load: Callable[[], Tensor], factor: Tensor) -> Callable[[], Tensor]:
 
 def is_float(lazy: Lazy) -> bool:
     """Whether the checkpoint holds the weight unquantized: others are stored as they came."""
-    return getattr(lazy, "quantized", None) is None
+    return lazy.quantized is None
