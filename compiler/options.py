@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+from gristmill.quant.request import parse_bits, parse_keep, parse_size
 from gristmill.quant.scheme import FORMATS, GROUP_SIZES, Format
 from gristmill.runtime.decoding.options import refuse_unknown
 from gristmill.runtime.errors import GristmillError
@@ -204,6 +205,12 @@ class CompileOptions:
             or not 0 < self.damping <= 1
         ):
             raise GristmillError(f"damping is {self.damping!r}, expected a number above 0, at most 1")
+        if self.bits is not None:
+            parse_bits(self.bits)
+        if self.size is not None:
+            parse_size(self.size)
+        for text in self.keep:
+            parse_keep(text)
         if self.bits is not None and self.size is not None:
             raise GristmillError("bits and size are two ways to give one budget; leave out one of them")
         asked = [f.name for f in fields(self) if f.name in CALIBRATION and getattr(self, f.name) != f.default]

@@ -52,6 +52,8 @@ def find_site(traced: Traced, linear: fx.Node) -> Site | None:
         return None
     if consumers[0] is not linear or any(_is_residual(x, n) for n in consumers):
         return None
+    if not all(_owned(traced, w, n) for n in consumers for w in arguments(n)["weights"]):
+        return None  # a head that is the embedding as well, say
     if is_op(x, *NORMS):
         return _norm_site(traced, x, consumers)
     if is_op(x, ours.attention.default):

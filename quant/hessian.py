@@ -76,7 +76,7 @@ def inverse_factor(h: Tensor, order: Tensor, damping: float) -> Factor:
 
     A matrix of too low a rank gets ten times the damping until it can be factored.
     """
-    for attempt in range(8):
+    for attempt in range(20):
         tried = damping * 10**attempt
         lower, failed = torch.linalg.cholesky_ex(damp(h[order][:, order], tried))
         if failed:

@@ -109,6 +109,7 @@ def test_the_asymmetric_error_brings_the_output_nearer() -> None:
     torch.testing.assert_close(target, expected, atol=2e-4, rtol=0)
     missed = []
     for aim in (w, target):
-        grid = rounding_grid(aim, parse("int4-g32"), np.float16)
+        grid = rounding_grid(aim, parse("int8-g32"), np.float16)
         missed.append(float((x @ grid.values(gptq(aim, plan, grid)).T - wanted).square().sum()))
-    assert missed[1] < 0.8 * missed[0]
+    least = float((x @ expected.T - wanted).square().sum())  # of all weights, quantized or not
+    assert missed[1] - least < 0.1 * (missed[0] - least)

@@ -31,7 +31,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from families import save_tiny
 
     directory = tmp_path_factory.mktemp("calibrated") / "model"
-    save_tiny(directory, "llama", hidden_size=64, intermediate_size=96)
+    save_tiny(
+        directory, "llama", hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2
+    )
     return directory
 
 
@@ -99,7 +101,7 @@ def test_a_resumed_run_has_the_bytes_of_one_that_was_not_killed(
                 model, tmp_path / "killed", resume=True, progress=_into(seen), **options
             )
             started = next(fraction for name, fraction in seen if name == stage)
-            assert started > 0.05 + 0.3 * share  # it did go on, and not begin again
+            assert started > (0.4 if share > 0.5 else 0.05)  # it did go on, and not begin again
             ids.append(manifest(resumed.path)["content_id"])
             shutil.rmtree(tmp_path / "killed")
     assert len(set(ids)) == 1
@@ -125,13 +127,13 @@ def test_a_resume_that_does_not_fit_is_refused(
 
 def test_a_budget_is_kept_and_shown(model: Path, text: Path, tmp_path: Path) -> None:
     options = OPTIONS | {"calibration": text, "keep": "int8:*.1.mlp.down_proj"}
-    result = gristmill.compile(model, tmp_path / "bits", method="gptq", bits=5.0, **options)
+    result = gristmill.compile(model, tmp_path / "bits", method="gptq", bits=6.0, **options)
     schemes = manifest(result.path)["quantization"]["schemes"]
-    assert result.summary["bits_per_weight"] <= 5.0
+    assert result.summary["bits_per_weight"] <= 6.0
     assert schemes["model.layers.1.mlp.down_proj"] == "int8-g32"
     assert len({s for n, s in schemes.items() if "layers" in n}) > 1
     assert "bits per weight" in result.summary["budget"] and "next larger" in result.summary["budget"]
-    size = (result.path / "weights.safetensors").stat().st_size - 2000
+    size = (result.path / "weights.safetensors").stat().st_size + 6000
     sized = gristmill.compile(model, tmp_path / "size", size=str(size), **options)
     assert (sized.path / "weights.safetensors").stat().st_size <= size
     with pytest.raises(GristmillError, match="too small"):
@@ -187,9 +189,10 @@ def _reference(model: Path, artifact: Path) -> np.ndarray:
         return net(torch.arange(2, 30)[None]).logits[0].numpy()
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gpt2", "gpt_neox", "gemma2", "qwen3"])
-def test_scaling_channels_leaves_the_function_alone(family: str) -> None:
-    config = config_of(family)
+def test_scaling_channels_leaves_the_function_alone(family: str, tied: bool) -> None:
+    config = config_of(family, tie_word_embeddings=tied)
     traced = fused(traced_of(random_model(config), config))
     samples = [t.tolist() for t in texts(24, 17)]
     before, sites = _logits(traced, samples), 0
@@ -204,9 +207,9 @@ def test_scaling_channels_leaves_the_function_alone(family: str) -> None:
             scales = scales[site.tied]
         names = [w.name for n in site.consumers for w in arguments(n)["weights"]]
         scale_channels.apply(traced, dict(scale_channels._factors(traced, site, names, scales)))
-    # norm → qkv, v → o, norm → gate and up, up → down, in each of two layers; a curved activation allows no
-    # scaling before the second of a plain pair, and gemma2's norms after a branch no v → o of its own
-    assert sites == {"gpt2": 6, "gpt_neox": 6}.get(family, 8)
+    # norm → qkv, v → o, norm → gate and up, up → down, in each of two layers, and norm → head; a curved
+    # activation allows none before the second of a plain pair, an embedding that is the head none there
+    assert sites == {"gpt2": 7, "gpt_neox": 7}.get(family, 9) - tied
     after = _logits(traced, samples)
     assert (after - before).abs().max() < 1e-4 * before.abs().max()
 
@@ -350,4 +353,4 @@ def test_float_activations_are_an_option(model: Path, tmp_path: Path) -> None:
 def test_schemes_are_normal_in_records(model: Path, text: Path, tmp_path: Path) -> None:
     gristmill.compile(model, tmp_path / "a", method="gptq", calibration=text, **OPTIONS | {"group_size": 128})
     schemes = {r["scheme"] for r in manifest(tmp_path / "a")["quantization"]["matrices"].values()}
-    assert schemes == {str(Scheme("int4", 0)), "int8-row"}
+    assert schemes == {str(Scheme("int4", 0)), "int8"}
