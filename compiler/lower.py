@@ -134,8 +134,8 @@ class _Lowering:
     ) -> None:
         """Append an instruction whose result is ``node``, or ``part`` of its columns from ``column`` on."""
         named = {k: v if isinstance(v, list) else self.views[v] for k, v in views.items() if v is not None}
-        if part is not None and "residual" in named:
-            whole = named["residual"]
+        whole = named.get("residual")
+        if part is not None and isinstance(whole, View):
             named["residual"] = View(whole.value, whole.column + column, part.width)
         out = part or self._output(node, self._rows(named, op))
         held = {k: self.vector(v) for k, v in vectors.items() if v is not None}

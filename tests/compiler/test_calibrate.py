@@ -303,7 +303,7 @@ def test_what_cannot_be_done_is_one_clear_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("too short")
-    options = {"group_size": 32, "gate": False, **({} if "samples" in given else {"sample_length": 48})}
+    options: dict[str, Any] = {"group_size": 32, "gate": False, **({} if "samples" in given else {"sample_length": 48})}
     if given.get("method", "rtn") == "rtn" and "samples" not in given:
         options.pop("sample_length")
         options |= (
