@@ -3,6 +3,7 @@
     python -m venv peer && peer/bin/pip install llama-cpp-python gguf numpy
     peer/bin/python benchmarks/llamacpp_peer.py convert HF_DIR OUT_DIR q4_0 q8_0     Llama-shaped models only
     peer/bin/python benchmarks/llamacpp_peer.py serve GGUF THREADS LENGTH
+    peer/bin/python benchmarks/llamacpp_peer.py logits GGUF IDS.npy OUT.npy
 
 `serve` answers lines of JSON on stdin, {"prompt": P, "context": C, "tokens": N}, with a line of JSON each.
 Token ids go in directly, so that the GGUF carries a placeholder vocabulary.
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15, "q6_k": 18}
+FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q3_k_m": 12, "q4_k_m": 15, "q6_k": 18}
 DTYPES = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16}
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 INSIDE = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -144,6 +145,23 @@ def measure(model: Any, prompt: int, context: int, tokens: int) -> dict[str, flo
     return {"prefill_tok_s": prompt / prefill_s, "decode_tok_s": tokens / (time.perf_counter() - begin)}
 
 
+def logits(path: Path, ids: Path, out: Path) -> None:
+    """Write the logits [N, S, V] f32 of token ids [N, S], and print the bits per weight of all matrices."""
+    import gguf
+    import llama_cpp
+
+    windows = np.load(ids)
+    length = windows.shape[1] + 8
+    model = llama_cpp.Llama(str(path), n_ctx=length, n_batch=512, logits_all=True, verbose=False)
+    found = np.lib.format.open_memmap(out, "w+", np.float32, (*windows.shape, model.n_vocab()))
+    for i, window in enumerate(windows):
+        model.reset()
+        model.eval(window.tolist())
+        found[i] = model.scores[: windows.shape[1]]
+    matrices = [t for t in gguf.GGUFReader(str(path)).tensors if len(t.shape) > 1]
+    print(8 * sum(int(t.n_bytes) for t in matrices) / sum(int(t.n_elements) for t in matrices))
+
+
 def serve(path: Path, threads: int, length: int) -> None:
     import llama_cpp
 
@@ -160,6 +178,8 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["convert", directory, out, *kinds]:
             convert(Path(directory), Path(out), kinds)
+        case ["logits", path, ids, out]:
+            logits(Path(path), Path(ids), Path(out))
         case ["serve", path, threads, length]:
             serve(Path(path), int(threads), int(length))
         case _:

@@ -23,6 +23,7 @@ from ..quant.scheme import Scheme
 from .walk import Walk
 
 SEARCH_ROWS = 512  # rows of the calibration set that candidates are judged by
+LEAST_GAIN = 0.95  # GPTQ makes up for most of what scaling gains; less than this is chance
 LINEAR_ACTIVATIONS = ("none", "relu")  # f(x / s) = f(x) / s for s > 0
 NORMS = (ours.rms_norm.default, ours.layer_norm.default)
 
@@ -173,7 +174,7 @@ def _gain_by_gptq(
     h = moments.hessian()
     ones = torch.ones_like(scales)
     with_scales, without = (_gptq_error(traced, chosen, h, s) for s in (scales, ones))
-    return with_scales < without
+    return with_scales < LEAST_GAIN * without
 
 
 def _gptq_error(traced: Traced, chosen: list[tuple[str, Scheme]], h: Tensor, scales: Tensor) -> float:

@@ -111,19 +111,23 @@ def run(
 @cli.command(no_args_is_help=True)
 @_ARTIFACT
 @click.option("--program", is_flag=True, help="Print the program, one line per instruction.")
+@click.option("--matrices", is_flag=True, help="Print every weight matrix: format, method, error, time.")
 @_JSON
-def inspect(artifact: str, program: bool, as_json: bool) -> None:
+def inspect(artifact: str, program: bool, matrices: bool, as_json: bool) -> None:
     """Show what an artifact is: model, formats, sizes, memory, measured accuracy.
 
     \b
     gristmill inspect py7m.grist
     gristmill inspect py7m.grist --program
+    gristmill inspect py7m.grist --matrices
     """
     from gristmill.runtime.report import (
         artifact_rows,
         artifact_summary,
         evaluation_rows,
         listing,
+        matrix_lines,
+        quantization_rows,
         read_program,
     )
 
@@ -133,8 +137,14 @@ def inspect(artifact: str, program: bool, as_json: bool) -> None:
         echo_json({**summary, "program": listing(listed)} if program else summary)
     elif program:
         click.echo(listing(listed))
+    elif matrices:
+        click.echo("\n".join(matrix_lines(summary)))
     else:
         show_table(artifact_rows(summary), stderr=False)
+        rows = quantization_rows(summary)
+        if rows:
+            click.echo()
+            show_table(rows, stderr=False)
         if summary["evaluation"] is not None:
             click.echo()
             show_table(evaluation_rows(summary["evaluation"]), stderr=False)

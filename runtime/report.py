@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,72 @@ def evaluation_rows(evaluation: dict[str, Any]) -> Rows:
         ]
     except (KeyError, TypeError, ValueError):
         return [(str(key).replace("_", " "), _flat(value)) for key, value in e.items()]
+
+
+def quantization_rows(summary: dict[str, Any]) -> Rows:
+    """The accuracy section: matrices of one kind (q_proj, down_proj ...) and format in a row each.
+
+    Errors are squared errors of the output relative to the output, their mean over the matrices: of rounding
+    to nearest, and of what the method made of it.
+    """
+    kinds: dict[tuple[str, str, str], list[_MatrixFact]] = {}
+    for fact in _matrix_facts(summary):
+        kinds.setdefault((fact.name.rpartition(".")[2], fact.scheme, fact.method), []).append(fact)
+    rows: Rows = []
+    for (kind, scheme, method), facts in kinds.items():
+        many = f"{len(facts)} x " if len(facts) > 1 else ""
+        rows.append((kind, f"{many}{scheme}, {method}{_error_text(facts)}"))
+    return rows
+
+
+def matrix_lines(summary: dict[str, Any]) -> list[str]:
+    """A line per weight matrix."""
+    facts = _matrix_facts(summary)
+    width = max((len(f.name) for f in facts), default=0)
+    return [f"{f.name:<{width}}  {f.scheme:<12} {f.method}{_error_text([f])}" for f in facts]
+
+
+@dataclass(frozen=True)
+class _MatrixFact:
+    name: str
+    scheme: str
+    method: str
+    before: float | None
+    after: float | None
+    seconds: float | None
+
+
+def _matrix_facts(summary: dict[str, Any]) -> list[_MatrixFact]:
+    """Every matrix of the manifest's record; what another version wrote oddly is left out."""
+    quantization = _dict(summary.get("quantization"))
+    records, seconds = _dict(quantization.get("matrices")), _dict(summary.get("calibration_seconds"))
+    found = []
+    for name, scheme in _dict(quantization.get("schemes")).items():
+        record = _dict(records.get(name))
+        found.append(
+            _MatrixFact(
+                str(name), str(scheme), str(record.get("method", "rtn")), _number(record.get("error_rtn")),
+                _number(record.get("error")), _number(seconds.get(name)),
+            )
+        )  # fmt: skip
+    return found
+
+
+def _error_text(facts: list[_MatrixFact]) -> str:
+    pairs = [(f.before, f.after) for f in facts if f.before is not None and f.after is not None]
+    if not pairs:
+        return ""
+    before, after = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
+    seconds = sum(f.seconds or 0 for f in facts)
+    return f": output error {before:.2e} rounded, {after:.2e} now, {seconds:.1f} s"
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def size_text(size_bytes: int | float) -> str:

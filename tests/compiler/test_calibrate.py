@@ -20,6 +20,7 @@ from gristmill.compiler.walk import Walk, no_visit
 from gristmill.passes.graph import arguments, is_op, ours
 from gristmill.quant.scheme import Scheme
 from gristmill.runtime.errors import GristmillError
+from gristmill.runtime.report import artifact_summary, matrix_lines, quantization_rows, read_program
 from gristmill.runtime.tokenizer import Tokenizer
 
 OPTIONS: dict[str, Any] = {"group_size": 32, "gate": False, "samples": 8, "sample_length": 48}
@@ -64,6 +65,11 @@ def test_every_matrix_is_at_least_as_good_as_rounded(
     assert sum(after for _, after in found.values()) < 0.95 * sum(before for before, _ in found.values())
     assert manifest(tmp_path / "a")["quantization"]["calibration"]["text"] == text.name
     assert not list(tmp_path.glob(".*"))  # nothing is left beside the artifact
+    summary = artifact_summary(*read_program(tmp_path / "a"))
+    shown = dict(quantization_rows(summary))
+    assert "2 x int4-g32, " + method in shown["q_proj"] and "rounded" in shown["q_proj"]
+    lines = matrix_lines(summary)
+    assert len(lines) == len(found) + 2 and any("down_proj" in line and " s" in line for line in lines)
     session = gristmill.load(tmp_path / "a")
     assert session.generate("def f", max_new_tokens=4, ignore_eos=True).token_ids
 
@@ -303,7 +309,9 @@ def test_what_cannot_be_done_is_one_clear_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("too short")
-    options: dict[str, Any] = {"group_size": 32, "gate": False, **({} if "samples" in given else {"sample_length": 48})}
+    options: dict[str, Any] = {"group_size": 32, "gate": False}
+    if "samples" not in given:
+        options["sample_length"] = 48
     if given.get("method", "rtn") == "rtn" and "samples" not in given:
         options.pop("sample_length")
         options |= (
