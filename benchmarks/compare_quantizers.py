@@ -145,7 +145,7 @@ def against_gptqmodel(
 OURS: dict[str, dict[str, Any]] = {
     "q4_k_m": {"weights": "int4", "group_size": 32},
     "q3_k_m": {"weights": "int3", "group_size": 64},
-    "q8_0": {"weights": "int8", "group_size": 64},
+    "q8_0": {"weights": "int8", "group_size": 32, "keep": "int8-g32:head"},
 }
 
 

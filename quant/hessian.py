@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PIECE_ROWS = 4096  # that enter the sums together
+
 
 class Moments:
     """Accumulates H = mean(x x^T) [K, K] over rows, and for GPTAQ's asymmetric error what the float model has
@@ -24,28 +26,45 @@ class Moments:
 
     def __init__(self, k: int, cross: bool = False, residual: int = 0) -> None:
         self.rows = 0
+        self._pending: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
         self._sum = torch.zeros(k, k, dtype=torch.float64)
         self.cross = torch.zeros(k, k, dtype=torch.float64) if cross else None
         self.residual = torch.zeros(residual, k, dtype=torch.float64) if residual else None
 
     def add(self, x: Tensor, x_float: Tensor | None = None, residual: Tensor | None = None) -> None:
         """Rows x [T, K] f32; x_float: the same rows in the float model; residual: r_float - r [T, N]."""
+        assert (x_float is None) == (self.cross is None) and (residual is None) == (self.residual is None)
+        self._pending.append((x, x_float, residual))
+        if sum(len(rows[0]) for rows in self._pending) >= PIECE_ROWS:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        """Enter the rows at hand: few large products, as adding to K^2 f64 numbers takes its time too."""
+        if not self._pending:
+            return
+        x, x_float, residual = (_joined(parts) for parts in zip(*self._pending, strict=True))
+        self._pending.clear()
+        assert x is not None
         self.rows += len(x)
         self._sum += x.T @ x
-        if self.cross is not None:
-            assert x_float is not None, "the cross moments need the float model's rows"
+        if self.cross is not None and x_float is not None:
             self.cross += (x_float - x).T @ x
-        if self.residual is not None:
-            assert residual is not None, "the residual's moments need its rows"
+        if self.residual is not None and residual is not None:
             self.residual += residual.T @ x
 
     def hessian(self) -> Tensor:
         """H [K, K] f64. All sums become means, in place: nothing can be added afterwards."""
+        self._sum_up()
         count, self.rows = max(self.rows, 1), 0
         for sums in (self.cross, self.residual):
             if sums is not None:
                 sums /= count
         return self._sum.div_(count)
+
+
+def _joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+    known = [part for part in parts if part is not None]
+    return torch.cat(known) if known else None
 
 
 @dataclass(frozen=True)

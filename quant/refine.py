@@ -52,7 +52,7 @@ def values(grid: Grid, q: Tensor) -> Tensor:
 
 
 def refine(w: Tensor, h: Tensor, grid: Grid, q: Tensor, rounds: int = 2) -> tuple[Grid, Tensor, Tensor]:
-    """Refit and sweep in turn; w, q [N, K] f32, h: H [K, K] f32 with a positive diagonal.
+    """Sweep and refit in turn; w, q [N, K] f32, h: H [K, K] f32 with a positive diagonal.
 
     Returns grid, q [N, K] and every row's error [N].
     """
@@ -60,9 +60,8 @@ def refine(w: Tensor, h: Tensor, grid: Grid, q: Tensor, rounds: int = 2) -> tupl
     target = h @ weights
     state = State.of(weights, h, grid, q.T.contiguous())
     for _ in range(rounds):
-        state = refit(state, weights, h, target)
         sweep(state, h)
-    state = refit(state, weights, h, target)
+        state = refit(state, weights, h, target)
     return state.grid, state.q.T.contiguous(), state.errors()
 
 
@@ -107,11 +106,13 @@ def refit(state: State, w: Tensor, h: Tensor, target: Tensor) -> State:
 def _solve(h: Tensor, scale: Tensor, z: Tensor, target: Tensor, width: int) -> Tensor:
     """Scales s [n, G] with (Z H Z^T) s = Z H w for n rows; z [K, n] integers less their zero."""
     count = scale.shape[1]
-    system = torch.stack(
-        [_group_sums((h[:, g * width : (g + 1) * width] @ z[g * width : (g + 1) * width]) * z, width)
-         for g in range(count)], 1
-    )  # [n, G, G]  # fmt: skip
-    right = _group_sums(z * target, width)
+    system = torch.zeros(scale.shape[0], count, count)
+    for g in range(count):  # Z H Z^T is symmetric: one half of it, and its mirror image
+        first, own = g * width, slice(g * width, (g + 1) * width)
+        row = _group_sums((h[first:, own] @ z[own]).mul_(z[first:]), width)
+        system[:, g, g:] = row
+        system[:, g:, g] = row
+    system, right = system.double(), _group_sums(z * target, width).double()
     diagonal = system.diagonal(dim1=1, dim2=2)
     empty = diagonal <= 0  # a group of zeros keeps its scale
     ridge = torch.where(empty, 1.0, RIDGE * diagonal.mean(1, keepdim=True))
@@ -122,6 +123,6 @@ def _solve(h: Tensor, scale: Tensor, z: Tensor, target: Tensor, width: int) -> T
 
 
 def _group_sums(x: Tensor, width: int) -> Tensor:
-    """Sums [n, G] f64 of x [K, n] over groups of columns."""
+    """Sums [n, G] of x [K, n] over groups of columns."""
     padded = functional.pad(x, (0, 0, 0, -len(x) % width))
-    return padded.view(-1, width, x.shape[1]).sum(1, dtype=torch.float64).T
+    return padded.view(-1, width, x.shape[1]).sum(1).T
