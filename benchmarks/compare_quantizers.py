@@ -153,9 +153,7 @@ def against_llamacpp(c: Comparison, python: str, samples: int, length: int) -> I
     """llama.cpp's quantizations of the same model, and ours as they ship."""
     folder = c.work / "gguf"
     peer = [python, str(HERE / "llamacpp_peer.py")]
-    subprocess.run(
-        [*peer, "convert", str(c.model), str(folder), *OURS], check=True, capture_output=True
-    )
+    subprocess.run([*peer, "convert", str(c.model), str(folder), *OURS], check=True, capture_output=True)
     for kind, options in OURS.items():
         file = folder / f"{kind}.gguf"
         command = [*peer, "logits", str(file), str(c.work / "windows.npy"), str(c.work / "logits.npy")]
