@@ -34,7 +34,7 @@ from gristmill.runtime.report import read_program
 HERE = Path(__file__).parent
 Array = NDArray[Any]
 Logits = Callable[[int], Array]  # window number → [len(window), V]
-EXACT = {"embedding": "f16", "head": "f16", "kv": "f16", "activations": "f32"}
+EXACT: dict[str, Any] = {"embedding": "f16", "head": "f16", "kv": "f16", "activations": "f32"}
 
 
 @dataclass
@@ -128,7 +128,7 @@ def against_gptqmodel(
         subprocess.run(command, check=True, capture_output=True)
         theirs = c.artifact(f"GPTQModel int{bits} g{group}", c.compile("theirs", out, **EXACT))
         yield line(theirs, None)
-        quantized = {
+        quantized: dict[str, Any] = {
             "weights": f"int{bits}",
             "group_size": group,
             "samples": samples,
