@@ -30,6 +30,10 @@ IDENTITY = "calibration.json"
 POINT = "point.safetensors"
 
 
+class StoreFull(GristmillError):
+    """The disk refused; what was written before can be resumed."""
+
+
 @dataclass
 class Point:
     """phase: what is walked for; at: nodes done; values: alive there; factors, records: results so far."""
@@ -119,8 +123,8 @@ class CalibrationStore:
         except Exception as error:
             temporary.unlink(missing_ok=True)
             if "space" in str(error).lower() or isinstance(error, OSError):
-                raise GristmillError(
-                    f"{self.path} cannot be written ({error}); make room on the disk"
+                raise StoreFull(
+                    f"{self.path} cannot be written ({error}); make room on the disk and use --resume"
                 ) from error
             raise
 

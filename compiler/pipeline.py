@@ -100,13 +100,17 @@ def compile_model(
         ledger = _run_passes(traced, options)
         taken.after_passes(traced)
         made = quantize(traced, source, options, limits, tokenizer, writer.out, tool_versions(), report, tell)
-        plan_arena(made.lowered.program)
-        errors = _write(writer, made.lowered, tokenizer, source, report)
-        manifest = _manifest(made, source, options, errors)
-        manifest["quantization"] |= taken.record(made.lowered)
-        accepted = _accept(writer, manifest, traced, source, options, report)
-        path = writer.commit(manifest)
-        made.clear()
+        try:
+            plan_arena(made.lowered.program)
+            errors = _write(writer, made.lowered, tokenizer, source, report)
+            manifest = _manifest(made, source, options, errors)
+            manifest["quantization"] |= taken.record(made.lowered)
+            accepted = _accept(writer, manifest, traced, source, options, report)
+            path = writer.commit(manifest)
+            made.clear()
+        except GristmillError:
+            made.clear()
+            raise
         size = writer.size_bytes
     summary = _summary(made, manifest, size, accepted, ledger, time.perf_counter() - start)
     summary |= taken.summary(made.lowered)

@@ -23,7 +23,7 @@ from ..runtime.tokenizer import Tokenizer
 from . import foreign
 from .calibrate import Calibration, Calibrator, Recipe
 from .calibration_set import CalibrationSet, calibration_set
-from .calibration_store import CalibrationStore
+from .calibration_store import CalibrationStore, StoreFull
 from .estimate import Estimate, estimate
 from .formats import Formats
 from .load import Source
@@ -81,12 +81,12 @@ def quantize(
         note(f"warning: {warning}")
     store = CalibrationStore(out, _identity(source, options, samples, versions))
     run = Calibrator(traced, samples, recipe, store, store.open(options.resume), report)
-    costs = run.prepare(lowered, formats.choices() if formats.has_budget else [])
-    decided = None
-    if formats.has_budget:
-        decided = formats.choose(lowered, costs)
-        lowered = build()
-    result = run.quantize(lowered) if method.calibrated else Calibration()
+    try:
+        lowered, decided, result = _run(run, formats, lowered, build)
+    except GristmillError as error:
+        if not isinstance(error, StoreFull):  # nothing else is mended by going on
+            store.clear()
+        raise
     for warning in result.warnings:
         note(f"warning: {warning}")
     about = {
@@ -96,6 +96,19 @@ def quantize(
         "sample_length": samples.length,
     }
     return Quantized(lowered, options.method, result.records, about, decided, expected, store)
+
+
+def _run(
+    run: Calibrator, formats: Formats, lowered: Lowered, build: Callable[[], Lowered]
+) -> tuple[Lowered, str | None, Calibration]:
+    """Both phases; between them a budget decides the formats, and the graph is lowered anew."""
+    costs = run.prepare(lowered, formats.choices() if formats.has_budget else [])
+    decided = None
+    if formats.has_budget:
+        decided = formats.choose(lowered, costs)
+        lowered = build()
+    result = run.quantize(lowered) if run.recipe.method.calibrated else Calibration()
+    return lowered, decided, result
 
 
 def _refuse_floats(lowered: Lowered, options: CompileOptions) -> None:

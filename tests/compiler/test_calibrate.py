@@ -74,6 +74,38 @@ def test_every_matrix_is_at_least_as_good_as_rounded(
     assert session.generate("def f", max_new_tokens=4, ignore_eos=True).token_ids
 
 
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("gpt2", {}),
+        ("gpt_neox", {}),
+        ("gemma2", {}),
+        ("llama", {"tie_word_embeddings": True, "attention_bias": True}),
+    ],
+)
+def test_other_families_with_outliers_and_tied_heads(
+    family: str, changes: dict[str, Any], text: Path, tmp_path: Path
+) -> None:
+    """A few input channels of every linear after a norm are 30 times as large, undone by its weights."""
+    from families import save_tiny
+
+    net = save_tiny(tmp_path / "model", family, **changes)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if parameter.dim() == 1 and "norm" in name or "ln_" in name and name.endswith("weight"):
+                parameter[:3] *= 30
+    net.save_pretrained(tmp_path / "model")
+    options = OPTIONS | {"calibration": text, "weights": "int3"}
+    gristmill.compile(tmp_path / "model", tmp_path / "a", method="awq+gptq", **options)
+    found = errors(tmp_path / "a")
+    assert sum(after for _, after in found.values()) < 0.7 * sum(before for before, _ in found.values())
+    schemes = manifest(tmp_path / "a")["quantization"]["schemes"]
+    tied = changes.get("tie_word_embeddings", family in ("gpt2", "gemma2"))
+    assert ("lm_head" in schemes or "embed_out" in schemes) != tied
+    logits = gristmill.load(tmp_path / "a").forward(np.arange(2, 20), np.arange(18), np.zeros(18, np.int32))
+    assert np.isfinite(logits).all()
+
+
 class Killed(Exception):
     pass
 
@@ -332,6 +364,7 @@ def test_weights_that_are_not_numbers_are_refused(model: Path, text: Path, tmp_p
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(GristmillError, match=r"v_proj.* holds NaN"):
         gristmill.compile(tmp_path / "model", tmp_path / "out", method="gptq", calibration=text, **OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_dead_input_and_a_small_set_are_told(model: Path, text: Path, tmp_path: Path) -> None:
