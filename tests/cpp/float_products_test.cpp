@@ -74,7 +74,7 @@ void test_float_product(Format format, int64_t n, int64_t k) {
 }
 
 // Weights with scales times floats are the floats they stand for, times floats.
-void test_widened_product(const Weights& w) {
+void test_widened_product(const StoredMatrix& w) {
   const int64_t rows = 7, n = w.matrix.n, k = w.matrix.k, ldx = k + 1;
   const Buffer<float> x = activations(rows, k, ldx);
   FloatWeights wide = float_weights(Format::f32, n, k);
@@ -112,7 +112,7 @@ void test_dequantize(const Kernels& kernels) {
   for (const Format format : kScaled) {
     for (int64_t group : {32, 128, 0}) {
       const bool symmetric = format == Format::fp8 || group == 32;
-      const Weights w = scaled_weights(format, 5, 172, group, symmetric, false);
+      const StoredMatrix w = scaled_weights(format, 5, 172, group, symmetric, false);
       Buffer<float> out(172), expected(172);
       for (int64_t n = 0; n < 5; n++) {
         kernels.dequantize_row(w.matrix, n, 2.f, out.data());

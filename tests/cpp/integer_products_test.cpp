@@ -26,7 +26,7 @@ void test_quantize(const Kernels& kernels) {
 }
 
 // The contract, word for word.
-Buffer<float> reference_product(const Weights& w, const QuantizedRows& x, int64_t rows) {
+Buffer<float> reference_product(const StoredMatrix& w, const QuantizedRows& x, int64_t rows) {
   Buffer<float> y(rows * w.matrix.n);
   for (int64_t t = 0; t < rows; t++) {
     for (int64_t n = 0; n < w.matrix.n; n++) {
@@ -45,7 +45,7 @@ Buffer<float> reference_product(const Weights& w, const QuantizedRows& x, int64_
   return y;
 }
 
-void run_product(const Kernels& kernels, const Weights& w, const Rows& x, int64_t first, int64_t rows,
+void run_product(const Kernels& kernels, const StoredMatrix& w, const Rows& x, int64_t first, int64_t rows,
                  int64_t n0, int64_t n1, const Buffer<float>& expected) {
   const int64_t count = n1 - n0, ldy = count + 2;
   Buffer<float> y(rows * ldy - 2);
@@ -64,7 +64,7 @@ void run_product(const Kernels& kernels, const Weights& w, const Rows& x, int64_
   }
 }
 
-void test_product(const Weights& w, int64_t act_group) {
+void test_product(const StoredMatrix& w, int64_t act_group) {
   const int64_t rows = 19, n = w.matrix.n, k = w.matrix.k;
   const Buffer<float> x = activations(rows, k, k);
   Rows quantized(rows, k, act_group);

@@ -35,7 +35,7 @@ inline float e4m3(uint8_t code) {
   return static_cast<float>(code & 0x80 ? -size : size);
 }
 
-struct Weights {
+struct StoredMatrix {
   Matrix matrix;
   Buffer<uint8_t> data, zero;
   Buffer<f16> half_scale;
@@ -71,7 +71,7 @@ struct Weights {
 };
 
 // Rows of the extremes among the random ones: int8 of -128, all bits set elsewhere.
-inline void fill_values(Weights& w) {
+inline void fill_values(StoredMatrix& w) {
   const int64_t n = w.matrix.n, k = w.matrix.k, row = (k + 63) / 64 * block_size(w.matrix.format);
   w.data = Buffer<uint8_t>(n * row);
   for (int64_t i = 0; i < w.data.size(); i++) w.data[i] = static_cast<uint8_t>(random_bits());
@@ -86,7 +86,7 @@ inline void fill_values(Weights& w) {
   }
 }
 
-inline void fill_scales(Weights& w) {
+inline void fill_scales(StoredMatrix& w) {
   const int64_t groups = w.matrix.groups(), n = w.matrix.n;
   const bool single = w.matrix.scale_is_f32;
   w.half_scale = Buffer<f16>(single ? 0 : n * groups);
@@ -101,9 +101,9 @@ inline void fill_scales(Weights& w) {
   for (int64_t i = 0; i < w.zero.size(); i++) w.zero[i] = static_cast<uint8_t>(random_bits());
 }
 
-inline Weights scaled_weights(Format format, int64_t n, int64_t k, int64_t group, bool symmetric,
+inline StoredMatrix scaled_weights(Format format, int64_t n, int64_t k, int64_t group, bool symmetric,
                               bool scale_is_f32) {
-  Weights w;
+  StoredMatrix w;
   w.matrix.format = format;
   w.matrix.n = n;
   w.matrix.k = k;
