@@ -4,8 +4,8 @@ A sample is what the tokenizer puts before every text and then tokens of the tex
 than is asked for, samples are taken evenly spaced. Records of a JSONL file are joined until a sample is full;
 conversations go through the chat template.
 
-Where no text is given, Python's own library is read: sources for a tokenizer that packs them more densely
-than English, else the reference in pydoc's topics. It is on every machine that runs this, at the version that
+Where no text is given, Python's own library is read: sources where the gate would read code as well, else the
+reference in pydoc's topics. It is on every machine that runs this, at the version that
 the artifact's record names.
 """
 
@@ -26,6 +26,7 @@ import numpy as np
 from ..runtime.errors import GristmillError
 from ..runtime.evaluation import read_text
 from ..runtime.tokenizer import Tokenizer
+from .gate import suiting_text
 
 PIECE_CHARACTERS = 1 << 16  # encoded at once; tokenizers slow down on long texts
 DEFAULT_CHARACTERS = 1 << 22
@@ -163,17 +164,10 @@ def _hub_records(name: str) -> Iterator[Any]:
 
 
 def _default(tokenizer: Tokenizer) -> tuple[str, list[Stream]]:
-    code, prose = _library_sources(), _library_reference()
-    density = {name: _density(text, tokenizer) for name, text in (("code", code), ("prose", prose))}
-    kind = max(density, key=lambda name: density[name])
-    text = code if kind == "code" else prose
+    name, _ = suiting_text(tokenizer)
+    kind = name.removeprefix("gate_").removesuffix(".txt")
+    text = _library_sources() if kind == "code" else _library_reference()
     return f"python-{platform.python_version()}-{kind}", [_pieces(text, tokenizer)]
-
-
-def _density(text: str, tokenizer: Tokenizer) -> float:
-    """Characters per token."""
-    start = text[: 1 << 14]
-    return len(start) / max(1, len(tokenizer.encode(start, add_special_tokens=False)))
 
 
 def _library_sources() -> str:

@@ -112,7 +112,7 @@ def _run(
 
 
 def _refuse_floats(lowered: Lowered, options: CompileOptions) -> None:
-    if not any(m.scheme.is_integer and lowered.roles[n] != "embedding" for n, m in lowered.matrices.items()):
+    if not any(m.scheme.is_integer and lowered.roles[n] == "linear" for n, m in lowered.matrices.items()):
         raise GristmillError(
             f"method {options.method} needs integer weights, got weights {options.linear_format}; "
             "use int4 or int8"

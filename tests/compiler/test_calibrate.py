@@ -314,6 +314,11 @@ def test_records_of_jsonl(tokenizer: Tokenizer, tmp_path: Path) -> None:
         calibration_set(str(path), tokenizer, 3, 40)
 
 
+def test_the_default_text_suits_the_example_model(py7m: Path) -> None:
+    code = calibration_set(None, Tokenizer((py7m / "tokenizer.json").read_bytes()), 2, 64)
+    assert code.name.endswith("-code")
+
+
 def test_the_default_text_is_pythons_own(tokenizer: Tokenizer) -> None:
     found = calibration_set(None, tokenizer, 3, 64)
     assert found.name.startswith("python-3.") and len(found.samples) == 3
@@ -326,6 +331,7 @@ def test_the_default_text_is_pythons_own(tokenizer: Tokenizer) -> None:
         ({"method": "gptq", "calibration": "missing.txt"}, "missing.txt"),
         ({"method": "gptq", "calibration": "some/hub-name"}, "pip install datasets"),
         ({"method": "gptq", "weights": "f16", "group_size": None}, "needs integer weights"),
+        ({"method": "gptq", "weights": "fp8"}, "needs integer weights, got weights fp8"),
         ({"method": "best"}, "expected one of rtn, rtn"),
         ({"samples": 3}, "is for calibrated methods"),
         ({"method": "awq", "damping": 0.1}, "is for method gptq"),
