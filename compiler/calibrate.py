@@ -10,6 +10,7 @@ Only one linear's weights are in memory at a time; quantized ones go to the stor
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ from .sensitivity import Sensitivity
 from .walk import Walk
 
 SAVE_EVERY_S = 15.0  # at least between two points: a point holds one value of the whole set
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 PREPARE, QUANTIZE = "prepare", "quantize"
 Progress = Callable[[str, float], None]
 
@@ -79,6 +81,7 @@ class Calibrator:
         self.point = point or Point(PREPARE, 0)
         self.progress = progress
         self.saved = time.monotonic()
+        _give_back_freed_memory()
         scale_channels.apply(traced, self.point.factors)
 
     def prepare(self, lowered: Lowered, choices: Sequence[Scheme] = ()) -> dict[str, dict[str, float]]:
@@ -260,6 +263,17 @@ class _Quantizer:
         record = _record(tensor.scheme, self.run.recipe.name, before / size, after / size, seconds)
         self.records[tensor.name] = record
         return torch.from_numpy(dequantize_tensor(tensor))
+
+
+def _give_back_freed_memory() -> None:
+    """Let glibc take blocks from 1 MiB on from the system and return them when freed.
+
+    By default it learns to keep blocks of up to 32 MiB, which is what chunks of values are: the heap then is
+    as large as its holes make it. Other allocators are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _corrected_residual(node: fx.Node) -> fx.Node | None:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from ..passes.graph import Lazy, Traced, arguments, aten, is_op, ours, shape
 from ..quant.awq import channel_scales
-from ..quant.gptq import Plan, gptq
+from ..quant.gptq import DAMPING, Plan, gptq
 from ..quant.grid import rounding_grid, scale_type
 from ..quant.hessian import Moments, row_errors
 from ..quant.scheme import Scheme
@@ -180,7 +180,7 @@ def _gain_by_gptq(
 def _gptq_error(traced: Traced, chosen: list[tuple[str, Scheme]], h: Tensor, scales: Tensor) -> float:
     """Squared output error of plain GPTQ on W diag(s), whose inputs are divided by s."""
     inverse = 1 / scales.double()
-    plan = Plan.of(h * inverse[:, None] * inverse)
+    plan = Plan.of(h * inverse[:, None] * inverse, damping=DAMPING)
     error = 0.0
     for name, scheme in chosen:
         w = traced.weights[name].load()

@@ -21,6 +21,7 @@ from gristmill.quant.hessian import inverse_factor
 
 DAMPING = 0.01
 BLOCK_COLUMNS = 128
+SHIFT_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Plan:
     damping: float  # that it took to factor H
 
     @staticmethod
-    def of(h: Tensor, act_order: bool = True, damping: float = DAMPING) -> Plan:
+    def of(h: Tensor, act_order: bool = True, damping: float = 0.0) -> Plan:
         """h: H [K, K] f64; damping: share of its mean diagonal added to it, more where it has to be."""
         natural = torch.arange(len(h))
         order = torch.argsort(h.diagonal(), descending=True, stable=True) if act_order else natural
@@ -79,4 +80,8 @@ def asymmetric_shift(h: Tensor, cross: Tensor) -> Tensor:
     stream's error R = r_float - r just so, by (R X^T) (X X^T)^-1. h, cross: mean(X X^T), damped, and
     mean(D X^T) or mean(R X^T), f64; the result has the shape of cross.
     """
-    return torch.cholesky_solve(cross.T, torch.linalg.cholesky(h)).T.float()
+    lower = torch.linalg.cholesky(h)
+    out = torch.empty(cross.shape)
+    for n in range(0, len(cross), SHIFT_ROWS):  # whole, the f64 solution would be one more matrix of K^2
+        out[n : n + SHIFT_ROWS] = torch.cholesky_solve(cross[n : n + SHIFT_ROWS].T, lower).T
+    return out

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LEAST_DAMPING = 1e-6  # where none was asked for, and H cannot be factored without
 PIECE_ROWS = 4096  # that enter the sums together
 
 
@@ -96,8 +97,8 @@ def inverse_factor(h: Tensor, order: Tensor, damping: float) -> Factor:
     A matrix of too low a rank gets ten times the damping until it can be factored.
     """
     for attempt in range(20):
-        tried = damping * 10**attempt
-        lower, failed = torch.linalg.cholesky_ex(damp(h[order][:, order], tried))
+        tried = damping * 10**attempt if damping or not attempt else LEAST_DAMPING * 10**attempt
+        lower, failed = torch.linalg.cholesky_ex(damp(h[order[:, None], order], tried))
         if failed:
             continue
         inverse = torch.cholesky_inverse(lower)

@@ -67,10 +67,14 @@ class Input:
         """Uses up the moments."""
         h = moments.hessian()
         dead = int(dead_columns(h).sum())
-        plan = Plan.of(h, act_order, damping) if method.gptq else None
         damp(h, damping)
-        shifts = [None if c is None else asymmetric_shift(h, c) for c in (moments.cross, moments.residual)]
-        return Input(h.float(), plan, shifts[0], shifts[1], dead, plan.damping if plan else damping)
+        shifts: list[Tensor | None] = []
+        for cross in (moments.cross, moments.residual):
+            shifts.append(None if cross is None else asymmetric_shift(h, cross))
+        del cross
+        moments.cross = moments.residual = None  # K^2 numbers less while H is factored
+        plan = Plan.of(h, act_order) if method.gptq else None
+        return Input(h.float(), plan, shifts[0], shifts[1], dead, damping + (plan.damping if plan else 0))
 
     def of_rows(self, rows: Tensor) -> Input:
         """For the matrices of some rows [n] of the linear only."""

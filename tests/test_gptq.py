@@ -23,7 +23,7 @@ def errors(w: torch.Tensor, q: torch.Tensor, grid: object, h: torch.Tensor) -> t
 @pytest.mark.parametrize("text", SCHEMES)
 def test_equals_the_definition(text: str, act_order: bool) -> None:
     w, h = weights(5, 72), hessian(inputs(400, 72))
-    grid, plan = rounding_grid(w, parse(text), np.float16), Plan.of(h, act_order)
+    grid, plan = rounding_grid(w, parse(text), np.float16), Plan.of(h, act_order, DAMPING)
     expected = gptq_by_the_book(w, h, grid, DAMPING, plan.order)
     got = gptq(w, plan, grid).double()
     # f32 against f64: a value may fall on the other side of the middle between two levels, and moves others
@@ -36,7 +36,7 @@ def test_equals_the_definition(text: str, act_order: bool) -> None:
 @pytest.mark.parametrize("block", [1, 7, 32, 128, 1000])
 def test_blocks_change_nothing(group: int, block: int) -> None:
     w, h = weights(6, 200, 3), hessian(inputs(600, 200))
-    grid, plan = rounding_grid(w, Scheme("int4", group), np.float16), Plan.of(h)
+    grid, plan = rounding_grid(w, Scheme("int4", group), np.float16), Plan.of(h, damping=DAMPING)
     one, other = gptq(w, plan, grid, block_columns=1), gptq(w, plan, grid, block_columns=block)
     assert (one != other).float().mean() < 0.01
     one_error, other_error = (float(errors(w, q, grid, h).sum()) for q in (one, other))
@@ -47,13 +47,13 @@ def test_blocks_change_nothing(group: int, block: int) -> None:
 def test_beats_rounding(text: str) -> None:
     w, h = weights(16, 128), hessian(inputs(1000, 128, outliers=4))
     grid = rounding_grid(w, parse(text), np.float16)
-    rounded, chosen = grid.nearest(w), gptq(w, Plan.of(h), grid)
+    rounded, chosen = grid.nearest(w), gptq(w, Plan.of(h, damping=DAMPING), grid)
     assert errors(w, chosen, grid, h).sum() < 0.8 * errors(w, rounded, grid, h).sum()
 
 
 def test_rows_do_not_see_each_other() -> None:
     w, h = weights(9, 64), hessian(inputs(300, 64))
-    plan = Plan.of(h)
+    plan = Plan.of(h, damping=DAMPING)
     whole = gptq(w, plan, rounding_grid(w, parse("int4-g32"), np.float16))
     part = gptq(w[4:6], plan, rounding_grid(w[4:6], parse("int4-g32"), np.float16))
     assert torch.equal(whole[4:6], part)
@@ -64,7 +64,7 @@ def test_dead_inputs_round_to_nearest() -> None:
     x[:, [3, 40]] = 0
     w, h = weights(8, 64), hessian(x)
     grid = rounding_grid(w, parse("int4-g32"), np.float16)
-    q = gptq(w, Plan.of(h), grid)
+    q = gptq(w, Plan.of(h, damping=DAMPING), grid)
     assert torch.equal(q[:, [3, 40]], grid.nearest(w)[:, [3, 40]])
 
 
@@ -74,13 +74,13 @@ def test_a_set_of_too_low_rank_gets_more_damping() -> None:
     tiny = inverse_factor(h, torch.arange(64), 1e-18)
     assert tiny.damping > 1e-18 and torch.isfinite(tiny.upper).all()
     grid = rounding_grid(weights(4, 64), parse("int4-g32"), np.float16)
-    assert torch.isfinite(gptq(weights(4, 64), Plan.of(h), grid)).all()
+    assert torch.isfinite(gptq(weights(4, 64), Plan.of(h, damping=DAMPING), grid)).all()
 
 
 def test_nothing_but_zeros_rounds_to_nearest() -> None:
     w, h = weights(4, 32), torch.zeros(32, 32, dtype=torch.float64)
     grid = rounding_grid(w, parse("int4-g32"), np.float16)
-    assert torch.equal(gptq(w, Plan.of(h), grid), grid.nearest(w))
+    assert torch.equal(gptq(w, Plan.of(h, damping=DAMPING), grid), grid.nearest(w))
 
 
 def test_groups_of_zeros() -> None:
@@ -88,7 +88,7 @@ def test_groups_of_zeros() -> None:
     w[1] = 0
     w[2, 32:64] = 0
     grid = rounding_grid(w, parse("int4-g32"), np.float16)
-    values = grid.values(gptq(w, Plan.of(h), grid))
+    values = grid.values(gptq(w, Plan.of(h, damping=DAMPING), grid))
     assert torch.isfinite(values).all() and (values[1] == 0).all()
 
 
@@ -101,7 +101,7 @@ def test_the_asymmetric_error_brings_the_output_nearer() -> None:
     moments.add(x, x_float, residual)
     h = moments.hessian()
     assert moments.cross is not None and moments.residual is not None
-    plan = Plan.of(h)
+    plan = Plan.of(h, damping=DAMPING)
     damp(h, 1e-6)
     target = w + w @ asymmetric_shift(h, moments.cross) + asymmetric_shift(h, moments.residual)
     wanted = x_float @ w.T + residual
