@@ -51,7 +51,7 @@ def table(rows: list[Row]) -> str:
     """A line per setting: nll and KL of each method, and the share of rounding's KL that it takes away."""
     lines = ["model, weights | " + " | ".join(METHODS), "|".join(["---"] * (1 + len(METHODS)))]
     setting = itemgetter("model", "weights", "group", "symmetric")
-    for key, group in itertools.groupby(rows, setting):
+    for key, group in itertools.groupby(sorted(rows, key=setting, reverse=True), setting):
         found = {row["method"]: row for row in group}
         plain = found.get("rtn")
         cells = [_cell(found.get(method), plain) for method in METHODS]
