@@ -94,8 +94,8 @@ class Walk:
         """Continue before node number ``at`` with the values of `state`."""
         self.at, self.values = at, {}
         nodes = {node.name: node for node, _ in self.steps}
-        for name, part in state.items():
-            self.values.setdefault(nodes[name.rpartition(".")[0]], []).append(part)
+        for name in sorted(state, key=lambda name: int(name.rpartition(".")[2])):  # files sort 10 before 2
+            self.values.setdefault(nodes[name.rpartition(".")[0]], []).append(state[name])
 
 
 def _chunks(samples: Sequence[Sequence[int]]) -> list[dict[str, Tensor]]:
