@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..passes.graph import Traced
+from ..quant.request import Keep, keep_scheme, parse_keep
 from ..quant.scheme import Scheme
 from .load import Source
 from .lower import Assign, Lowered, round_anew
@@ -19,32 +21,38 @@ FLOATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 @dataclass(frozen=True)
 class Foreign:
-    """The choice for one compile. checkpoint None: the model is a float one, and nothing differs."""
+    """The choice for one compile. checkpoint None: the model is a float one, and nothing differs.
+
+    anew: everything is rounded anew; keeps: formats that were asked for some matrices, which win.
+    """
 
     checkpoint: QuantizedCheckpoint | None
     anew: bool
     head_anew: bool
+    keeps: Sequence[Keep]
 
     def before_passes(self, traced: Traced) -> None:
         """Passes keep apart what is stored differently, so they have to know."""
-        if self.anew:
-            for lazy in traced.weights.values():
+        for lazy in traced.weights.values():
+            if self.anew or keep_scheme(self.keeps, lazy.names[0].removesuffix(".weight"), "") is not None:
                 lazy.quantized = None
 
     def after_passes(self, traced: Traced) -> None:
-        """The passes show what the head is: forget its quantized form where a format for it is asked."""
-        if self.checkpoint and self.head_anew:
-            round_anew(traced, ("head",))
+        """The passes show what the head is: forget quantized forms where a format for a role is asked."""
+        if self.checkpoint:
+            roles = {keep.pattern for keep in self.keeps}
+            round_anew(traced, roles | {"head"} if self.head_anew else roles)
 
     def assign(self, assign: Assign) -> Assign:
         """Linears that the checkpoint left as floats, beside others that it quantized, stay what they are."""
-        checkpoint = self.checkpoint
+        checkpoint, keeps = self.checkpoint, self.keeps
         if checkpoint is None or self.anew:
             return assign
 
         def as_stored(role: str, name: str) -> Scheme:
             stored = f"{name}.weight"
-            if role != "linear" or stored not in checkpoint:
+            asked = keep_scheme(keeps, name, role) is not None
+            if asked or role != "linear" or stored not in checkpoint:
                 return assign(role, name)
             return Scheme(FLOATS.get(checkpoint.dtype(stored), "f32"))
 
@@ -72,7 +80,8 @@ def of(source: Source, options: CompileOptions) -> Foreign:
     checkpoint = source.checkpoint if isinstance(source.checkpoint, QuantizedCheckpoint) else None
     asked = (options.weights, options.bits, options.size)
     anew = options.rotate or options.method != "rtn" or any(value is not None for value in asked)
-    return Foreign(checkpoint, anew, options.head is not None)
+    keeps = [parse_keep(text) for text in options.keep]
+    return Foreign(checkpoint, anew, options.head is not None, keeps)
 
 
 def kept(lowered: Lowered) -> list[str]:

@@ -61,7 +61,11 @@ def quantize(
     formats = Formats.of(options)
     assign = foreign.of(source, options).assign(formats.scheme)
     build = partial(
-        lower, traced, assign, options.cache_format, limits,
+        lower,
+        traced,
+        assign,
+        options.cache_format,
+        limits,
         float_activations=options.activations == "f32",
     )
     lowered = build()

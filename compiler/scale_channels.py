@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from ..passes.graph import Lazy, Traced, arguments, aten, is_op, ours, shape
 from ..quant.awq import channel_scales
 from ..quant.gptq import DAMPING, Plan, gptq
-from ..quant.grid import rounding_grid, scale_type
+from ..quant.grid import rounded_grid
 from ..quant.hessian import Moments, row_errors
 from ..quant.scheme import Scheme
 from .walk import Walk
@@ -185,7 +185,7 @@ def _gptq_error(traced: Traced, chosen: list[tuple[str, Scheme]], h: Tensor, sca
     for name, scheme in chosen:
         w = traced.weights[name].load()
         scaled = w * scales
-        grid = rounding_grid(scaled, scheme, scale_type(scaled, scheme))
+        grid = rounded_grid(scaled, scheme)
         difference = grid.values(gptq(scaled, plan, grid)) / scales - w
         error += float(row_errors(difference, h.float()).sum(dtype=torch.float64))
     return error

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gristmill.quant.grid import rounding_grid, scale_type
+from gristmill.quant.grid import rounded_grid
 from gristmill.quant.scheme import Scheme
 
 EXPONENTS = tuple(i / 20 for i in range(1, 20))
 DUO_EXPONENTS = tuple(i / 10 for i in range(1, 10))
+CHUNK_WEIGHTS = 1 << 18  # weights rounded together: what a core's cache holds
 LEAST = 1e-4  # of a scale, before they are centered
 
 
@@ -80,9 +81,11 @@ def _centered(scales: Tensor) -> Tensor:
 def _error(weights: Sequence[Tensor], schemes: Sequence[Scheme], x: Tensor, scales: Tensor) -> float:
     """Squared error of all outputs over the rows x."""
     total = 0.0
+    rows = max(1, CHUNK_WEIGHTS // len(scales))
     for w, scheme in zip(weights, schemes, strict=True):
-        scaled = w * scales
-        grid = rounding_grid(scaled, scheme, scale_type(scaled, scheme))
-        difference = (grid.values(grid.nearest(scaled)) / scales - w) @ x.T
-        total += float(difference.square().sum(dtype=torch.float64))
+        for part in w.split(rows):
+            scaled = part * scales
+            grid = rounded_grid(scaled, scheme)
+            difference = (grid.values(grid.nearest(scaled)) / scales - part) @ x.T
+            total += float(difference.square().sum(dtype=torch.float64))
     return total

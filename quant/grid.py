@@ -31,8 +31,9 @@ class Grid:
 
     def columns(self, k: int) -> tuple[Tensor, Tensor]:
         """Scale and zero point of every column, [N, k] each."""
-        index = torch.arange(k) // (self.scheme.group_size or k)
-        return self.scale[:, index], self.zero[:, index]
+        width = self.scheme.group_size or k
+        scale, zero = (x[..., None].expand(-1, -1, width).flatten(1)[:, :k] for x in (self.scale, self.zero))
+        return scale, zero
 
     def nearest(self, w: Tensor) -> Tensor:
         """The nearest integers q [N, K] f32 of w [N, K]."""
@@ -82,7 +83,14 @@ def rounding_grid(w: Tensor, scheme: Scheme, scale_dtype: type) -> Grid:
     return Grid(torch.from_numpy(scale.astype(np.float32)), zeros, scheme, scale_dtype)
 
 
+def rounded_grid(w: Tensor, scheme: Scheme) -> Grid:
+    """The same with f16 scales, or f32 where rounding to nearest needs scales beyond f16's range."""
+    grid = rounding_grid(w, scheme, np.float16)
+    if rtn.scales_fit(grid.scale.numpy().astype(np.float16)):
+        return grid
+    return rounding_grid(w, scheme, np.float32)
+
+
 def scale_type(w: Tensor, scheme: Scheme) -> type:
-    """f16, or f32 where rounding this matrix to nearest needs scales beyond f16's range."""
-    fits = rtn.scales_fit(rounding_grid(w, scheme, np.float16).scale.numpy().astype(np.float16))
-    return np.float16 if fits else np.float32
+    """The type of `rounded_grid`'s scales."""
+    return rounded_grid(w, scheme).scale_dtype

@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -41,6 +42,8 @@ from gristmill.runtime.artifact import (
 )
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.weights_file import TensorSpec, WeightsWriter
+
+LOCKED_WITHIN_S = 60.0  # a writer locks its directory right after making it
 
 _FORMAT_KEYS = ("kind", "format", "manifest_sha256", "content_id", "weights_header_sha256", "files")
 
@@ -226,17 +229,21 @@ def _escape(name: str) -> str:
 
 
 def _is_alive(path: Path) -> bool:
-    """True while the writer of `path` lives, here or (by its lock) in another container."""
+    """True while the writer of `path` lives, here or (by its lock) in another container.
+
+    Its process id alone proves nothing beyond the moments in which it holds no lock: another process may
+    have that number by now.
+    """
     pid = path.name.rpartition("-")[2]
     if not pid.isdigit():
         return True  # not one of ours
-    if int(pid) != os.getpid() and Path(f"/proc/{pid}").exists():
-        return True
     try:
         os.close(_lock_directory(path))
     except OSError:
         return True
-    return False
+    if int(pid) == os.getpid() or not Path(f"/proc/{pid}").exists():
+        return False
+    return ".old-" in path.name or time.time() - path.stat().st_mtime < LOCKED_WITHIN_S
 
 
 def _lock_directory(path: Path) -> int:

@@ -1,4 +1,5 @@
 """What every test may use: the example model, and the folder `shared` where one is beside the repository."""
+
 from __future__ import annotations
 
 import os

@@ -152,22 +152,24 @@ Pack = Callable[[str, Layer], dict[str, Tensor]]
 
 
 def save_quantized(
-    directory: Path, kind: Kind, settings: dict[str, Any], pack: Pack, **changes: Any
+    directory: Path, kind: Kind, settings: dict[str, Any], pack: Pack, family: str = "llama", **changes: Any
 ) -> dict[str, Layer]:
-    """A llama in `directory` whose linears are random layers, and beside it a float twin.
+    """A model in `directory` whose linears are random layers, and beside it a float twin.
 
     Linears of one input share their order where kind.order. Returns the layers by name.
     """
     plain = directory.with_name(directory.name + "-float")
     plain.mkdir(parents=True)
-    save_tiny(plain, "llama", **LLAMA | changes)
+    save_tiny(plain, family, **(LLAMA if family == "llama" else {}) | changes)
     tensors = load_file(plain / "model.safetensors")
-    names = [n for n in tensors if n.endswith("_proj.weight")]
+    names = [n for n in tensors if n.endswith(("_proj.weight", ".c_attn.weight", ".c_fc.weight"))]
+    turned = family == "gpt2"  # its Conv1D keeps weights as [inputs, outputs]
     layers = {}
     for seed, name in enumerate(sorted(names)):
-        n, k = tensors[name].shape
+        n, k = tensors[name].T.shape if turned else tensors[name].shape
         layers[name.removesuffix(".weight")] = random_layer(n, k, kind, seed)
-    floats = tensors | {f"{n}.weight": torch.from_numpy(layer.values()) for n, layer in layers.items()}
+    values = {f"{n}.weight": torch.from_numpy(layer.values()) for n, layer in layers.items()}
+    floats = tensors | {n: v.T if turned else v for n, v in values.items()}
     write_model(plain, floats, None)
     rest = {n: t for n, t in tensors.items() if n not in names}
     foreign = {f"{n}.{part}": t for n, layer in layers.items() for part, t in pack(n, layer).items()}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,6 +184,17 @@ def test_what_a_killed_compile_left_goes_with_the_next(tmp_path: Path) -> None:
     assert len(leftovers(tmp_path)) == 1 and not (tmp_path / "a").exists()
     tiny_artifact(tmp_path / "a")
     assert leftovers(tmp_path) == []
+
+
+def test_a_leftover_goes_though_another_process_has_its_number(tmp_path: Path) -> None:
+    left = tmp_path / f".a.tmp-{os.getppid()}"
+    left.mkdir()
+    tiny_artifact(tmp_path / "a")
+    assert left.exists()  # it may be about to lock it
+    os.utime(left, (0, 0))
+    shutil.rmtree(tmp_path / "a")
+    tiny_artifact(tmp_path / "a")
+    assert not left.exists()
 
 
 def test_a_living_compile_keeps_its_directory(tmp_path: Path) -> None:

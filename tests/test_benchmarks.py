@@ -1,4 +1,5 @@
 """The benchmark models have the shapes of the published ones; the conversions to GGUF keep the numbers."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -13,9 +14,16 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-SMALL = {**make_model.SHAPES["tinyllama-1.1b"], "vocab_size": 400, "hidden_size": 64, "intermediate_size": 96,
-         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "max_position_embeddings": 64}
+SMALL = {
+    **make_model.SHAPES["tinyllama-1.1b"],
+    "vocab_size": 400,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 
 
 @pytest.mark.parametrize("name", sorted(make_model.SHAPES))
@@ -57,8 +65,10 @@ def test_gguf_rows_interleave_the_halves_of_each_head() -> None:
 
 def test_gguf_conversion_reads_every_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(make_model.SHAPES, "small", SMALL)
-    seen = {llamacpp_peer.gguf_name(name): values.shape
-            for name, values in llamacpp_peer.tensors(make_model.make_model("small", tmp_path / "m"))}
+    seen = {
+        llamacpp_peer.gguf_name(name): values.shape
+        for name, values in llamacpp_peer.tensors(make_model.make_model("small", tmp_path / "m"))
+    }
     assert len(seen) == len(list(make_model.tensor_shapes(SMALL)))
     assert seen["output.weight"] == (400, 64)
     assert seen["blk.1.ffn_down.weight"] == (64, 96)

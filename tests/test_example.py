@@ -1,4 +1,5 @@
 """The example's training script: what is held out stays out, and what is saved is what was trained."""
+
 from __future__ import annotations
 
 import json

@@ -52,15 +52,16 @@ def case(name: str, kind: Kind, settings: dict[str, Any], pack: Any) -> None:
     CASES[name] = (kind, settings, lambda layer_name, layer: pack(layer))
 
 
-for bits in (4, 8):
+for bits in (2, 3, 4, 8):
     for symmetric in (True, False):
         kind = Kind(bits, 32, symmetric)
         text = f"{bits}bit-{'sym' if symmetric else 'asym'}"
         case(f"gptq-{text}", kind, gptq_config(kind), gptq_tensors)
         v2 = gptq_config(kind, checkpoint_format="gptq_v2")
         case(f"gptq_v2-{text}", kind, v2, partial(gptq_tensors, v1=False))
-        compressed = partial(compressed_tensors, symmetric=symmetric)
-        case(f"compressed-{text}", kind, compressed_config(kind), compressed)
+        if bits in (4, 8):
+            compressed = partial(compressed_tensors, symmetric=symmetric)
+            case(f"compressed-{text}", kind, compressed_config(kind), compressed)
 for kind in (Kind(4, 32, False, True), Kind(8, 64, True, True)):
     case(f"gptq-order-{kind.bits}bit", kind, gptq_config(kind), gptq_tensors)
     compressed = partial(compressed_tensors, symmetric=kind.symmetric)
@@ -135,7 +136,15 @@ def assert_stored(tensors: dict[str, Any], segment: Segment, layer: Layer, kind:
 
 
 @pytest.mark.parametrize(
-    "name", ["gptq-4bit-asym", "gptq-order-4bit", "compressed-order-8bit", "awq-group32-False"]
+    "name",
+    [
+        "gptq-2bit-asym",
+        "gptq-3bit-sym",
+        "gptq-4bit-asym",
+        "gptq-order-4bit",
+        "compressed-order-8bit",
+        "awq-group32-False",
+    ],
 )
 @pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
 def test_logits_are_those_of_the_dequantized_model(name: str, wide: bool, tmp_path: Path) -> None:
@@ -149,6 +158,43 @@ def test_logits_are_those_of_the_dequantized_model(name: str, wide: bool, tmp_pa
     wanted = reference_logits(tmp_path / "m-float", prompt())
     tolerance = INTEGER_TOLERANCE if wide else FLOAT_TOLERANCE
     assert difference(artifact_logits(tmp_path / "a", prompt()), wanted) < tolerance
+
+
+@pytest.mark.parametrize("name", ["gptq-4bit-sym", "gptq-order-4bit"])
+def test_formats_asked_for_by_name_win(name: str, tmp_path: Path) -> None:
+    """Linears that were merged with it for their common column order keep theirs."""
+    kind, settings, pack = CASES[name]
+    save_quantized(tmp_path / "m", kind, settings, pack)
+    asked = ["f32:*.q_proj", "int8:*.layers.1.mlp.down_proj"]
+    result = gristmill.compile(
+        tmp_path / "m", tmp_path / "a", **EXACT | {"keep": asked, "activations": "f32"}
+    )
+    assert "11 of 14 quantized matrices kept as they are" in result.summary["checkpoint"]
+    found = segments(tmp_path / "a")
+    for layer in ("model.layers.0", "model.layers.1"):
+        assert found[f"{layer}.self_attn.q_proj"].format == "f32"
+        assert found[f"{layer}.self_attn.k_proj"].format == "int4"
+    assert found["model.layers.1.mlp.down_proj"].format == "int8"
+    wanted = reference_logits(tmp_path / "m-float", prompt())
+    assert difference(artifact_logits(tmp_path / "a", prompt()), wanted) < 0.02  # one linear's int8
+
+
+def test_a_format_asked_for_a_role_wins(tmp_path: Path) -> None:
+    kind, settings, pack = CASES["gptq-order-4bit"]
+    save_quantized(tmp_path / "m", kind, settings, pack)
+    gristmill.compile(tmp_path / "m", tmp_path / "a", **EXACT | {"keep": ["f32:linear"]})
+    wanted = reference_logits(tmp_path / "m-float", prompt())
+    assert difference(artifact_logits(tmp_path / "a", prompt()), wanted) < FLOAT_TOLERANCE
+
+
+def test_conv1d(tmp_path: Path) -> None:
+    """GPT-2's own weights are [inputs, outputs]; a quantizer's are packed as for any linear."""
+    kind, settings, pack = CASES["gptq-4bit-asym"]
+    save_quantized(tmp_path / "m", kind, settings, pack, "gpt2")
+    result = gristmill.compile(tmp_path / "m", tmp_path / "a", **EXACT | {"activations": "f32"})
+    assert result.summary["checkpoint"].endswith("8 of 8 quantized matrices kept as they are")
+    wanted = reference_logits(tmp_path / "m-float", prompt())
+    assert difference(artifact_logits(tmp_path / "a", prompt()), wanted) < FLOAT_TOLERANCE
 
 
 # ---- fp8: the values now, the format once there is one

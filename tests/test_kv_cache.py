@@ -1,4 +1,5 @@
 """Formats of the KV cache: a rotation is exact and helps against outliers, bytes are as computed."""
+
 from __future__ import annotations
 
 import itertools

@@ -1,4 +1,5 @@
 """The wheel has what it needs and nothing else, and what is installed is what was tested."""
+
 from __future__ import annotations
 
 import json
@@ -47,8 +48,13 @@ def test_the_wheel_has_every_module_and_no_sources_of_the_extension(wheel: Path)
 
 def test_the_wheel_runs_from_anywhere_without_torch(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    done = subprocess.run([sys.executable, "-c", IN_THE_WHEEL], cwd=tmp_path, capture_output=True, text=True,
-                          env={"PYTHONPATH": str(tmp_path / "site"), "PATH": ""})
+    done = subprocess.run(
+        [sys.executable, "-c", IN_THE_WHEEL],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": ""},
+    )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     assert seen["file"].startswith(str(tmp_path))

@@ -1,18 +1,33 @@
 """The C++ executor of compiled programs. Users' errors come as gristmill.runtime.errors.GristmillError."""
+
 import numpy as np
 from numpy.typing import NDArray
 
 class Executor:
     """Runs one program.json over one weights.safetensors; keeps the KV cache of `max_slots` slots."""
 
-    def __init__(self, program_json: bytes, weights_path: str, *, threads: int, max_len: int, max_slots: int,
-                 isa: str = "auto", alone_below: int = 1048576) -> None:
+    def __init__(
+        self,
+        program_json: bytes,
+        weights_path: str,
+        *,
+        threads: int,
+        max_len: int,
+        max_slots: int,
+        isa: str = "auto",
+        alone_below: int = 1048576,
+    ) -> None:
         """`threads` 0: physical cores of this process. A second Executor of the same file shares its pages.
 
         A forward of fewer than `alone_below` multiplications stays on the calling thread.
         """
-    def forward(self, tokens: NDArray[np.int32], positions: NDArray[np.int32], slots: NDArray[np.int32],
-                rows: NDArray[np.int32]) -> NDArray[np.float32]:
+    def forward(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        slots: NDArray[np.int32],
+        rows: NDArray[np.int32],
+    ) -> NDArray[np.float32]:
         """tokens, positions, slots: i32 [T]; rows: i32 [R], indices below T. -> logits f32 [R, vocabulary].
 
         Appends each row's K and V at (slot, position), then attends. Releases the GIL; callers take turns.
