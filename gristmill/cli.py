@@ -15,7 +15,7 @@ import click
 from gristmill import __version__
 from gristmill.cli_compile import compile_command
 from gristmill.cli_export import export_command
-from gristmill.cli_output import Rows, echo_json, note, show_table
+from gristmill.cli_output import Rows, echo_json, note, show_profile, show_table
 from gristmill.runtime.errors import GristmillError
 
 TRACEBACK_VARIABLE = "GRISTMILL_TRACEBACK"
@@ -224,13 +224,14 @@ def eval_command(
 @click.option(
     "--rounds", type=int, default=3, show_default=True, help="Rounds of bandwidth probe, prefill and decode."
 )
+@click.option("--profile", is_flag=True, help="Also time every kind of instruction, beside its roof.")
 @_THREADS
 @_JSON
 def bench(artifact: str, as_json: bool, **options: Any) -> None:
     """Measure speed, beside what this machine's memory can deliver.
 
     \b
-    gristmill bench py7m.grist --threads 2 --context 1024
+    gristmill bench py7m.grist --threads 2 --context 1024 --profile
     """
     from gristmill.runtime.bench import BenchOptions
     from gristmill.runtime.bench import bench as measure
@@ -248,6 +249,9 @@ def bench(artifact: str, as_json: bool, **options: Any) -> None:
         ("threads", str(result["threads"])),
     ]
     show_table(rows, stderr=False)
+    if options["profile"]:
+        show_profile(result["profile"], "decode")
+        show_profile(result["profile"], "prefill")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

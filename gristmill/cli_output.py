@@ -7,9 +7,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Rows = list[tuple[str, str]]
 Progress = Callable[
@@ -29,7 +32,6 @@ def note(text: str) -> None:
 
 def show_table(rows: Rows, stderr: bool, title: str | None = None) -> None:
     """A table of names and values."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -38,10 +40,42 @@ def show_table(rows: Rows, stderr: bool, title: str | None = None) -> None:
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(Text(name), Text(value))
+    _console(stderr).print(table)
+
+
+def show_profile(profiles: dict[str, Any], phase: str) -> None:
+    """The instructions of one phase by kind, slowest first; see `gristmill.runtime.profile`."""
+    from rich.table import Table
+
+    found, roofs = profiles[phase], profiles["roofs"]
+    click.echo(
+        f"\n{phase}: {found['rows']} rows after {found['context']} positions in "
+        f"{found['seconds'] * 1e3:.3f} ms, {found['shared_phases']} phases shared by threads\n"
+        f"roofs: {roofs['stream'] / 1e9:.1f} GB/s, {roofs['integers'] / 1e9:.0f} integer and "
+        f"{roofs['floats'] / 1e9:.0f} float Gop/s"
+    )
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("instructions", "count", "ms", "share", "GB/s", "Gop/s", "bound by", "of the roof"):
+        table.add_column(name, justify="left" if name in ("instructions", "bound by") else "right")
+    for kind in found["kinds"]:
+        seconds = max(kind["seconds"], 1e-12)
+        bound = kind["bound"] != "overhead"
+        table.add_row(
+            kind["name"], str(kind["count"]), f"{seconds * 1e3:.3f}", f"{seconds / found['seconds']:.1%}",
+            f"{kind['bytes'] / seconds / 1e9:.1f}" if kind["bytes"] else "",
+            f"{kind['operations'] / seconds / 1e9:.1f}" if kind["operations"] else "",
+            kind["bound"], f"{kind['floor'] / seconds:.0%}" if bound else "",
+        )  # fmt: skip
+    _console(stderr=False).print(table)
+
+
+def _console(stderr: bool) -> Console:
+    from rich.console import Console
+
     console = Console(stderr=stderr, highlight=False)
     if not console.is_terminal:
         console.width = 200  # a file or a pipe has no edge to wrap at
-    console.print(table)
+    return console
 
 
 @contextmanager

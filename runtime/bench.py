@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gristmill.runtime.errors import GristmillError
+from gristmill.runtime.profile import Roofs, profile, random_ids, take_in
 from gristmill.runtime.program import CacheSpec
 from gristmill.runtime.session import Session, load, native
 
@@ -27,7 +29,7 @@ PROBE_SECONDS = 0.5
 @dataclass(frozen=True)
 class BenchOptions:
     """prompt: tokens of the timed prefill; tokens: decoded tokens per round; context: positions before the
-    first of them.
+    first of them; profile: also time every instruction.
     """
 
     prompt: int = 256
@@ -35,6 +37,7 @@ class BenchOptions:
     context: int = 0
     rounds: int = 3
     threads: int | None = None
+    profile: bool = False
 
 
 def bench(path: str | Path, options: BenchOptions) -> dict[str, Any]:
@@ -65,18 +68,27 @@ def bench(path: str | Path, options: BenchOptions) -> dict[str, Any]:
         "context": options.context,
         "read_bytes_per_token": read_bytes,
         **session.memory,
+        **({"profile": _profiles(session, options, stream)} if options.profile else {}),
     }
+
+
+def _profiles(session: Session, options: BenchOptions, stream_gb_s: float) -> dict[str, Any]:
+    """A decoded token and the longest chunk of the prompt, instruction by instruction."""
+    roofs = Roofs.measure(session, stream_gb_s)
+    rows = min(options.prompt, session.max_tokens)
+    decode = profile(session, roofs, 1, options.context, options.tokens)
+    prefill = profile(session, roofs, rows, 0, options.rounds)
+    return {"roofs": asdict(roofs), "decode": decode.to_json(), "prefill": prefill.to_json()}
 
 
 def measure_round(session: Session, options: BenchOptions) -> tuple[float, float, float]:
     """Decoded and prefilled tokens per second, and the read stream in GB/s, one after the other."""
     stream_gb_s = float(native().read_bandwidth(PROBE_BYTES, session.threads, PROBE_SECONDS))
-    ids = np.random.Philox(key=7).random_raw(max(options.prompt, options.context, 1)) % session.vocabulary
+    ids = random_ids(session, max(options.prompt, options.context))
     with session.slot() as slot:
         prefill_s = _prefill(session, slot, ids[: options.prompt])
     with session.slot() as slot:
-        if options.context:
-            _prefill(session, slot, ids[: options.context])
+        take_in(session, slot, ids[: options.context])
         decode_s = _decode(session, slot, options.context, options.tokens)
     return options.tokens / decode_s, options.prompt / prefill_s, stream_gb_s
 
@@ -92,14 +104,10 @@ def attended_rows(cache: CacheSpec, context: int) -> int:
     return min(context + 1, cache.window) if cache.window else context + 1
 
 
-def _prefill(session: Session, slot: int, ids: np.ndarray) -> float:
-    """Seconds to take in `ids`; only the last row's logits are asked for, as in generation."""
+def _prefill(session: Session, slot: int, ids: NDArray[np.int32]) -> float:
+    """Seconds to take in `ids`."""
     started = time.perf_counter()
-    for start in range(0, len(ids), session.max_tokens):
-        chunk = ids[start : start + session.max_tokens].astype(np.int32)
-        rows = [len(chunk) - 1] if start + len(chunk) == len(ids) else []
-        positions = np.arange(start, start + len(chunk), dtype=np.int32)
-        session._run(chunk, positions, np.full(len(chunk), slot, np.int32), np.array(rows, np.int32))
+    take_in(session, slot, ids)
     return time.perf_counter() - started
 
 

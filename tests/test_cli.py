@@ -114,6 +114,9 @@ def test_bench(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert result[key] > 0, key
     assert result["threads"] == 1
     assert "GB/s" in output(capsys, *arguments)[0]
+    profiled = json.loads(output(capsys, *arguments, "--profile", "--json")[0])["profile"]
+    assert {kind["name"] for kind in profiled["decode"]["kinds"]} >= {"attention f32", "linear qkv f32"}
+    assert "phases shared by threads" in output(capsys, *arguments, "--profile")[0]
 
 
 def test_bench_makes_room_for_its_context(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:

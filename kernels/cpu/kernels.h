@@ -178,6 +178,11 @@ struct Kernels {
   // [v_dim]; sink: null or one logit.
   void (*attention_combine)(const float* m, const float* l, int64_t ld_ml, const float* acc, int64_t ld_acc,
                             int64_t splits, const float* sink, int64_t v_dim, float* out);
+
+  // `rounds` of independent multiply-adds in registers, as in the float and the integer products; returns the
+  // number of operations, two for each.
+  int64_t (*peak_float)(int64_t rounds);
+  int64_t (*peak_int)(int64_t rounds);
 };
 
 // Best first; only those this CPU can execute.

@@ -16,6 +16,7 @@ namespace {
 #include "cache.inc"
 #include "product_float.inc"
 #include "attention.inc"
+#include "peak.inc"
 
 // ---- integer product ----
 
@@ -63,6 +64,21 @@ void product_int(const Matrix& w, const QuantizedRows& x, int64_t rows, int64_t 
     unpack_row(w, n, weights);
     for (int64_t t = 0; t < rows; t++) y[t * ldy + n - n0] = dot_row(w, x, n, t, weights);
   }
+}
+
+int64_t peak_int(int64_t rounds) {
+  constexpr int64_t kCount = 256;
+  int16_t weights[kCount];
+  int8_t q[kCount];
+  for (int64_t i = 0; i < kCount; i++) weights[i] = 1, q[i] = 1;
+  int64_t sum = 0;
+  for (int64_t i = 0; i < rounds; i++) {
+    weights[i % kCount] = static_cast<int16_t>(sum & 1);
+    sum += dot(weights, q, kCount);
+  }
+  volatile int64_t sink = sum;
+  (void)sink;
+  return rounds * kCount * 2;
 }
 
 size_t product_scratch_bytes(int64_t k) { return float_scratch_bytes(k); }

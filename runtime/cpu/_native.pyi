@@ -39,6 +39,9 @@ class Executor:
     def profile_results(self) -> list[tuple[str, int, int]]:
         """Per instruction: label, nanoseconds since profile(True), bytes of weights that one pass reads."""
     @property
+    def shared_phases(self) -> int:
+        """Phases of the last forward that its threads shared: so often they waited for each other."""
+    @property
     def threads(self) -> int: ...
     @property
     def max_tokens(self) -> int: ...
@@ -68,3 +71,9 @@ def default_threads() -> int:
 
 def read_bandwidth(bytes: int, threads: int, seconds: float) -> float:
     """GB/s of the best read-only pass of all threads over anonymous memory of so many bytes."""
+
+def arithmetic_peak(isa: str, integer: bool, threads: int, seconds: float) -> float:
+    """1e9 operations per second of independent multiply-adds in registers, of f32 or of bytes.
+
+    isa: "auto" for the best that this CPU has.
+    """

@@ -3,9 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "bandwidth.h"
 #include "error.h"
 #include "executor.h"
+#include "roof.h"
 
 namespace py = pybind11;
 using namespace gristmill;
@@ -88,6 +88,7 @@ PYBIND11_MODULE(_native, module) {
              for (auto& r : results) tuples.emplace_back(std::move(r.label), r.nanoseconds, r.bytes);
              return tuples;
            })
+      .def_property_readonly("shared_phases", &Executor::shared_phases)
       .def_property_readonly("threads", &Executor::threads)
       .def_property_readonly("max_tokens", [](const Executor& self) { return self.program().max_tokens; })
       .def_property_readonly("max_slots", &Executor::max_slots)
@@ -103,4 +104,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("read_bandwidth", &read_bandwidth, py::arg("bytes"), py::arg("threads"), py::arg("seconds"),
              py::call_guard<py::gil_scoped_release>(),
              "GB/s of the best read-only pass over anonymous memory.");
+  module.def("arithmetic_peak", &arithmetic_peak, py::arg("isa"), py::arg("integer"), py::arg("threads"),
+             py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
+             "1e9 operations per second of independent multiply-adds in registers.");
 }

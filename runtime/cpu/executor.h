@@ -47,6 +47,9 @@ class Executor final : private Job {
   void profile(bool enable);
   std::vector<InstructionTime> profile_results();
 
+  // Phases of the last forward that its threads shared: so often they waited for each other.
+  int64_t shared_phases() const { return pool_.shared_phases(); }
+
   const Program& program() const { return program_; }
   const char* isa() const { return machine_.kernels->name; }
   int threads() const { return pool_.threads(); }

@@ -92,11 +92,13 @@ void Pool::run(Job& job, int64_t phases, bool alone) {
   job_ = &job;
   phases_ = phases;
   phase_ = -1;
+  shared_ = 0;
   open_next(0);
   help(0, true);
 }
 
 void Pool::run_alone(Job& job, int64_t phases) {
+  shared_ = 0;
   for (int64_t phase = 0; phase < phases; phase++) {
     const int64_t units = job.open(phase);
     if (units > 0) job.work(phase, 0, units, 0);
@@ -136,6 +138,7 @@ void Pool::open_next(int thread) {
     if (units_ == 1) job_->work(phase_, 0, 1, thread);
     if (units_ <= 1) continue;
     grain_ = (units_ + kMostUnits - 1) / kMostUnits;
+    shared_++;
     done_.store(0, std::memory_order_relaxed);
     return publish((units_ + grain_ - 1) / grain_);
   }

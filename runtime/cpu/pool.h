@@ -35,6 +35,7 @@ class Pool {
   // Runs phases [0, phases) to the end. `alone`: on this thread only. One run at a time.
   void run(Job& job, int64_t phases, bool alone);
   int threads() const { return threads_; }
+  int64_t shared_phases() const { return shared_; }  // of the last run
   // In the child of a fork: the threads are gone, forget them and start new ones at the next run.
   void forget_threads() noexcept;
 
@@ -62,7 +63,7 @@ class Pool {
   std::atomic<bool> stop_{false};
   // Written by the opener of a phase, read by holders of its units.
   Job* job_ = nullptr;
-  int64_t phase_ = 0, phases_ = 0, units_ = 0, grain_ = 1;
+  int64_t phase_ = 0, phases_ = 0, units_ = 0, grain_ = 1, shared_ = 0;
 
   int threads_;
   std::vector<Start> starts_;

@@ -409,6 +409,8 @@ int main() {
     test_rounding(*kernels);
     test_poison(*kernels);
     test_hadamard(*kernels);
+    check_near("operations", kernels->peak_float(6), 2 * kernels->peak_float(3), 0, 0);
+    check_near("integer operations", kernels->peak_int(6), 2 * kernels->peak_int(3), 0, 0);
   }
   test_attentions();
   return report();

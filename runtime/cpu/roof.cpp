@@ -1,4 +1,4 @@
-#include "bandwidth.h"
+#include "roof.h"
 
 #include <algorithm>
 #include <atomic>
@@ -7,6 +7,7 @@
 #include <iterator>
 
 #include "error.h"
+#include "kernels.h"
 #include "region.h"
 #include "pool.h"
 
@@ -57,6 +58,25 @@ class ReadJob final : public Job {
   std::atomic<uint64_t> sink_{0};
 };
 
+class PeakJob final : public Job {
+ public:
+  PeakJob(const Kernels& kernels, bool integer, int64_t units)
+      : run_(integer ? kernels.peak_int : kernels.peak_float), units_(units) {}
+  int64_t open(int64_t) noexcept override { return units_; }
+  void work(int64_t, int64_t begin, int64_t end, int) noexcept override {
+    int64_t done = 0;
+    for (int64_t unit = begin; unit < end; unit++) done += run_(kRounds);
+    operations_.fetch_add(done, std::memory_order_relaxed);
+  }
+  int64_t take_operations() { return operations_.exchange(0); }
+
+ private:
+  static constexpr int64_t kRounds = 2000;
+  int64_t (*run_)(int64_t);
+  int64_t units_;
+  std::atomic<int64_t> operations_{0};
+};
+
 double seconds_since(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
@@ -81,6 +101,24 @@ double read_bandwidth(int64_t bytes, int threads, double seconds) {
     best = std::min(best, seconds_since(start));
   }
   return static_cast<double>(units * kPiece) / best / 1e9;
+}
+
+double arithmetic_peak(const std::string& isa, bool integer, int threads, double seconds) {
+  const Kernels* kernels = find_kernels(isa.c_str());
+  if (!kernels || threads < 1 || threads > 256 || !(seconds >= 0 && seconds <= 3600))
+    fail("arithmetic_peak: got isa ", quote(isa), ", ", threads, " threads, ", seconds,
+         " s; expected an instruction set of this CPU, 1 to 256 threads, 0 to 3600 s");
+  Pool pool(threads);
+  PeakJob job(*kernels, integer, 64 * int64_t{threads});
+  double best = 0;
+  const auto begin = std::chrono::steady_clock::now();
+  for (int pass = 0; pass < 2 || seconds_since(begin) < seconds; pass++) {
+    const auto start = std::chrono::steady_clock::now();
+    pool.run(job, 1, false);
+    const double taken = seconds_since(start);
+    best = std::max(best, static_cast<double>(job.take_operations()) / taken);
+  }
+  return best / 1e9;
 }
 
 }  // namespace gristmill

@@ -1,0 +1,182 @@
+"""Where the time of a forward goes, instruction by instruction, beside what this machine could do.
+
+A kind is an op, and for linears its weights' name without the number of the layer. Its floor is
+max(bytes / read stream, operations / peak): bytes are weights and cache rows, read once; operations count a
+multiply-add as two; stream and peak are measured in the same run. Values between instructions are not counted
+as bytes, since they stay in the caches of the processor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gristmill.runtime.program import CacheSpec, Instruction, Program, segment_row_bytes
+from gristmill.runtime.session import Session, native
+
+PEAK_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """stream: bytes per second that all threads together read; floats, integers: operations per second on f32
+    and on 8-bit integers."""
+
+    stream: float
+    floats: float
+    integers: float
+
+    @staticmethod
+    def measure(session: Session, stream_gb_s: float) -> Roofs:
+        """The two arithmetic peaks with the session's threads and instruction set."""
+        isa, threads = session.executor.isa, session.threads
+        floats, integers = (
+            1e9 * native().arithmetic_peak(isa, integer, threads, PEAK_SECONDS) for integer in (False, True)
+        )
+        return Roofs(1e9 * stream_gb_s, floats, integers)
+
+
+@dataclass
+class Kind:
+    """All instructions of one kind in one forward. seconds: measured; floor: the least possible ones."""
+
+    name: str
+    count: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+    operations: int = 0
+    floor: float = 0.0
+    memory_floor: float = 0.0
+
+    @property
+    def bound(self) -> str:
+        """What the floor is made of; "overhead" where there is next to none."""
+        if self.floor < 0.02 * self.seconds:
+            return "overhead"
+        return "memory" if self.memory_floor >= 0.5 * self.floor else "arithmetic"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """kinds: slowest first; seconds: of one forward, of which `kinds` are the parts; shared_phases: how often
+    the threads waited for each other in it."""
+
+    rows: int
+    context: int
+    kinds: list[Kind]
+    seconds: float
+    shared_phases: int
+
+    def to_json(self) -> dict[str, Any]:
+        kinds = [asdict(kind) | {"bound": kind.bound} for kind in self.kinds]
+        return {
+            "rows": self.rows, "context": self.context, "seconds": self.seconds,
+            "shared_phases": self.shared_phases, "kinds": kinds,
+        }  # fmt: skip
+
+
+def profile(session: Session, roofs: Roofs, rows: int, context: int, repeats: int) -> Profile:
+    """Profile forwards of ``rows`` rows of one slot after ``context`` positions; times are means.
+
+    Raises GristmillError where they do not fit into the session.
+    """
+    executor = session.executor
+    with session.slot() as slot:
+        take_in(session, slot, random_ids(session, context))
+        forward = _forward(session, slot, rows, context)
+        forward()
+        executor.profile(True)
+        for _ in range(repeats):
+            forward()
+        times = [nanoseconds / repeats / 1e9 for _, nanoseconds, _ in executor.profile_results()]
+        executor.profile(False)
+    kinds = collect(session.program, times, roofs, rows, context)
+    return Profile(rows, context, kinds, sum(times), int(executor.shared_phases))
+
+
+def collect(program: Program, times: Sequence[float], roofs: Roofs, rows: int, context: int) -> list[Kind]:
+    """Seconds of every instruction -> kinds, slowest first."""
+    found: dict[str, Kind] = {}
+    for instruction, seconds in zip(program.instructions, times, strict=True):
+        name = kind_of(program, instruction)
+        kind = found.setdefault(name, Kind(name))
+        read, operations, integer = work(program, instruction, rows, context)
+        memory = read / roofs.stream
+        kind.count += 1
+        kind.seconds += seconds
+        kind.bytes += read
+        kind.operations += operations
+        kind.memory_floor += memory
+        kind.floor += max(memory, operations / (roofs.integers if integer else roofs.floats))
+    return sorted(found.values(), key=lambda kind: -kind.seconds)
+
+
+def kind_of(program: Program, instruction: Instruction) -> str:
+    """The op, with the weights' name for those that have some."""
+    if instruction.weight is not None:
+        name = re.sub(r"^.*?\.\d+\.", "", instruction.weight)
+        formats = {segment.format for segment in program.weights[instruction.weight]}
+        return f"{instruction.op} {name} {'|'.join(sorted(formats))}"
+    if instruction.op == "attention":
+        cache = program.caches[instruction.attribute("cache")]
+        window = f" window {cache.window}" if cache.window else ""
+        types = cache.k_dtype if cache.k_dtype == cache.v_dtype else f"{cache.k_dtype}/{cache.v_dtype}"
+        return f"attention {types}{window}"
+    return instruction.op
+
+
+def work(program: Program, instruction: Instruction, rows: int, context: int) -> tuple[int, int, bool]:
+    """Bytes, operations, and whether these are on integers, for ``rows`` rows after ``context`` positions.
+
+    One row's logits are asked for, so that what follows gather_rows has one row.
+    """
+    if instruction.op == "attention":
+        cache = program.caches[instruction.attribute("cache")]
+        seen = _positions_seen(cache, rows, context)
+        reach = min(context + rows, cache.window + rows - 1) if cache.window else context + rows
+        width = instruction.attribute("heads") * (cache.k_dim + cache.v_dim)
+        return cache.row_bytes() * reach, 2 * width * seen, False
+    out = instruction.out.value
+    rows = 1 if out < 0 or program.values[out].rows == "R" else rows
+    if instruction.weight is None:
+        return 0, 0, False
+    segments = program.weights[instruction.weight]
+    if instruction.op == "embedding":
+        return rows * segment_row_bytes(segments[0]), 0, False
+    read = sum(segment.n * segment_row_bytes(segment) for segment in segments)
+    operations = 2 * rows * sum(segment.n * segment.k for segment in segments)
+    return read, operations, bool(instruction.attribute("act_group"))
+
+
+def _positions_seen(cache: CacheSpec, rows: int, context: int) -> int:
+    """Sum over the rows of the positions each attends to."""
+    seen = np.arange(context + 1, context + rows + 1)
+    return int((np.minimum(seen, cache.window) if cache.window else seen).sum())
+
+
+def random_ids(session: Session, count: int) -> NDArray[np.int32]:
+    """The same ids for the same session every time."""
+    raw = np.random.Philox(key=7).random_raw(max(count, 1))[:count]
+    return (raw % session.vocabulary).astype(np.int32)
+
+
+def take_in(session: Session, slot: int, ids: NDArray[np.int32]) -> None:
+    """Prefill in chunks; only the last row's logits are asked for, as in generation."""
+    for start in range(0, len(ids), session.max_tokens):
+        chunk = ids[start : start + session.max_tokens]
+        rows = [len(chunk) - 1] if start + len(chunk) == len(ids) else []
+        positions = np.arange(start, start + len(chunk), dtype=np.int32)
+        session._run(chunk, positions, np.full(len(chunk), slot, np.int32), np.array(rows, np.int32))
+
+
+def _forward(session: Session, slot: int, rows: int, context: int) -> Callable[[], object]:
+    """The forward to be timed; its positions are written again and again."""
+    tokens = random_ids(session, rows)
+    positions = np.arange(context, context + rows, dtype=np.int32)
+    slots, last = np.full(rows, slot, np.int32), np.full(1, rows - 1, np.int32)
+    return lambda: session._run(tokens, positions, slots, last)
