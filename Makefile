@@ -30,7 +30,7 @@ sanitize: install
 	tests/cpp/sanitize $(ARGS)
 
 bench: install
-	$(BIN)/gristmill bench $(OUT) $(ARGS)
+	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 report: install
 	$(BIN)/gristmill inspect $(OUT) && $(BIN)/gristmill bench $(OUT)

@@ -21,7 +21,7 @@ def cpu_model() -> str:
 
 
 def read_gb_s(threads: int, seconds: float = 1.0, megabytes: int = 512) -> float:
-    """10^9 bytes per second of the best read-only pass over memory that no cache holds."""
+    """10^9 bytes per second of read-only passes over memory that no cache holds."""
     return float(_native.read_bandwidth(megabytes << 20, threads, seconds))
 
 

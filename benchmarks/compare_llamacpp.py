@@ -1,8 +1,8 @@
 """Compare the speed of an artifact with llama.cpp's on the same model, side by side in one run.
 
-Both stay loaded, and every round measures the memory's read stream, gristmill and llama.cpp one after the
-other, so that whatever else happens on the machine happens to both. Ratios and shares are medians over the
-rounds. Only the weights are counted in GB/s.
+Both stay loaded, and every round measures the memory's read stream, gristmill, the stream again and llama.cpp
+one after the other, so that whatever else happens on the machine happens to all. Ratios and shares (of the
+mean of both streams) are medians over the rounds. Only the weights are counted in GB/s.
 
     python benchmarks/make_model.py tinyllama-1.1b bench/hf
     gristmill compile bench/hf -o bench/int4 --group-size 128 --no-gate
@@ -60,11 +60,11 @@ class Peer:
 
 
 def one_round(session: gristmill.Session, peer: Peer, options: BenchOptions, number: int) -> dict[str, float]:
-    stream = read_gb_s(session.threads)
-    decode, prefill, _ = measure_round(session, options)
+    decode, prefill, before = measure_round(session, options)
+    after = read_gb_s(session.threads)
     theirs = peer.measure(options)
-    stream = max(stream, read_gb_s(session.threads, 0.3))
-    return {"round": number, "stream_gb_s": stream, "decode_tok_s": decode, "prefill_tok_s": prefill,
+    return {"round": number, "stream_gb_s": (before + after) / 2,
+            "decode_tok_s": decode, "prefill_tok_s": prefill,
             "decode_gb_s": decode * session.executor.weight_bytes_per_token / 1e9,
             "peer_decode_tok_s": theirs["decode_tok_s"], "peer_prefill_tok_s": theirs["prefill_tok_s"],
             "peer_decode_gb_s": theirs["decode_tok_s"] * peer.about["read_bytes_per_token"] / 1e9}

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gristmill.runtime.errors import GristmillError
-from gristmill.runtime.profile import Roofs, profile, random_ids, take_in
+from gristmill.runtime.profile import Forward, Roofs, profile, random_ids, take_in
 from gristmill.runtime.program import CacheSpec
 from gristmill.runtime.session import Session, load, native
 
@@ -76,8 +76,8 @@ def _profiles(session: Session, options: BenchOptions, stream_gb_s: float) -> di
     """A decoded token and the longest chunk of the prompt, instruction by instruction."""
     roofs = Roofs.measure(session, stream_gb_s)
     rows = min(options.prompt, session.max_tokens)
-    decode = profile(session, roofs, 1, options.context, options.tokens)
-    prefill = profile(session, roofs, rows, 0, options.rounds)
+    decode = profile(session, roofs, Forward(1, options.context), options.tokens)
+    prefill = profile(session, roofs, Forward(rows), options.rounds)
     return {"roofs": asdict(roofs), "decode": decode.to_json(), "prefill": prefill.to_json()}
 
 

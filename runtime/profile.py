@@ -9,7 +9,8 @@ as bytes, since they stay in the caches of the processor.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,6 +42,16 @@ class Roofs:
         return Roofs(1e9 * stream_gb_s, floats, integers)
 
 
+@dataclass(frozen=True)
+class Forward:
+    """``rows`` new positions in each of ``sequences`` slots that hold ``context`` others; one row's logits of
+    each slot are asked for."""
+
+    rows: int = 1
+    context: int = 0
+    sequences: int = 1
+
+
 @dataclass
 class Kind:
     """All instructions of one kind in one forward. seconds: measured; floor: the least possible ones."""
@@ -66,8 +77,7 @@ class Profile:
     """kinds: slowest first; seconds: of one forward, of which `kinds` are the parts; shared_phases: how often
     the threads waited for each other in it."""
 
-    rows: int
-    context: int
+    forward: Forward
     kinds: list[Kind]
     seconds: float
     shared_phases: int
@@ -75,37 +85,38 @@ class Profile:
     def to_json(self) -> dict[str, Any]:
         kinds = [asdict(kind) | {"bound": kind.bound} for kind in self.kinds]
         return {
-            "rows": self.rows, "context": self.context, "seconds": self.seconds,
-            "shared_phases": self.shared_phases, "kinds": kinds,
-        }  # fmt: skip
+            **asdict(self.forward),
+            "seconds": self.seconds,
+            "shared_phases": self.shared_phases,
+            "kinds": kinds,
+        }
 
 
-def profile(session: Session, roofs: Roofs, rows: int, context: int, repeats: int) -> Profile:
-    """Profile forwards of ``rows`` rows of one slot after ``context`` positions; times are means.
+def profile(session: Session, roofs: Roofs, forward: Forward, repeats: int) -> Profile:
+    """Profile a forward; times are means over ``repeats``.
 
-    Raises GristmillError where they do not fit into the session.
+    Raises GristmillError where it does not fit into the session.
     """
     executor = session.executor
-    with session.slot() as slot:
-        take_in(session, slot, random_ids(session, context))
-        forward = _forward(session, slot, rows, context)
-        forward()
+    with prepared(session, forward) as run:
+        run()
         executor.profile(True)
         for _ in range(repeats):
-            forward()
+            run()
         times = [nanoseconds / repeats / 1e9 for _, nanoseconds, _ in executor.profile_results()]
         executor.profile(False)
-    kinds = collect(session.program, times, roofs, rows, context)
-    return Profile(rows, context, kinds, sum(times), int(executor.shared_phases))
+    return Profile(
+        forward, collect(session.program, times, roofs, forward), sum(times), executor.shared_phases
+    )
 
 
-def collect(program: Program, times: Sequence[float], roofs: Roofs, rows: int, context: int) -> list[Kind]:
+def collect(program: Program, times: Sequence[float], roofs: Roofs, forward: Forward) -> list[Kind]:
     """Seconds of every instruction -> kinds, slowest first."""
     found: dict[str, Kind] = {}
     for instruction, seconds in zip(program.instructions, times, strict=True):
         name = kind_of(program, instruction)
         kind = found.setdefault(name, Kind(name))
-        read, operations, integer = work(program, instruction, rows, context)
+        read, operations, integer = work(program, instruction, forward)
         memory = read / roofs.stream
         kind.count += 1
         kind.seconds += seconds
@@ -130,21 +141,20 @@ def kind_of(program: Program, instruction: Instruction) -> str:
     return instruction.op
 
 
-def work(program: Program, instruction: Instruction, rows: int, context: int) -> tuple[int, int, bool]:
-    """Bytes, operations, and whether these are on integers, for ``rows`` rows after ``context`` positions.
-
-    One row's logits are asked for, so that what follows gather_rows has one row.
-    """
+def work(program: Program, instruction: Instruction, forward: Forward) -> tuple[int, int, bool]:
+    """Bytes, operations, and whether these are on integers."""
+    rows, sequences = forward.rows, forward.sequences
     if instruction.op == "attention":
         cache = program.caches[instruction.attribute("cache")]
-        seen = _positions_seen(cache, rows, context)
-        reach = min(context + rows, cache.window + rows - 1) if cache.window else context + rows
+        end = forward.context + rows
+        reach = min(end, cache.window + rows - 1) if cache.window else end
         width = instruction.attribute("heads") * (cache.k_dim + cache.v_dim)
-        return cache.row_bytes() * reach, 2 * width * seen, False
-    out = instruction.out.value
-    rows = 1 if out < 0 or program.values[out].rows == "R" else rows
+        seen = _positions_seen(cache, forward)
+        return sequences * cache.row_bytes() * reach, 2 * sequences * width * seen, False
     if instruction.weight is None:
         return 0, 0, False
+    out = instruction.out.value
+    rows = sequences if out < 0 or program.values[out].rows == "R" else rows * sequences
     segments = program.weights[instruction.weight]
     if instruction.op == "embedding":
         return rows * segment_row_bytes(segments[0]), 0, False
@@ -153,9 +163,9 @@ def work(program: Program, instruction: Instruction, rows: int, context: int) ->
     return read, operations, bool(instruction.attribute("act_group"))
 
 
-def _positions_seen(cache: CacheSpec, rows: int, context: int) -> int:
-    """Sum over the rows of the positions each attends to."""
-    seen = np.arange(context + 1, context + rows + 1)
+def _positions_seen(cache: CacheSpec, forward: Forward) -> int:
+    """Sum over the rows of one sequence of the positions each attends to."""
+    seen = np.arange(forward.context + 1, forward.context + forward.rows + 1)
     return int((np.minimum(seen, cache.window) if cache.window else seen).sum())
 
 
@@ -174,9 +184,17 @@ def take_in(session: Session, slot: int, ids: NDArray[np.int32]) -> None:
         session._run(chunk, positions, np.full(len(chunk), slot, np.int32), np.array(rows, np.int32))
 
 
-def _forward(session: Session, slot: int, rows: int, context: int) -> Callable[[], object]:
-    """The forward to be timed; its positions are written again and again."""
-    tokens = random_ids(session, rows)
-    positions = np.arange(context, context + rows, dtype=np.int32)
-    slots, last = np.full(rows, slot, np.int32), np.full(1, rows - 1, np.int32)
-    return lambda: session._run(tokens, positions, slots, last)
+@contextmanager
+def prepared(session: Session, forward: Forward) -> Iterator[Callable[[], object]]:
+    """Slots that hold the context; what it yields runs the forward, over the same positions every time."""
+    with ExitStack() as held:
+        slots = [held.enter_context(session.slot()) for _ in range(forward.sequences)]
+        for slot in slots:
+            take_in(session, slot, random_ids(session, forward.context))
+        count = forward.rows * forward.sequences
+        tokens = random_ids(session, count)
+        new = np.arange(forward.context, forward.context + forward.rows, dtype=np.int32)
+        positions = np.tile(new, forward.sequences)
+        owners = np.repeat(np.array(slots, np.int32), forward.rows)
+        lasts = np.arange(forward.rows - 1, count, forward.rows, dtype=np.int32)
+        yield lambda: session._run(tokens, positions, owners, lasts)

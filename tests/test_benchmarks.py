@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import click
@@ -10,7 +11,9 @@ import llamacpp_peer
 import make_model
 import numpy as np
 import pytest
+import speed
 import torch
+from click.testing import CliRunner
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -24,6 +27,21 @@ SMALL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+
+
+def test_speed_of_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(make_model.SHAPES, "tinyllama-1.1b", SMALL)
+    monkeypatch.setattr(speed, "read_gb_s", lambda threads, seconds: 10.0)
+    counts = ["--prompt", "8", "--context", "16", "--batch", "2", "--rounds", "1", "--seconds", "0"]
+    folders = ["--work", str(tmp_path / "work"), "--results", str(tmp_path)]
+    arguments = ["tinyllama-1.1b", "--weights", "int4,f16", "--kv", "int8", *counts, *folders]
+    for _ in range(2):  # the second time over the same artifacts
+        result = CliRunner().invoke(speed.main, arguments, catch_exceptions=False)
+        assert result.exit_code == 0 and "decode of 2" in result.output
+    (path,) = tmp_path.glob("*-speed-*.csv")
+    rows = list(csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#")))
+    assert [(row["weights"], row["kv"]) for row in rows] == [("int4", "int8")] * 4 + [("f16", "int8")] * 4
+    assert all(float(row["tok_s"]) > 0 and float(row["floor_share"]) > 0 for row in rows)
 
 
 @pytest.mark.parametrize("name", sorted(make_model.SHAPES))

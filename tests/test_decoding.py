@@ -18,6 +18,7 @@ from transformers import (
 from gristmill.runtime.decoding.greedy import most_likely
 from gristmill.runtime.decoding.options import GenerationOptions
 from gristmill.runtime.decoding.sampling import (
+    Workspace,
     candidates,
     choose,
     draw,
@@ -35,6 +36,18 @@ NONE_SEEN = np.empty(0, np.int64)
 
 def logits_of(seed: int, size: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 3, size).astype(np.float32)
+
+
+def test_a_workspace_changes_nothing() -> None:
+    """Used again and again, also for fewer entries than it has room for."""
+    random = np.random.default_rng(3)
+    workspace = Workspace(3000)
+    for options in ({}, {"top_k": 700}, {"top_p": 0.9}, {"top_k": 600, "top_p": 0.99}, {"temperature": 3.0}):
+        chosen = GenerationOptions.of(**{"temperature": 0.8, **options})
+        for position in range(20):
+            scores = random.standard_normal(3000).astype(np.float32) * 2
+            plain = choose(scores, chosen, NONE_SEEN, 5, 0, position)
+            assert choose(scores, chosen, NONE_SEEN, 5, 0, position, workspace) == plain
 
 
 @pytest.mark.parametrize("size", [2, 50, 3000])

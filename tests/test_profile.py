@@ -9,7 +9,7 @@ from tiny import HEAD, HEADS, VOCABULARY, WIDTH, tiny_artifact, tiny_program
 
 from gristmill.runtime.cpu import _native
 from gristmill.runtime.errors import GristmillError
-from gristmill.runtime.profile import Roofs, collect, kind_of, profile, work
+from gristmill.runtime.profile import Forward, Roofs, collect, kind_of, profile, work
 from gristmill.runtime.session import load
 
 ROOFS = Roofs(stream=100.0, floats=1000.0, integers=4000.0)
@@ -32,10 +32,14 @@ def test_work_of_linears_and_embeddings() -> None:
     program = tiny_program()
     by_weight = {i.weight: i for i in program.instructions if i.weight}
     qkv = (HEADS + 2) * HEAD
-    assert work(program, by_weight["qkv"], 5, 3) == (4 * qkv * WIDTH, 2 * 5 * qkv * WIDTH, False)
-    assert work(program, by_weight["embed"], 5, 3) == (5 * 4 * WIDTH, 0, False)
+    assert work(program, by_weight["qkv"], Forward(5, 3)) == (4 * qkv * WIDTH, 2 * 5 * qkv * WIDTH, False)
+    assert work(program, by_weight["embed"], Forward(5, 3)) == (5 * 4 * WIDTH, 0, False)
     head = program.instructions[-1]
-    assert work(program, head, 5, 3) == (4 * VOCABULARY * WIDTH, 2 * VOCABULARY * WIDTH, False)  # one row
+    assert work(program, head, Forward(5, 3)) == (
+        4 * VOCABULARY * WIDTH,
+        2 * VOCABULARY * WIDTH,
+        False,
+    )  # one row
 
 
 @pytest.mark.parametrize(
@@ -49,18 +53,20 @@ def test_work_of_attention(window: int, rows: int, context: int, seen: int, reac
     """Every row attends to the positions up to its own, or to the last ones of its window."""
     program = tiny_program(window=window)
     attention = next(i for i in program.instructions if i.op == "attention")
-    read, operations, integer = work(program, attention, rows, context)
+    read, operations, integer = work(program, attention, Forward(rows, context))
     assert (read, operations) == (program.caches[0].row_bytes() * reach, 2 * HEADS * 2 * HEAD * seen)
     assert not integer
+    twice = work(program, attention, Forward(rows, context, 2))
+    assert twice == (2 * read, 2 * operations, False)
 
 
 def test_floors_are_those_of_the_scarcer_resource() -> None:
     program = tiny_program()
     times = [1e6] * len(program.instructions)
-    found = {kind.name: kind for kind in collect(program, times, ROOFS, 1, 0)}
+    found = {kind.name: kind for kind in collect(program, times, ROOFS, Forward())}
     linear = found["linear qkv f32"]
     assert linear.floor == linear.bytes / 100  # 4 bytes a weight at 100/s against 2 operations at 1000/s
-    many = {kind.name: kind for kind in collect(program, times, ROOFS, 100, 0)}["linear qkv f32"]
+    many = {kind.name: kind for kind in collect(program, times, ROOFS, Forward(100))}["linear qkv f32"]
     assert many.floor == many.operations / 1000
     assert found["rms_norm"].bound == "overhead"
 
@@ -75,9 +81,9 @@ def test_layers_of_a_kind_are_one() -> None:
 
 def test_profile_of_a_session(tmp_path: Path) -> None:
     session = load(tiny_artifact(tmp_path / "a"), threads=2)
-    found = profile(session, ROOFS, 3, 5, 2)
+    found = profile(session, ROOFS, Forward(3, 5, 2), 2)
     assert sum(kind.count for kind in found.kinds) == len(session.program.instructions)
     assert found.seconds == pytest.approx(sum(kind.seconds for kind in found.kinds)) and found.seconds > 0
     assert [k.seconds for k in found.kinds] == sorted((k.seconds for k in found.kinds), reverse=True)
     with pytest.raises(GristmillError, match="max_len"):
-        profile(session, ROOFS, 3, 5000, 1)
+        profile(session, ROOFS, Forward(3, 5000), 1)

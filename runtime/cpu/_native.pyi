@@ -70,7 +70,7 @@ def default_threads() -> int:
     """Physical cores that this process may run on."""
 
 def read_bandwidth(bytes: int, threads: int, seconds: float) -> float:
-    """GB/s of the best read-only pass of all threads over anonymous memory of so many bytes."""
+    """GB/s that all threads read of anonymous memory of so many bytes, sustained for `seconds`."""
 
 def arithmetic_peak(isa: str, integer: bool, threads: int, seconds: float) -> float:
     """1e9 operations per second of independent multiply-adds in registers, of f32 or of bytes.

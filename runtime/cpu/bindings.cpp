@@ -103,7 +103,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("default_threads", &default_threads, "Physical cores that this process may run on.");
   module.def("read_bandwidth", &read_bandwidth, py::arg("bytes"), py::arg("threads"), py::arg("seconds"),
              py::call_guard<py::gil_scoped_release>(),
-             "GB/s of the best read-only pass over anonymous memory.");
+             "GB/s that all threads together read of anonymous memory.");
   module.def("arithmetic_peak", &arithmetic_peak, py::arg("isa"), py::arg("integer"), py::arg("threads"),
              py::arg("seconds"), py::call_guard<py::gil_scoped_release>(),
              "1e9 operations per second of independent multiply-adds in registers.");

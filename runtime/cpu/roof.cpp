@@ -43,7 +43,7 @@ constexpr uint64_t (*kReaders[])(const char*) = {read_piece<1>, read_piece<4>, r
 class ReadJob final : public Job {
  public:
   ReadJob(char* data, int64_t units) : data_(data), units_(units) {}
-  void choose(int pass) { read_ = kReaders[static_cast<size_t>(pass) % std::size(kReaders)]; }
+  void choose(size_t reader) { read_ = kReaders[reader]; }
   int64_t open(int64_t) noexcept override { return units_; }
   void work(int64_t, int64_t begin, int64_t end, int) noexcept override {
     uint64_t sum = 0;
@@ -92,15 +92,23 @@ double read_bandwidth(int64_t bytes, int threads, double seconds) {
   std::memset(region.data(), 1, region.bytes());
   Pool pool(threads);
   ReadJob job(region.data(), units);
-  double best = 1e30;
-  const auto begin = std::chrono::steady_clock::now();
-  for (int pass = 0; pass < 6 || seconds_since(begin) < seconds; pass++) {
-    job.choose(pass);
+  const auto pass = [&] {
     const auto start = std::chrono::steady_clock::now();
     pool.run(job, 1, false);
-    best = std::min(best, seconds_since(start));
+    return seconds_since(start);
+  };
+  double least = 1e30;
+  size_t best = 0;
+  for (size_t trial = 0; trial < 2 * std::size(kReaders); trial++) {
+    job.choose(trial % std::size(kReaders));
+    const double taken = pass();
+    if (taken < least) least = taken, best = trial % std::size(kReaders);
   }
-  return static_cast<double>(units * kPiece) / best / 1e9;
+  job.choose(best);
+  double taken = pass();
+  int64_t passes = 1;
+  for (; taken < seconds; passes++) taken += pass();
+  return static_cast<double>(passes * units * kPiece) / taken / 1e9;
 }
 
 double arithmetic_peak(const std::string& isa, bool integer, int threads, double seconds) {

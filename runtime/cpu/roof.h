@@ -5,8 +5,8 @@
 
 namespace gristmill {
 
-// Best of several read-only passes over `bytes` of touched anonymous memory within `seconds`; GB/s (1e9
-// bytes).
+// Read-only passes over `bytes` of touched anonymous memory, by the fastest of several readers, for `seconds`:
+// what memory sustains over the time that a measurement takes, not its luckiest moment; GB/s (1e9 bytes).
 double read_bandwidth(int64_t bytes, int threads, double seconds);
 
 // Best of several runs of the multiply-adds of one instruction set ("auto": the best) on all threads; 1e9

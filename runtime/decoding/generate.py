@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gristmill.runtime.decoding.options import GenerationOptions
-from gristmill.runtime.decoding.sampling import choose
+from gristmill.runtime.decoding.sampling import Workspace, choose
 from gristmill.runtime.decoding.stops import StopStrings
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.tokenizer import StreamDecoder
@@ -73,6 +73,7 @@ class Running:
             if prompt.options.repetition_penalty != 1.0
             else np.empty(0, np.int64)
         )
+        self._workspace: Workspace | None = None
         self._first_at = started
 
     @property
@@ -82,7 +83,10 @@ class Running:
 
     def advance(self, logits: np.ndarray) -> str:
         """Chooses the token that follows from `logits` [V] and returns the text that it makes certain."""
-        token = choose(logits, self.options, self._seen, self.result.seed, 0, len(self.tokens) - 1)
+        if self._workspace is None and self.options.temperature > 0:
+            self._workspace = Workspace(logits.size)
+        position = len(self.tokens) - 1
+        token = choose(logits, self.options, self._seen, self.result.seed, 0, position, self._workspace)
         self.tokens.append(token)
         self.result.token_ids.append(token)
         if self.options.repetition_penalty != 1.0 and token not in self._seen:

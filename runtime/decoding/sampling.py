@@ -17,8 +17,22 @@ FIRST_CANDIDATES = 1024  # top-p looks at this many of the most likely tokens be
 BLOCK = 512  # entries whose weights are summed together when one is drawn
 
 
+class Workspace:
+    """Buffers for a vocabulary: fresh ones of this size would be mapped, and faulted in, for every token."""
+
+    def __init__(self, size: int):
+        self.scores = np.empty(size, np.float32)
+        self.weights = np.zeros(-(-size // BLOCK) * BLOCK, np.float32)
+
+
 def choose(
-    logits: np.ndarray, options: GenerationOptions, seen: np.ndarray, seed: int, sequence: int, position: int
+    logits: np.ndarray,
+    options: GenerationOptions,
+    seen: np.ndarray,
+    seed: int,
+    sequence: int,
+    position: int,
+    workspace: Workspace | None = None,
 ) -> int:
     """The token after `position`: logits [V] f32; seen [n] ids that the penalty is for."""
     if options.repetition_penalty != 1.0:
@@ -26,13 +40,13 @@ def choose(
     best = most_likely(logits)
     if options.temperature == 0.0:
         return best
-    scaled = (logits - logits[best]) / np.float32(
-        options.temperature
-    )  # shifted first: no temperature overflows
+    buffers = workspace or Workspace(logits.size)
+    scaled = np.subtract(logits, logits[best], out=buffers.scores)  # shifted first: no temperature overflows
+    scaled /= np.float32(options.temperature)
     point = uniform(seed, sequence, position)
     if options.top_k == 0 and options.top_p == 1.0:
-        return draw(scaled, point)
-    ids, scores = candidates(scaled, options.top_k, options.top_p)
+        return draw(scaled, point, buffers.weights)
+    ids, scores = candidates(scaled, options.top_k, options.top_p, buffers.weights)
     return int(ids[draw(scores, point)])
 
 
@@ -44,13 +58,15 @@ def penalize_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) ->
     return out
 
 
-def candidates(scores: np.ndarray, top_k: int, top_p: float) -> tuple[np.ndarray, np.ndarray]:
+def candidates(
+    scores: np.ndarray, top_k: int, top_p: float, buffer: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The ids that may be drawn and their scores; equals of the k-th best stay in, as in transformers."""
     if 0 < top_k < scores.size:
         ids = np.flatnonzero(scores >= kth_largest(scores, top_k))
         ids = ids[nucleus(scores[ids], top_p)] if top_p < 1.0 else ids
     else:
-        ids = nucleus(scores, top_p) if top_p < 1.0 else np.arange(scores.size)
+        ids = nucleus(scores, top_p, buffer) if top_p < 1.0 else np.arange(scores.size)
     return ids, scores[ids]
 
 
@@ -68,31 +84,40 @@ def kth_largest(scores: np.ndarray, k: int) -> np.float32:
     return np.partition(scores, scores.size - k)[scores.size - k]
 
 
-def nucleus(scores: np.ndarray, top_p: float) -> np.ndarray:
+def nucleus(scores: np.ndarray, top_p: float, buffer: np.ndarray | None = None) -> np.ndarray:
     """Ascending indices of the fewest most likely entries that reach `top_p`; one at least."""
-    weights = np.exp(scores - scores.max())
-    total = weights.sum(dtype=np.float64)
-    top = np.arange(scores.size)
+    weights = _weights(scores, buffer)
+    total = float(weights.sum())  # pairwise: 1e-6 off at most, and ten times as fast as in f64
+    top = None
     if scores.size > FIRST_CANDIDATES:
         likely = np.flatnonzero(scores >= kth_largest(scores, FIRST_CANDIDATES))
         if weights[likely].sum(dtype=np.float64) >= top_p * total:
             top = likely
+    if top is None:
+        top = np.arange(scores.size)
     top = top[np.lexsort((top, -weights[top]))]
     before = np.cumsum(weights[top], dtype=np.float64) - weights[top]  # mass of all that are more likely
     keep = int(np.count_nonzero(before < top_p * total))
     return np.sort(top[: max(keep, 1)])
 
 
-def draw(scores: np.ndarray, point: float) -> int:
+def draw(scores: np.ndarray, point: float, buffer: np.ndarray | None = None) -> int:
     """The index at `point` (0 to 1) of the cumulative softmax of `scores`: its block, then its place."""
-    weights = np.exp(scores - scores.max())
-    blocks = np.zeros(-(-weights.size // BLOCK) * BLOCK, np.float32)
-    blocks[: weights.size] = weights
+    size = -(-scores.size // BLOCK) * BLOCK
+    blocks = np.zeros(size, np.float32) if buffer is None or buffer.size != size else buffer
+    weights = _weights(scores, blocks)
     sums = np.cumsum(blocks.reshape(-1, BLOCK).sum(axis=1), dtype=np.float64)
     target = point * sums[-1]
     block = first_above(sums, target)
     ends = np.cumsum(weights[block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
     return block * BLOCK + first_above(ends, target - (sums[block - 1] if block else 0.0))
+
+
+def _weights(scores: np.ndarray, buffer: np.ndarray | None) -> np.ndarray:
+    """exp(scores - max), at the beginning of the buffer where there is one."""
+    out = None if buffer is None else buffer[: scores.size]
+    weights = np.subtract(scores, scores.max(), out=out)
+    return np.exp(weights, out=weights)
 
 
 def first_above(ends: np.ndarray, target: float) -> int:
