@@ -119,16 +119,16 @@ def compare(artifact: Path, gguf: Path, python: str, threads: int, options: Benc
 @click.option("--name", help="Of the model, for the name of the results file; default: that of the artifact.")
 @click.option("--results", type=click.Path(path_type=Path), default=HERE / "results")
 def main(artifact: Path, gguf: Path, peer_python: str, threads: int, results: Path, name: str | None,
-         **counts: int) -> None:
-    options = BenchOptions(threads=threads, **counts)
+         rounds: int, prompt: int, tokens: int, context: int) -> None:
+    options = BenchOptions(prompt, tokens, context, rounds, threads)
     load = os.getloadavg()[0]
-    rounds, version = compare(artifact, gguf, peer_python, threads, options)
-    line = summary(rounds)
+    measured, version = compare(artifact, gguf, peer_python, threads, options)
+    line = summary(measured)
     machine = f"{date.today()}, {cpu_model()}, {threads} threads, load average {load:.1f} before the run"
     versions = f"gristmill {gristmill.__version__} ({artifact.name}), {version} ({gguf.name})"
     lengths = f"prefill of {options.prompt}, {options.tokens} tokens after a context of {options.context}"
     path = results / f"{date.today()}-{name or artifact.name}-{gguf.stem}.csv"
-    write_results(path, rounds, [machine, versions, lengths, line])
+    write_results(path, measured, [machine, versions, lengths, line])
     print(line)
 
 

@@ -27,7 +27,7 @@ from make_model import SHAPES, make_model
 
 import gristmill
 from gristmill.runtime.bench import BenchOptions
-from gristmill.runtime.profile import Forward, Roofs, prepared, work
+from gristmill.runtime.profile import Forward, Roofs, cpu_executor, prepared, work
 
 HERE = Path(__file__).parent
 COLUMNS = ("weights", "kv", "work", "tok_s", "ms", "gb_s", "stream_share", "gop_s", "floor_share")
@@ -202,7 +202,7 @@ def main(
             peer.close()
     rows = medians(found)
     versions = [f"gristmill {gristmill.__version__}", *(peer.about["version"] for _, peer in running)]
-    machine = f"{date.today()}, {cpu_model()}, {threads} threads, {candidates[0].session.executor.isa}"
+    machine = f"{date.today()}, {cpu_model()}, {threads} threads, {cpu_executor(candidates[0].session).isa}"
     write(
         results / f"{date.today()}-speed-{shape}.csv",
         rows,

@@ -12,15 +12,30 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gristmill.runtime.program import CacheSpec, Instruction, Program, segment_row_bytes
-from gristmill.runtime.session import Session, native
+from gristmill.runtime.session import Executor, Session, native
 
 PEAK_SECONDS = 0.2
+
+
+class CpuExecutor(Executor, Protocol):
+    """What profiling needs of the executor beside running it; see cpu/_native.pyi."""
+
+    isa: str
+    shared_phases: int
+
+    def profile(self, enable: bool) -> None: ...
+
+    def profile_results(self) -> list[tuple[str, int, int]]: ...
+
+
+def cpu_executor(session: Session) -> CpuExecutor:
+    return cast(CpuExecutor, session.executor)
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,7 @@ class Roofs:
     @staticmethod
     def measure(session: Session, stream_gb_s: float) -> Roofs:
         """The two arithmetic peaks with the session's threads and instruction set."""
-        isa, threads = session.executor.isa, session.threads
+        isa, threads = cpu_executor(session).isa, session.threads
         floats, integers = (
             1e9 * native().arithmetic_peak(isa, integer, threads, PEAK_SECONDS) for integer in (False, True)
         )
@@ -97,7 +112,7 @@ def profile(session: Session, roofs: Roofs, forward: Forward, repeats: int) -> P
 
     Raises GristmillError where it does not fit into the session.
     """
-    executor = session.executor
+    executor = cpu_executor(session)
     with prepared(session, forward) as run:
         run()
         executor.profile(True)
