@@ -21,6 +21,11 @@ from gristmill.runtime.errors import GristmillError
 TRACEBACK_VARIABLE = "GRISTMILL_TRACEBACK"
 _ARTIFACT = click.argument("artifact", type=click.Path())
 _THREADS = click.option("--threads", type=int, help="Threads; default: every processor this process may use.")
+_HUGEPAGES = click.option(
+    "--hugepages",
+    is_flag=True,
+    help="Copy the weights into huge pages: starts later, helps on some machines.",
+)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 
 
@@ -68,10 +73,11 @@ cli.add_command(export_command)
 @click.option("--system", help="With --chat: the system message.")
 @click.option("--max-len", type=int, help="Positions to make room for; default: as compiled.")
 @_THREADS
+@_HUGEPAGES
 @_JSON
 def run(
     artifact: str, prompt: str, chat: bool, system: str | None, max_len: int | None, threads: int | None,
-    as_json: bool, **options: Any,
+    hugepages: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Continue a text, or answer with --chat.
 
@@ -82,7 +88,7 @@ def run(
     from gristmill.runtime.report import memory_text
     from gristmill.runtime.session import load
 
-    session = load(artifact, threads=threads, max_len=max_len, max_slots=1)
+    session = load(artifact, threads=threads, max_len=max_len, max_slots=1, hugepages=hugepages)
     given: Any = prompt
     if chat:
         messages = [{"role": "system", "content": system}] if system else []
@@ -226,6 +232,7 @@ def eval_command(
 )
 @click.option("--profile", is_flag=True, help="Also time every kind of instruction, beside its roof.")
 @_THREADS
+@_HUGEPAGES
 @_JSON
 def bench(artifact: str, as_json: bool, **options: Any) -> None:
     """Measure speed, beside what this machine's memory can deliver.

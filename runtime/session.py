@@ -61,16 +61,18 @@ def load(
     threads: int | None = None,
     max_len: int | None = None,
     max_slots: int | None = None,
+    hugepages: bool = False,
     **unknown: Any,
 ) -> Session:
     """Opens the artifact in directory `path`.
 
     threads: default every processor this process may use. max_len: positions per slot, default what the
     artifact was compiled for, at most what its model can address. max_slots: sequences at once, default 8
-    unless compiled otherwise. Raises GristmillError for a damaged artifact and for what this machine or model
-    cannot do.
+    unless compiled otherwise. hugepages: copy the weights into huge pages instead of mapping the file, which
+    takes time at the start and memory that no other process shares, and spares misses of the address
+    translation. Raises GristmillError for a damaged artifact and for what this machine or model cannot do.
     """
-    refuse_unknown(unknown, ("device", "threads", "max_len", "max_slots"), "load")
+    refuse_unknown(unknown, ("device", "threads", "max_len", "max_slots", "hugepages"), "load")
     if device != "cpu":
         raise GristmillError(f"device {device!r} is not supported, expected 'cpu'")
     artifact = open_artifact(path)
@@ -81,9 +83,15 @@ def load(
     max_len = _within("max_len", max_len, limits.max_len, limits.max_position)
     max_slots = _within("max_slots", max_slots, limits.max_slots, 65536)
     threads = _within("threads", threads, machine.usable_cpus(), 1024)
-    refuse_too_large(program, max_len, max_slots)
+    weights = artifact.weights_path
+    refuse_too_large(program, max_len, max_slots, weights.stat().st_size if hugepages else 0)
     executor = native().Executor(
-        program_json, str(artifact.weights_path), threads=threads, max_len=max_len, max_slots=max_slots
+        program_json,
+        str(weights),
+        threads=threads,
+        max_len=max_len,
+        max_slots=max_slots,
+        huge_pages=hugepages,
     )
     return Session(artifact, program, executor)
 

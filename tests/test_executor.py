@@ -105,6 +105,14 @@ def assert_close(got: Array, expected: Array, tolerance: float) -> None:
     )
 
 
+@pytest.mark.parametrize("case", ["order", "kv_mixed"])
+def test_huge_pages_give_the_same_bits(case: str, tmp_path: Path) -> None:
+    program = llama(CASES[case])
+    tokens = tokens_for(program, 9)
+    logits = [run(make(program, tmp_path, huge_pages=huge), tokens) for huge in (False, True)]
+    np.testing.assert_array_equal(*logits)
+
+
 @pytest.mark.parametrize("isa", _native.isas())
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_interpreter(case: str, isa: str, tmp_path: Path) -> None:

@@ -441,6 +441,22 @@ def test_load_changes_the_limits(artifact: Path) -> None:
     assert (session.max_len, session.max_slots) == (256, 9)
 
 
+def test_huge_pages_change_nothing_but_where_weights_lie(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapped, copied = gristmill.load(artifact), gristmill.load(artifact, hugepages=True)
+    with (artifact / "weights.safetensors").open("rb") as file:  # the copy is of the file as it was
+        assert copied.executor.weight_bytes == len(file.read())
+    for prompt in PROMPTS:
+        wanted = mapped.generate(prompt, max_new_tokens=10).token_ids
+        assert copied.generate(prompt, max_new_tokens=10).token_ids == wanted
+    needed = footprint.kv_bytes(mapped.program, 64, 4) + mapped.program.arena_bytes
+    monkeypatch.setattr("gristmill.runtime.machine.available_memory_bytes", lambda: needed)
+    gristmill.load(artifact)
+    with pytest.raises(GristmillError, match="load without hugepages"):
+        gristmill.load(artifact, hugepages=True)
+
+
 @pytest.mark.parametrize(
     "given, message",
     [

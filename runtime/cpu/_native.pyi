@@ -15,10 +15,12 @@ class Executor:
         max_len: int,
         max_slots: int,
         isa: str = "auto",
+        huge_pages: bool = False,
         alone_below: int = 1048576,
     ) -> None:
         """`threads` 0: physical cores of this process. A second Executor of the same file shares its pages.
 
+        `huge_pages`: weights are copied into them, caches and arena lie in them, where the system has any.
         A forward of fewer than `alone_below` multiplications stays on the calling thread.
         """
     def forward(

@@ -29,7 +29,7 @@ const Kernels* choose_kernels(const std::string& isa) {
 }  // namespace
 
 Executor::Executor(std::string_view program_json, const std::string& weights_path, const Options& options)
-    : weights_(Weights::open(weights_path)),
+    : weights_(Weights::open(weights_path, options.huge_pages)),
       program_(parse_program(program_json, *weights_)),
       pool_(choose_threads(options.threads)) {
   check_options(options);
@@ -40,7 +40,7 @@ Executor::Executor(std::string_view program_json, const std::string& weights_pat
   machine_.max_len = options.max_len;
   machine_.max_slots = options.max_slots;
   build_steps();
-  lay_out_memory();
+  lay_out_memory(options.huge_pages);
   order_.reserve(static_cast<size_t>(program_.max_tokens));
   machine_.batch.blocks.reserve(static_cast<size_t>(program_.max_tokens));
 }
@@ -93,7 +93,7 @@ void Executor::add_linear(size_t index) {
   weight_elements_ += in.weight->n * in.weight->k;
 }
 
-void Executor::lay_out_memory() {
+void Executor::lay_out_memory(bool huge_pages) {
   const size_t kv = lay_out_caches(Carver(nullptr, true)), scratch = lay_out_scratch(Carver(nullptr, true));
   const auto arena = static_cast<size_t>(program_.arena_bytes);
   const size_t total = arena + kv + scratch;
@@ -101,9 +101,9 @@ void Executor::lay_out_memory() {
     fail("needs ", total >> 20, " MiB (", kv >> 20, " of them caches for max_len ", max_len(),
          " and max_slots ", max_slots(), "), this machine has ", physical_memory() >> 20,
          " MiB: ask for a smaller max_len or max_slots");
-  arena_ = Region(arena, "the arena");
-  kv_ = Region(kv, "the KV cache");
-  scratch_ = Region(scratch, "scratch memory");
+  arena_ = Region(arena, "the arena", huge_pages);
+  kv_ = Region(kv, "the KV cache", huge_pages);
+  scratch_ = Region(scratch, "scratch memory", huge_pages);
   machine_.arena = arena_.data();
   lay_out_caches(Carver(kv_.data(), true));
   lay_out_scratch(Carver(scratch_.data(), true));

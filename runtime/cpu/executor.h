@@ -22,6 +22,8 @@ struct Options {
   int threads = 0;  // 0: physical cores of this process
   int64_t max_len = 0, max_slots = 0;
   std::string isa = "auto";
+  // Weights, caches and arena in huge pages: fewer misses of the address translation, paid for by a copy.
+  bool huge_pages = false;
   // A forward of fewer multiplications stays on the calling thread: waking others costs more than it brings.
   int64_t alone_below = int64_t{1} << 20;
 };
@@ -68,7 +70,7 @@ class Executor final : private Job {
   void build_steps();
   void add_step(int64_t instruction, std::unique_ptr<Step> step);
   void add_linear(size_t index);
-  void lay_out_memory();
+  void lay_out_memory(bool huge_pages);
   size_t lay_out_caches(Carver carver);
   size_t lay_out_scratch(Carver carver);
   void lay_out_quantized(Carver& carver);

@@ -10,7 +10,7 @@
 
 namespace gristmill {
 
-Region::Region(size_t bytes, const char* what) : bytes_(bytes) {
+Region::Region(size_t bytes, const char* what, bool huge_pages) : bytes_(bytes) {
   if (bytes == 0) return;
   if (bytes > physical_memory()) {
     fail(what, " needs ", bytes >> 20, " MiB, this machine has ", physical_memory() >> 20,
@@ -19,6 +19,11 @@ Region::Region(size_t bytes, const char* what) : bytes_(bytes) {
   void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (at == MAP_FAILED) fail(what, ": no ", bytes >> 20, " MiB of memory to be had: ", std::strerror(errno));
   data_ = static_cast<char*>(at);
+#if defined(MADV_HUGEPAGE)
+  if (huge_pages) madvise(at, bytes, MADV_HUGEPAGE);  // a wish: refused, pages stay small
+#else
+  (void)huge_pages;
+#endif
 }
 
 Region::~Region() {

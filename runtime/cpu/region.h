@@ -13,7 +13,8 @@ namespace gristmill {
 class Region {
  public:
   Region() = default;
-  Region(size_t bytes, const char* what);  // throws Error when the machine has no such memory
+  // Throws Error when the machine has no such memory. huge_pages: ask for them, where the system has any.
+  Region(size_t bytes, const char* what, bool huge_pages = false);
   ~Region();
   Region(Region&& other) noexcept { swap(other); }
   Region& operator=(Region&& other) noexcept {

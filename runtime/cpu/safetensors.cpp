@@ -48,7 +48,8 @@ std::string shape_text(const std::vector<int64_t>& shape) {
 
 bool natural(const Json& value) { return value.is_integer && value.integer >= 0; }
 
-using Key = std::tuple<uint64_t, uint64_t, int64_t, int64_t, int64_t>;  // device, inode, size, mtime
+// device, inode, size, mtime, whether it is a copy in huge pages
+using Key = std::tuple<uint64_t, uint64_t, int64_t, int64_t, int64_t, bool>;
 
 std::map<Key, std::weak_ptr<const Weights>>& open_files() {
   static auto* const files = new std::map<Key, std::weak_ptr<const Weights>>;
@@ -66,33 +67,54 @@ std::shared_ptr<const Weights> find_open(const Key& key) {
 
 }  // namespace
 
-std::shared_ptr<const Weights> Weights::open(const std::string& path) {
+std::shared_ptr<const Weights> Weights::open(const std::string& path, bool huge_pages) {
   const Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
   if (file.value < 0) fail(quote(path), ": cannot be opened: ", std::strerror(errno));
   struct stat status{};
   if (fstat(file.value, &status) != 0) fail(quote(path), ": ", std::strerror(errno));
   if (!S_ISREG(status.st_mode)) fail(quote(path), ": not a regular file");
-  const Key key{status.st_dev, status.st_ino, status.st_size, status.st_mtim.tv_sec, status.st_mtim.tv_nsec};
+  const Key key{status.st_dev,          status.st_ino,           status.st_size,
+                status.st_mtim.tv_sec, status.st_mtim.tv_nsec, huge_pages};
   if (auto shared = find_open(key)) return shared;
-  auto weights = std::make_shared<const Weights>(file.value, static_cast<uint64_t>(status.st_size), path);
+  const auto bytes = static_cast<uint64_t>(status.st_size);
+  auto weights = std::make_shared<const Weights>(file.value, bytes, path, huge_pages);
   const std::lock_guard<std::mutex> lock(fork_mutex());
   open_files()[key] = weights;
   return weights;
 }
 
-Weights::Weights(int descriptor, uint64_t bytes, const std::string& path)
+Weights::Weights(int descriptor, uint64_t bytes, const std::string& path, bool huge_pages)
     : path_(quote(path)), bytes_(bytes) {
   if (bytes < 16) fail(path_, ": ", bytes, " bytes are too few for a safetensors file");
-  map(descriptor);
+  if (huge_pages) copy(descriptor);
+  else map(descriptor);
   try {
     read_header();
   } catch (...) {
-    munmap(data_, bytes_);
+    unmap();
     throw;
   }
 }
 
-Weights::~Weights() { munmap(data_, bytes_); }
+Weights::~Weights() { unmap(); }
+
+void Weights::unmap() {
+  if (!copy_.data()) munmap(data_, bytes_);
+}
+
+void Weights::copy(int descriptor) {
+  constexpr uint64_t kPiece = uint64_t{64} << 20;
+  copy_ = Region(bytes_, "the copy of the weights", true);
+  data_ = copy_.data();
+  for (uint64_t at = 0; at < bytes_;) {
+    const size_t wanted = static_cast<size_t>(std::min(kPiece, bytes_ - at));
+    const ssize_t got = pread(descriptor, data_ + at, wanted, static_cast<off_t>(at));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) fail(path_, ": cannot be read: ", std::strerror(errno));
+    if (got == 0) fail(path_, ": ended at byte ", at, " of ", bytes_, " while it was read");
+    at += static_cast<uint64_t>(got);
+  }
+}
 
 void Weights::map(int descriptor) {
   void* at = mmap(nullptr, bytes_, PROT_READ, MAP_SHARED, descriptor, 0);

@@ -1,4 +1,4 @@
-// weights.safetensors as one read-only mapping, shared by all who open the same file.
+// weights.safetensors as one read-only mapping or copy, shared by all who open the same file.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "json.h"
+#include "region.h"
 
 namespace gristmill {
 
@@ -20,10 +21,11 @@ struct Tensor {
 
 class Weights {
  public:
-  // Maps the file, or hands out the mapping that someone in this process already has of it. Throws Error.
-  static std::shared_ptr<const Weights> open(const std::string& path);
+  // Maps the file, or hands out the mapping that someone in this process already has of it. huge_pages: a
+  // copy in memory instead, since a file's pages are small. Throws Error.
+  static std::shared_ptr<const Weights> open(const std::string& path, bool huge_pages = false);
 
-  Weights(int descriptor, uint64_t bytes, const std::string& path);  // use open()
+  Weights(int descriptor, uint64_t bytes, const std::string& path, bool huge_pages);  // use open()
   ~Weights();
   Weights(const Weights&) = delete;
   Weights& operator=(const Weights&) = delete;
@@ -36,11 +38,14 @@ class Weights {
 
  private:
   void map(int descriptor);
+  void copy(int descriptor);
+  void unmap();
   void read_header();
   void read_tensor(const std::string& name, const Json& entry, uint64_t data_begin);
   void refuse_holes(uint64_t data_begin) const;
 
   std::string path_;
+  Region copy_;  // empty: data_ is a mapping of the file
   char* data_ = nullptr;
   uint64_t bytes_ = 0;
   std::unordered_map<std::string, Tensor> tensors_;
