@@ -18,7 +18,7 @@ from gristmill.quant.scheme import Scheme
 
 EXPONENTS = tuple(i / 20 for i in range(1, 20))
 DUO_EXPONENTS = tuple(i / 10 for i in range(1, 10))
-CHUNK_WEIGHTS = 1 << 18  # weights rounded together: what a core's cache holds
+CHUNK_WEIGHTS = 1 << 17  # weights rounded together: 512 KiB, what a core's cache holds
 LEAST = 1e-4  # of a scale, before they are centered
 
 

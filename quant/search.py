@@ -21,7 +21,7 @@ from gristmill.quant.hessian import row_errors
 from gristmill.quant.scheme import Scheme
 
 BLOCK = 128  # widest block of H that a group is judged by
-CHUNK_WEIGHTS = 1 << 20  # weights looked at together: 4 MiB of f32
+CHUNK_WEIGHTS = 1 << 17  # weights looked at together: 512 KiB, what a core's cache holds
 REFITS = 3
 SHRINK = tuple(1 - 0.03 * i for i in range(20))  # share of the range that is kept, down to 0.43
 FINE_SHRINK = tuple(1 - 0.01 * i for i in range(8))  # for eight bits, where clipping costs more
