@@ -43,7 +43,7 @@ CHUNK_ARRAYS = 11
 HESSIANS = 4
 RATE_SIDE = 1024
 RATE_SECONDS = 0.5
-# Share of that product's rate which a calibration gets: its products are larger than caches, and copies, fresh
+# Share of that product's rate that a calibration gets: its products are larger than caches, and copies, fresh
 # pages and single steps lie between them. Seen for gptq and for both phases of awq on a 1.1B shape.
 ATTAINED = 0.4
 
