@@ -190,25 +190,21 @@ def main(
         for w, c in itertools.product(weights.split(","), kv.split(","))
     ]  # fmt: skip
     running = [(path.stem, Peer(peer_python or "", path, threads, length + PEER_TOKENS)) for path in peers]
+    versions = [f"gristmill {gristmill.__version__}", *(peer.about["version"] for _, peer in running)]
+    machine = f"{date.today()}, {cpu_model()}, {threads} threads, {cpu_executor(candidates[0].session).isa}"
     found: list[Row] = []
     try:
         for number in range(rounds):
             found += one_round(candidates, items, seconds)
             for name, peer in running:
                 found += peer_round(peer, f"llama.cpp {name}", items)
-            print(f"round {number + 1} of {rounds}", flush=True)
+            rows = medians(found)
+            about = [machine, ", ".join(versions), f"medians of {number + 1} rounds"]
+            write(results / f"{date.today()}-speed-{shape}.csv", rows, about)
+            print(f"round {number + 1} of {rounds}\n{table(rows)}\n", flush=True)
     finally:
         for _, peer in running:
             peer.close()
-    rows = medians(found)
-    versions = [f"gristmill {gristmill.__version__}", *(peer.about["version"] for _, peer in running)]
-    machine = f"{date.today()}, {cpu_model()}, {threads} threads, {cpu_executor(candidates[0].session).isa}"
-    write(
-        results / f"{date.today()}-speed-{shape}.csv",
-        rows,
-        [machine, ", ".join(versions), f"{rounds} rounds"],
-    )
-    print(table(rows))
 
 
 if __name__ == "__main__":
