@@ -13,6 +13,7 @@ llama.cpp's own logits are compared, and with them our artifact as it ships, int
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -116,16 +117,10 @@ def against_gptqmodel(
     np.save(ids, np.array(chosen.samples, np.int32))
     for bits, group in settings:
         out = c.work / f"gptqmodel-{bits}-{group}"
-        command = [
-            python,
-            str(HERE / "gptqmodel_peer.py"),
-            str(c.model),
-            str(out),
-            str(ids),
-            str(bits),
-            str(group),
-        ]
-        subprocess.run(command, check=True, capture_output=True)
+        executable = os.path.abspath(python) if os.sep in python else python
+        paths = (HERE / "gptqmodel_peer.py", c.model, out, ids)
+        command = [executable, *(str(path.absolute()) for path in paths), str(bits), str(group)]
+        subprocess.run(command, check=True, capture_output=True, cwd=c.work)  # it leaves logs where it runs
         theirs = c.artifact(f"GPTQModel int{bits} g{group}", c.compile("theirs", out, **EXACT))
         yield line(theirs, None)
         quantized: dict[str, Any] = {
