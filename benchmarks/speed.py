@@ -14,7 +14,7 @@ import csv
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -27,7 +27,7 @@ from make_model import SHAPES, make_model
 
 import gristmill
 from gristmill.runtime.bench import BenchOptions
-from gristmill.runtime.profile import Forward, Roofs, cpu_executor, prepared, work
+from gristmill.runtime.profile import Forward, Roofs, collect, cpu_executor, prepared
 
 HERE = Path(__file__).parent
 COLUMNS = ("weights", "kv", "work", "tok_s", "ms", "gb_s", "stream_share", "gop_s", "floor_share")
@@ -86,20 +86,14 @@ def seconds_of(candidate: Candidate, item: Work, at_least: float) -> float:
         return (time.perf_counter() - begin) / count
 
 
-def row_of(
-    candidate: Candidate, item: Work, seconds: float, stream: float, roofs: tuple[float, float]
-) -> Row:
+def row_of(candidate: Candidate, item: Work, seconds: float, roofs: Roofs) -> Row:
     program = candidate.session.program
-    parts = [work(program, instruction, item.forward) for instruction in program.instructions]
-    read, operations = sum(part[0] for part in parts), sum(part[1] for part in parts)
-    measured = Roofs(1e9 * stream, *roofs)
-    floor = sum(
-        max(part[0] / measured.stream, part[1] / (measured.integers if part[2] else measured.floats))
-        for part in parts
-    )
+    kinds = collect(program, [0.0] * len(program.instructions), roofs, item.forward)
+    read, operations = sum(kind.bytes for kind in kinds), sum(kind.operations for kind in kinds)
+    floor = sum(kind.floor for kind in kinds)
     return {
         "weights": candidate.weights, "kv": candidate.kv, "work": item.name, "tok_s": item.tokens / seconds,
-        "ms": 1e3 * seconds, "gb_s": read / seconds / 1e9, "stream_share": read / seconds / 1e9 / stream,
+        "ms": 1e3 * seconds, "gb_s": read / seconds / 1e9, "stream_share": read / seconds / roofs.stream,
         "gop_s": operations / seconds / 1e9, "floor_share": floor / seconds,
     }  # fmt: skip
 
@@ -111,7 +105,7 @@ def one_round(candidates: list[Candidate], items: list[Work], seconds: float) ->
             before = read_gb_s(candidate.session.threads, 0.2)
             taken = seconds_of(candidate, item, seconds)
             stream = (before + read_gb_s(candidate.session.threads, 0.2)) / 2
-            yield row_of(candidate, item, taken, stream, (peaks.floats, peaks.integers))
+            yield row_of(candidate, item, taken, replace(peaks, stream=1e9 * stream))
 
 
 def peer_round(peer: Peer, name: str, items: list[Work]) -> Iterator[Row]:
