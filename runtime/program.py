@@ -267,17 +267,6 @@ class Program:
                 f"program.json: missing or malformed field ({error}); compile the model again"
             ) from None
 
-    def weight_bytes_per_row(self) -> int:
-        """Bytes of weights read to decode one row: every linear whole, an embedding by one row."""
-        total = 0
-        for instruction in self.instructions:
-            if instruction.weight is None:
-                continue
-            for segment in self.weights[instruction.weight]:
-                rows = 1 if instruction.op == "embedding" else segment.n
-                total += rows * segment_row_bytes(segment)
-        return total
-
     def listing(self) -> str:
         """The readable form: one line an instruction."""
         limits = "  ".join(f"{k}={v}" for k, v in asdict(self.limits).items())
