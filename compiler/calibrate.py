@@ -1,11 +1,12 @@
 """Quantize a graph's linears by a calibrated method, walking a calibration set through it.
 
-Two phases at most. `prepare` walks the float model: AWQ's channel scales are searched and folded as each
-linear is met, and what every format would cost is measured where a budget of bits asks for it. `quantize`
-walks the model that results: each linear is quantized for the inputs that the quantized linears before it
-give, and its output computed with the new weights.
+Two phases at most, and a last stage. `prepare` walks the float model: AWQ's channel scales are searched and
+folded as each linear is met, and what every format would cost is measured where a budget of bits asks for it.
+`quantize` walks the model that results: each linear is quantized for the inputs that the quantized linears
+before it give, and its output computed with the new weights. Last, small models have all their scales tuned
+together (tune_scales).
 
-Only one linear's weights are in memory at a time; quantized ones go to the store.
+Until then only one linear's weights are in memory at a time; quantized ones go to the store.
 """
 
 from __future__ import annotations
@@ -33,36 +34,48 @@ from ..quant.tensor import (
     refuse_unusable,
     store_quantized,
 )
-from . import scale_channels
+from . import scale_channels, tune_scales
 from .calibration_set import CalibrationSet
 from .calibration_store import CalibrationStore, Point
 from .lower import Lowered
 from .sensitivity import Sensitivity
+from .tune_scales import ScaleTuner, Tuning
 from .walk import Walk
 
 SAVE_EVERY_S = 15.0  # at least between two points: a point holds one value of the whole set
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGE_BYTES = 1 << 20  # chunks of values are larger, what searches pieces of weights is smaller
 PREPARE, QUANTIZE = "prepare", "quantize"
+TUNED = ".tuned"  # version of a matrix in the store
 Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to quantize. method: by its name in quant.methods; asymmetric_error: GPTAQ's term."""
+    """How to quantize. method: by its name in quant.methods; asymmetric_error: GPTAQ's term; tune_epochs: see
+    `epochs`."""
 
     name: str
     method: Method
     act_order: bool = True
     damping: float = 0.01
     asymmetric_error: bool = True
+    tune_epochs: int | None = None
+
+    def epochs(self, traced: Traced, tokens: int) -> int:
+        """Passes over ``tokens`` that tune the scales: as asked for, else some for small models by GPTQ."""
+        if self.tune_epochs is not None:
+            return self.tune_epochs
+        return tune_scales.default_epochs(traced, tokens) if self.method.gptq else 0
 
 
 @dataclass
 class Calibration:
-    """records: per matrix the scheme, the method, relative output errors before and after, and seconds."""
+    """records: per matrix the scheme, the method, relative output errors before and after, and seconds.
+    tuning: what tuning the scales did; those errors are from before it."""
 
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tuning: Tuning | None = None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -130,7 +143,25 @@ class Calibrator:
         for name, matrix in lowered.matrices.items():
             if name in records.get("matrices", {}):
                 matrix.stored = _reader(self.store, name)
-        return Calibration(records.get("matrices", {}), _warnings(self.samples, records))
+        tuning = self._tune(lowered)
+        return Calibration(records.get("matrices", {}), tuning, _warnings(self.samples, records))
+
+    def _tune(self, lowered: Lowered) -> Tuning | None:
+        """Replace the stored forms of tuned matrices. A resumed run tunes from the beginning."""
+        epochs = self.recipe.epochs(self.traced, self.samples.tokens)
+        if not epochs:
+            return None
+        records = self.point.records.get("matrices", {})
+        names = [name for name, record in records.items() if record["method"] == self.recipe.name]
+        tuner = ScaleTuner(self.traced, lowered, names, self.samples.samples)
+        if not tuner.possible:
+            return None
+        asked = self.recipe.tune_epochs is not None
+        tuning, results = tuner.run(epochs, asked, partial(self.progress, "tune"))
+        for tensor in results:
+            self.store.save_matrix(tensor, TUNED)
+            lowered.matrices[tensor.name].stored = _reader(self.store, tensor.name, TUNED)
+        return tuning
 
     def _start(self, phase: str, prefix: str = "own.") -> Walk:
         walk = Walk(self.traced, self.samples.samples)
@@ -312,8 +343,8 @@ def _record(
     }
 
 
-def _reader(store: CalibrationStore, name: str) -> Callable[[], QuantizedTensor]:
-    return lambda: store.matrix(name)
+def _reader(store: CalibrationStore, name: str, version: str = "") -> Callable[[], QuantizedTensor]:
+    return lambda: store.matrix(name, version)
 
 
 def _warnings(samples: CalibrationSet, records: Mapping[str, Any]) -> list[str]:

@@ -97,15 +97,15 @@ class CalibrationStore:
                 groups[group][rest] = file.get_tensor(name)
         return Point(facts["phase"], facts["at"], groups["values"], groups["factors"], facts["records"])
 
-    def save_matrix(self, tensor: QuantizedTensor) -> None:
-        """Keep a matrix until the artifact is written."""
+    def save_matrix(self, tensor: QuantizedTensor, version: str = "") -> None:
+        """Keep a matrix until the artifact is written; another version of it stands beside the first."""
         arrays = {t.name.removeprefix(tensor.name + "."): torch.from_numpy(t.array) for t in tensor.tensors}
         facts = {"scheme": str(tensor.scheme), "k": tensor.k, "relative_error": tensor.relative_error}
-        self._write(_file_name(tensor.name), arrays, {"matrix": json.dumps(facts)})
+        self._write(_file_name(tensor.name + version), arrays, {"matrix": json.dumps(facts)})
 
-    def matrix(self, name: str) -> QuantizedTensor:
+    def matrix(self, name: str, version: str = "") -> QuantizedTensor:
         """A matrix as it was saved."""
-        path = self.path / _file_name(name)
+        path = self.path / _file_name(name + version)
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["matrix"])
         arrays = load_file(path)

@@ -21,6 +21,7 @@ from ..quant import methods
 from ..quant.scheme import Scheme
 from ..quant.search import CANDIDATES_ABOUT
 from ..runtime.machine import resident_bytes
+from . import tune_scales
 from .calibration_set import CalibrationSet
 from .interpret import steps
 from .walk import CHUNK_ROWS
@@ -72,8 +73,11 @@ def estimate(traced: Traced, samples: CalibrationSet, recipe: Recipe, choices: S
         _Linear.of(traced, n) for n in traced.graph.find_nodes(op="call_function", target=ours.linear.default)
     ]
     rows, streams = samples.tokens, 2 if recipe.asymmetric_error else 1
-    peak = resident_bytes() + _peak_bytes(traced, rows, streams, recipe)
+    epochs = recipe.epochs(traced, rows)
+    tuning = tune_scales.peak_bytes(traced, samples.length) if epochs else 0.0
+    peak = resident_bytes() + max(_peak_bytes(traced, rows, streams, recipe), tuning)
     operations = sum(_operations(linear, rows, streams, recipe, len(choices)) for linear in linears)
+    operations += tune_scales.operations(traced, rows, epochs)
     stored = sum(linear.n * linear.k for linear in linears)  # a byte a weight, at most
     widest = max(linear.hidden for linear in linears)
     return Estimate(int(peak), operations / operations_per_second(), stored + 2 * 4 * rows * widest * streams)

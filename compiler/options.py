@@ -23,6 +23,7 @@ CALIBRATION = (
     "act_order",
     "damping",
     "asymmetric_error",
+    "tune_epochs",
 )
 KV_TYPES = ("f32", "f16", "int8", "fp8", "int4")
 
@@ -54,7 +55,8 @@ class CompileOptions:
 
     method: how integers are chosen, see quant.methods. calibration: a text file, a JSONL file or a hub data
     set, None for Python's own library; samples, sample_length: how much of it, in tokens. resume: go on with
-    a calibration that was killed. act_order, damping, asymmetric_error: of GPTQ. bits: average stored bits
+    a calibration that was killed. act_order, damping, asymmetric_error: of GPTQ. tune_epochs: passes over the
+    samples that tune all scales together, None: 2 for small models by GPTQ, else 0. bits: average stored bits
     per weight; size: of the weights file, such as "400MB"; either lets every linear have its own width.
     keep: formats by pattern, such as "f16:head". activations: what integer weights are multiplied by, int8
     or f32.
@@ -89,6 +91,7 @@ class CompileOptions:
     act_order: bool = True
     damping: float = 0.01
     asymmetric_error: bool = True
+    tune_epochs: int | None = None
     bits: float | None = None
     size: str | None = None
     keep: tuple[str, ...] = ()
@@ -199,6 +202,7 @@ class CompileOptions:
         _one_of("activations", self.activations, ("int8", "f32"))
         _count("samples", self.samples, 1)
         _count("sample_length", self.sample_length, 16)
+        _count("tune_epochs", self.tune_epochs, 0, optional=True)
         if (
             isinstance(self.damping, bool)
             or not isinstance(self.damping, (int, float))
@@ -227,7 +231,7 @@ class CompileOptions:
         """The options that the quantized weights depend on."""
         names = (
             "weights", "group_size", "asymmetric", "embedding", "head", "max_len", "rotate", "method",
-            "act_order", "damping", "asymmetric_error", "bits", "size", "keep",
+            "act_order", "damping", "asymmetric_error", "tune_epochs", "bits", "size", "keep",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 

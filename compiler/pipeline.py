@@ -204,6 +204,8 @@ def _manifest(
     }
     if made.calibration is not None:
         quantization |= {"calibration": made.calibration, "matrices": matrices}
+    if made.tuning is not None:
+        quantization["tuning"] = made.tuning
     manifest = {
         "source": {"name": source.name, "model_type": source.config.model_type, "sha256": source.hashes},
         "tools": tool_versions(),

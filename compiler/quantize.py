@@ -43,6 +43,7 @@ class Quantized:
     method: str = "rtn"
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
+    tuning: dict[str, Any] | None = None
     budget: str | None = None
     estimate: Estimate | None = None
     store: CalibrationStore | None = None
@@ -78,7 +79,9 @@ def quantize(
         options.calibration, Tokenizer.of_files(tokenizer), options.samples, options.sample_length
     )
     asymmetric = method.gptq and options.asymmetric_error
-    recipe = Recipe(options.method, method, options.act_order, options.damping, asymmetric)
+    recipe = Recipe(
+        options.method, method, options.act_order, options.damping, asymmetric, options.tune_epochs
+    )
     expected = estimate(traced, samples, recipe, formats.choices() if formats.has_budget else [])
     note(f"calibration: {samples.name}, {len(samples.samples)} samples, {samples.tokens} tokens; {expected}")
     for warning in _set_warnings(lowered, samples, options):
@@ -93,13 +96,16 @@ def quantize(
         raise
     for warning in result.warnings:
         note(f"warning: {warning}")
+    if result.tuning is not None:
+        note(str(result.tuning))
     about = {
         "text": samples.name,
         "sha256": samples.sha256,
         "samples": len(samples.samples),
         "sample_length": samples.length,
     }
-    return Quantized(lowered, options.method, result.records, about, decided, expected, store)
+    tuning = result.tuning.record() if result.tuning is not None else None
+    return Quantized(lowered, options.method, result.records, about, tuning, decided, expected, store)
 
 
 def _run(

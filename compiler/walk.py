@@ -105,10 +105,11 @@ def _chunks(samples: Sequence[Sequence[int]]) -> list[dict[str, Tensor]]:
         if chunks[-1] and sum(map(len, chunks[-1])) + len(sample) > CHUNK_ROWS:
             chunks.append([])
         chunks[-1].append(sample)
-    return [_inputs(chunk) for chunk in chunks]
+    return [sample_inputs(chunk) for chunk in chunks]
 
 
-def _inputs(samples: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+def sample_inputs(samples: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """The graph's inputs for whole samples: tokens, positions, slots [1, T] and rows [T], int64."""
     lengths = torch.tensor([len(s) for s in samples])
     return {
         "tokens": torch.tensor([i for s in samples for i in s])[None],

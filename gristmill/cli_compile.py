@@ -91,6 +91,10 @@ KV_TYPES = ("f32", "f16", "int8", "fp8", "int4")
     "--asymmetric-error/--no-asymmetric-error", default=True,
     help="GPTQ: make up for the errors of earlier layers too (GPTAQ).  [default: on]",
 )  # fmt: skip
+@click.option(
+    "--tune-epochs", type=int,
+    help="Passes over the samples that tune all scales together.  [default: 2 for small models by GPTQ]",
+)  # fmt: skip
 @click.option("--bits", type=float, help="Average stored bits per weight; every linear gets its own width.")
 @click.option("--size", metavar="SIZE", help="The same for the weights file, such as 400MB.")
 @click.option(

@@ -5,6 +5,7 @@ Importing this module registers them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,11 +16,15 @@ from .reference import norms as _norms
 from .reference import pointwise as _pointwise
 
 _library = torch.library.Library("gristmill", "DEF")
+# An op's overload → its reference, for who needs gradients, which the registered ops do not give.
+REFERENCES: dict[Any, Callable[..., Any]] = {}
 
 
 def _define(schema: str, reference: Any) -> None:
     _library.define(schema)
-    _library.impl(schema.split("(")[0], reference, "CompositeExplicitAutograd")
+    name = schema.split("(")[0]
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    REFERENCES[getattr(torch.ops.gristmill, name).default] = reference
 
 
 _define(

@@ -98,7 +98,15 @@ def quantization_rows(summary: dict[str, Any]) -> Rows:
     for (kind, scheme, method), facts in kinds.items():
         many = f"{len(facts)} x " if len(facts) > 1 else ""
         rows.append((kind, f"{many}{scheme}, {method}{_error_text(facts)}"))
-    return rows
+    return rows + _tuning_rows(summary)
+
+
+def _tuning_rows(summary: dict[str, Any]) -> Rows:
+    tuning = _dict(_dict(summary.get("quantization")).get("tuning"))
+    before, after = _number(tuning.get("kl_before")), _number(tuning.get("kl_after"))
+    if not tuning.get("kept") or before is None or after is None:
+        return []
+    return [("scales", f"tuned together: KL on held-out samples {before:.3g} -> {after:.3g} nats")]
 
 
 def matrix_lines(summary: dict[str, Any]) -> list[str]:
