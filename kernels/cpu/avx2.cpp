@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "fp8.h"
 #include "half.h"
@@ -14,6 +15,7 @@
 
 #define GRISTMILL_VNNI 0
 #define GRISTMILL_DOTS "x86_dots_avx2.inc"
+#define GRISTMILL_LAYOUT "x86_layout_avx2.inc"
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else

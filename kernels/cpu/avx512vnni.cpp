@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "fp8.h"
 #include "half.h"
@@ -19,6 +20,7 @@
 
 #define GRISTMILL_VNNI 1
 #define GRISTMILL_DOTS "x86_dots_avx512.inc"
+#define GRISTMILL_LAYOUT "x86_layout_avx512.inc"
 #if defined(__clang__)
 #pragma clang attribute push(                                                               \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), \

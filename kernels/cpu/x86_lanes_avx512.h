@@ -1,7 +1,7 @@
 // Registers whose lanes are outputs, AVX-512 with and without VNNI. Included inside an anonymous namespace.
 constexpr int kIntLanes = 16;
-constexpr int kRowTile = 6;
-constexpr int kDecodeRows = 8;
+constexpr int kRowTile = 8;
+constexpr int kDecodeRows = 4;
 
 using Ints = __m512i;
 using Floats = __m512;
@@ -16,7 +16,11 @@ GRISTMILL_INLINE Ints times_16(Ints a) { return _mm512_slli_epi32(a, 4); }
 GRISTMILL_INLINE Ints multiply_words(Ints a, Ints b) { return _mm512_madd_epi16(a, b); }
 #if GRISTMILL_VNNI
 GRISTMILL_INLINE Ints widen_words(Ints a) { return a; }
-GRISTMILL_INLINE Ints accumulate(Ints sum, Ints w, Ints a) { return _mm512_dpbusd_epi32(sum, w, a); }
+// In place by force: compilers copy accumulators from register to register in the middle of the loop.
+GRISTMILL_INLINE Ints accumulate(Ints sum, Ints w, Ints a) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(a));
+  return sum;
+}
 #else
 // Sums of 16 bits, one output in each pair, to 32.
 GRISTMILL_INLINE Ints widen_words(Ints a) { return _mm512_madd_epi16(a, _mm512_set1_epi16(1)); }
