@@ -72,3 +72,5 @@ GRISTMILL_INLINE float reduce_max(Vec a) {
 }
 GRISTMILL_INLINE float first(Vec a) { return _mm512_cvtss_f32(a.v); }
 GRISTMILL_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+// Into the second-level cache only.
+GRISTMILL_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }

@@ -69,8 +69,10 @@ class Product final : public Step {
 
   void work(int64_t begin, int64_t end, int thread) override {
     for (int64_t unit = begin; unit < end; unit++) {
-      const int64_t first = unit % bands_ * kBand;
-      tile((*units_)[static_cast<size_t>(unit / bands_)], first, std::min(rows_, first + kBand), thread);
+      // strips of one band follow each other: its activations, the larger part, stay in the cache
+      const auto strips = static_cast<int64_t>(units_->size());
+      const int64_t first = unit / strips * kBand;
+      tile((*units_)[static_cast<size_t>(unit % strips)], first, std::min(rows_, first + kBand), thread);
     }
   }
 
@@ -80,10 +82,10 @@ class Product final : public Step {
   }
 
  private:
-  static constexpr int64_t kFewRows = 8;      // below: the weights' stream is all there is to it
+  static constexpr int64_t kFewRows = 4;      // up to here the weights' stream is all there is to it
   static constexpr int64_t kBand = 128;       // rows of one tile
-  static constexpr int64_t kMostStrip = 256;  // columns of one tile
-  static constexpr int64_t kFewBytes = 32 << 10, kManyBytes = 64 << 10;  // of weights per strip
+  static constexpr int64_t kMostStrip = 128;  // columns of one tile
+  static constexpr int64_t kFewBytes = 32 << 10, kManyBytes = 128 << 10;  // of weights per strip
 
   std::vector<Strip> strips(int64_t bytes) const {
     std::vector<Strip> all;
