@@ -34,8 +34,9 @@ COLUMNS = ["round", "stream_gb_s", "decode_tok_s", "decode_gb_s", "prefill_tok_s
 class Peer:
     """llama.cpp in a process of its own, by the Python that has it installed."""
 
-    def __init__(self, python: str, gguf: Path, threads: int, length: int):
-        command = [python, str(HERE / "llamacpp_peer.py"), "serve", str(gguf), str(threads), str(length)]
+    def __init__(self, python: str, gguf: Path, threads: int, length: int, cache: str = "f16"):
+        script = str(HERE / "llamacpp_peer.py")
+        command = [python, script, "serve", str(gguf), str(threads), str(length), cache]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.DEVNULL, text=True)
         self.about = self.read()

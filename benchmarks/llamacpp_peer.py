@@ -2,7 +2,7 @@
 
     python -m venv peer && peer/bin/pip install llama-cpp-python gguf numpy
     peer/bin/python benchmarks/llamacpp_peer.py convert HF_DIR OUT_DIR q4_0 q8_0     Llama-shaped models only
-    peer/bin/python benchmarks/llamacpp_peer.py serve GGUF THREADS LENGTH
+    peer/bin/python benchmarks/llamacpp_peer.py serve GGUF THREADS LENGTH [f16 | q8_0]
     peer/bin/python benchmarks/llamacpp_peer.py logits GGUF IDS.npy OUT.npy
 
 `serve` answers lines of JSON on stdin, {"prompt": P, "context": C, "tokens": N}, with a line of JSON each.
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q3_k_m": 12, "q4_k_m": 15, "q6_k": 18}
+CACHE_TYPES = {"f16": 1, "q8_0": 8}
 DTYPES = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16}
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 INSIDE = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -162,10 +163,12 @@ def logits(path: Path, ids: Path, out: Path) -> None:
     print(8 * sum(int(t.n_bytes) for t in matrices) / sum(int(t.n_elements) for t in matrices))
 
 
-def serve(path: Path, threads: int, length: int) -> None:
+def serve(path: Path, threads: int, length: int, cache: str = "f16") -> None:
+    """A quantized cache needs flash attention, and gets it."""
     import llama_cpp
 
     model = llama_cpp.Llama(str(path), n_ctx=length, n_threads=threads, n_threads_batch=threads, n_batch=512,
+                            type_k=CACHE_TYPES[cache], type_v=CACHE_TYPES[cache], flash_attn=cache != "f16",
                             verbose=False)
     ready = {"read_bytes_per_token": read_bytes_per_token(path), "file_bytes": path.stat().st_size,
              "version": f"llama-cpp-python {llama_cpp.__version__}"}
@@ -180,7 +183,7 @@ if __name__ == "__main__":
             convert(Path(directory), Path(out), kinds)
         case ["logits", path, ids, out]:
             logits(Path(path), Path(ids), Path(out))
-        case ["serve", path, threads, length]:
-            serve(Path(path), int(threads), int(length))
+        case ["serve", path, threads, length, *cache]:
+            serve(Path(path), int(threads), int(length), *cache)
         case _:
             raise SystemExit(__doc__)

@@ -53,6 +53,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True, "use_cache": True, "torch_dtype": "bfloat16",
         "bos_token_id": 151643, "eos_token_id": 151645},
 }
+# for contexts longer than the published model's
+SHAPES["tinyllama-1.1b-8k"] = {**SHAPES["tinyllama-1.1b"], "max_position_embeddings": 8192}
 
 
 def tensor_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:

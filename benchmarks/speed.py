@@ -108,7 +108,7 @@ def one_round(candidates: list[Candidate], items: list[Work], seconds: float) ->
             yield row_of(candidate, item, taken, replace(peaks, stream=1e9 * stream))
 
 
-def peer_round(peer: Peer, name: str, items: list[Work]) -> Iterator[Row]:
+def peer_round(peer: Peer, name: str, cache: str, items: list[Work]) -> Iterator[Row]:
     """Decode and prefill of one sequence."""
     for item in items:
         if item.forward.sequences > 1:
@@ -119,7 +119,7 @@ def peer_round(peer: Peer, name: str, items: list[Work]) -> Iterator[Row]:
         )
         found = peer.measure(asked)
         tok_s = found["prefill_tok_s"] if rows > 1 else found["decode_tok_s"]
-        yield {"weights": name, "kv": "f16", "work": item.name, "tok_s": tok_s}
+        yield {"weights": name, "kv": cache, "work": item.name, "tok_s": tok_s}
 
 
 def medians(rounds: list[Row]) -> list[Row]:
@@ -170,11 +170,12 @@ def write(path: Path, rows: list[Row], about: list[str]) -> None:
 @click.option("--seconds", default=1.0, show_default=True, help="Least time of one measurement.")
 @click.option("--peer-python", help="A Python that has llama-cpp-python, gguf and numpy.")
 @click.option("--peer", "peers", multiple=True, type=click.Path(path_type=Path, exists=True), help="A GGUF.")
+@click.option("--peer-kv", type=click.Choice(["f16", "q8_0"]), default="f16", show_default=True)
 @click.option("--results", type=click.Path(path_type=Path), default=HERE / "results", show_default=True)
 def main(
     shape: str, folder: Path, weights: str, kv: str, group: int, prompt: int, context: int, batch: int,
     threads: int, rounds: int, seconds: float, peer_python: str | None, peers: tuple[Path, ...],
-    results: Path,
+    peer_kv: str, results: Path,
 ) -> None:  # fmt: skip
     items = works(prompt, context, batch)
     length = max(prompt, context + 1)
@@ -183,7 +184,9 @@ def main(
                                        max_slots=batch, max_len=length))
         for w, c in itertools.product(weights.split(","), kv.split(","))
     ]  # fmt: skip
-    running = [(path.stem, Peer(peer_python or "", path, threads, length + PEER_TOKENS)) for path in peers]
+    running = [
+        (path.stem, Peer(peer_python or "", path, threads, length + PEER_TOKENS, peer_kv)) for path in peers
+    ]
     versions = [f"gristmill {gristmill.__version__}", *(peer.about["version"] for _, peer in running)]
     machine = f"{date.today()}, {cpu_model()}, {threads} threads, {cpu_executor(candidates[0].session).isa}"
     found: list[Row] = []
@@ -191,7 +194,7 @@ def main(
         for number in range(rounds):
             found += one_round(candidates, items, seconds)
             for name, peer in running:
-                found += peer_round(peer, f"llama.cpp {name}", items)
+                found += peer_round(peer, f"llama.cpp {name}", peer_kv, items)
             rows = medians(found)
             about = [machine, ", ".join(versions), f"medians of {number + 1} rounds"]
             write(results / f"{date.today()}-speed-{shape}.csv", rows, about)

@@ -12,8 +12,10 @@ import make_model
 import numpy as np
 import pytest
 import speed
+import start
 import torch
 from click.testing import CliRunner
+from tiny import tiny_artifact
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -42,6 +44,13 @@ def test_speed_of_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     rows = list(csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#")))
     assert [(row["weights"], row["kv"]) for row in rows] == [("int4", "int8")] * 4 + [("f16", "int8")] * 4
     assert all(float(row["tok_s"]) > 0 and float(row["floor_share"]) > 0 for row in rows)
+
+
+def test_start_of_a_process(tmp_path: Path) -> None:
+    tiny_artifact(tmp_path / "a")
+    arguments = [str(tmp_path / "a"), "--max-len", "32", "--tokens", "4", "--rounds", "1"]
+    result = CliRunner().invoke(start.main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0 and "first token after" in result.output and "resident" in result.output
 
 
 @pytest.mark.parametrize("name", sorted(make_model.SHAPES))

@@ -3,6 +3,7 @@ constexpr int kLanes = 16;
 constexpr bool kManyRegisters = true;
 
 #include "x86_transpose.inc"
+#include "x86_transpose_avx512.inc"
 
 struct Vec {
   __m512 v;
