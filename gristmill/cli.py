@@ -20,7 +20,8 @@ from gristmill.runtime.errors import GristmillError
 
 TRACEBACK_VARIABLE = "GRISTMILL_TRACEBACK"
 _ARTIFACT = click.argument("artifact", type=click.Path())
-_THREADS = click.option("--threads", type=int, help="Threads; default: every processor this process may use.")
+_THREADS = click.option("--threads", type=int, help="Threads; default: one for each physical core.")
+_PIN = click.option("--pin", is_flag=True, help="Keep each thread on a processor of its own.")
 _HUGEPAGES = click.option(
     "--hugepages",
     is_flag=True,
@@ -74,10 +75,11 @@ cli.add_command(export_command)
 @click.option("--max-len", type=int, help="Positions to make room for; default: as compiled.")
 @_THREADS
 @_HUGEPAGES
+@_PIN
 @_JSON
 def run(
     artifact: str, prompt: str, chat: bool, system: str | None, max_len: int | None, threads: int | None,
-    hugepages: bool, as_json: bool, **options: Any,
+    hugepages: bool, pin: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Continue a text, or answer with --chat.
 
@@ -88,7 +90,9 @@ def run(
     from gristmill.runtime.report import memory_text
     from gristmill.runtime.session import load
 
-    session = load(artifact, threads=threads, max_len=max_len, max_slots=1, hugepages=hugepages)
+    session = load(
+        artifact, threads=threads, max_len=max_len, max_slots=1, hugepages=hugepages, pin=pin
+    )
     given: Any = prompt
     if chat:
         messages = [{"role": "system", "content": system}] if system else []
@@ -233,6 +237,7 @@ def eval_command(
 @click.option("--profile", is_flag=True, help="Also time every kind of instruction, beside its roof.")
 @_THREADS
 @_HUGEPAGES
+@_PIN
 @_JSON
 def bench(artifact: str, as_json: bool, **options: Any) -> None:
     """Measure speed, beside what this machine's memory can deliver.

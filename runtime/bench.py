@@ -29,7 +29,7 @@ PROBE_SECONDS = 0.5
 @dataclass(frozen=True)
 class BenchOptions:
     """prompt: tokens of the timed prefill; tokens: decoded tokens per round; context: positions before the
-    first of them; profile: also time every instruction; hugepages: as in `load`.
+    first of them; profile: also time every instruction; hugepages, pin: as in `load`.
     """
 
     prompt: int = 256
@@ -39,6 +39,7 @@ class BenchOptions:
     threads: int | None = None
     profile: bool = False
     hugepages: bool = False
+    pin: bool = False
 
 
 def bench(path: str | Path, options: BenchOptions) -> dict[str, Any]:
@@ -48,12 +49,11 @@ def bench(path: str | Path, options: BenchOptions) -> dict[str, Any]:
     check_options(options)
     needed = max(options.prompt, options.context + options.tokens)
     started = time.perf_counter()
-    session = load(path, threads=options.threads, max_slots=1, hugepages=options.hugepages)
+    how: dict[str, Any] = {"threads": options.threads, "hugepages": options.hugepages, "pin": options.pin}
+    session = load(path, max_slots=1, **how)
     load_s = time.perf_counter() - started
     if needed > session.max_len:
-        session = load(
-            path, threads=options.threads, max_slots=1, max_len=needed, hugepages=options.hugepages
-        )
+        session = load(path, max_slots=1, max_len=needed, **how)
     rounds = [measure_round(session, options) for _ in range(options.rounds)]
     decode, prefill, stream = (statistics.median(column) for column in zip(*rounds, strict=True))
     read_bytes = decode_read_bytes(session, options.context + options.tokens // 2)

@@ -62,17 +62,19 @@ def load(
     max_len: int | None = None,
     max_slots: int | None = None,
     hugepages: bool = False,
+    pin: bool = False,
     **unknown: Any,
 ) -> Session:
     """Opens the artifact in directory `path`.
 
-    threads: default every processor this process may use. max_len: positions per slot, default what the
+    threads: default one for each physical core this process may use. max_len: positions per slot, default what the
     artifact was compiled for, at most what its model can address. max_slots: sequences at once, default 8
     unless compiled otherwise. hugepages: copy the weights into huge pages instead of mapping the file, which
     takes time at the start and memory that no other process shares, and spares misses of the address
-    translation. Raises GristmillError for a damaged artifact and for what this machine or model cannot do.
+    translation. pin: all threads but the caller's stay on processors of their own. Raises GristmillError for a damaged artifact and for what this machine or model cannot do.
     """
-    refuse_unknown(unknown, ("device", "threads", "max_len", "max_slots", "hugepages"), "load")
+    known = ("device", "threads", "max_len", "max_slots", "hugepages", "pin")
+    refuse_unknown(unknown, known, "load")
     if device != "cpu":
         raise GristmillError(f"device {device!r} is not supported, expected 'cpu'")
     artifact = open_artifact(path)
@@ -82,7 +84,8 @@ def load(
     limits = program.limits
     max_len = _within("max_len", max_len, limits.max_len, limits.max_position)
     max_slots = _within("max_slots", max_slots, limits.max_slots, 65536)
-    threads = _within("threads", threads, machine.usable_cpus(), 1024)
+    cores = min(machine.usable_cpus(), native().default_threads())
+    threads = _within("threads", threads, cores, 1024)
     weights = artifact.weights_path
     refuse_too_large(program, max_len, max_slots, weights.stat().st_size if hugepages else 0)
     executor = native().Executor(
@@ -92,6 +95,7 @@ def load(
         max_len=max_len,
         max_slots=max_slots,
         huge_pages=hugepages,
+        pinned=pin,
     )
     return Session(artifact, program, executor)
 

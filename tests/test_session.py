@@ -1,5 +1,6 @@
 """The session: slots, batches, streams, memory, tokenizers; mostly over a fake executor."""
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -457,9 +458,26 @@ def test_huge_pages_change_nothing_but_where_weights_lie(
         gristmill.load(artifact, hugepages=True)
 
 
+def affinities() -> dict[int, set[int]]:
+    """Processors that each thread of this process may run on."""
+    return {int(task): os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")}
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="pinning needs two processors")
+def test_pinned_threads_stay_on_processors_of_their_own(artifact: Path) -> None:
+    before = affinities()
+    plain, pinned = gristmill.load(artifact, threads=2), gristmill.load(artifact, threads=2, pin=True)
+    new = [where for task, where in affinities().items() if task not in before]
+    assert sorted(map(len, new)) == sorted([1, len(os.sched_getaffinity(0))])
+    assert affinities()[os.getpid()] == before[os.getpid()]  # the caller goes where it likes
+    wanted = plain.generate(PROMPTS[0], max_new_tokens=10).token_ids
+    assert pinned.generate(PROMPTS[0], max_new_tokens=10).token_ids == wanted
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
+        ({"threads": 200, "pin": True}, "expected at most"),
         ({"max_len": 257}, "max_len"),
         ({"max_len": 0}, "max_len"),
         ({"max_slots": -1}, "max_slots"),

@@ -41,10 +41,11 @@ py::array_t<float> forward(Executor& executor, const py::object& tokens, const p
 
 std::unique_ptr<Executor> make(const py::bytes& program, const std::string& path, int threads,
                                int64_t max_len, int64_t max_slots, const std::string& isa,
-                               bool huge_pages, int64_t alone_below) {
+                               bool huge_pages, bool pinned, int64_t alone_below) {
   const std::string_view json = program;
   const py::gil_scoped_release release;
-  return std::make_unique<Executor>(json, path, Options{threads, max_len, max_slots, isa, huge_pages, alone_below});
+  const Options options{threads, max_len, max_slots, isa, huge_pages, pinned, alone_below};
+  return std::make_unique<Executor>(json, path, options);
 }
 
 std::vector<std::string> isas() {
@@ -72,7 +73,7 @@ PYBIND11_MODULE(_native, module) {
   py::class_<Executor>(module, "Executor")
       .def(py::init(&make), py::arg("program_json"), py::arg("weights_path"), py::kw_only(),
            py::arg("threads"), py::arg("max_len"), py::arg("max_slots"), py::arg("isa") = "auto",
-           py::arg("huge_pages") = false, py::arg("alone_below") = Options{}.alone_below)
+           py::arg("huge_pages") = false, py::arg("pinned") = false, py::arg("alone_below") = Options{}.alone_below)
       .def("forward", &forward, py::arg("tokens"), py::arg("positions"), py::arg("slots"), py::arg("rows"))
       .def("copy_slot", &Executor::copy_slot, py::arg("src"), py::arg("dst"), py::arg("length"),
            py::call_guard<py::gil_scoped_release>())

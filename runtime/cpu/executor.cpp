@@ -31,7 +31,7 @@ const Kernels* choose_kernels(const std::string& isa) {
 Executor::Executor(std::string_view program_json, const std::string& weights_path, const Options& options)
     : weights_(Weights::open(weights_path, options.huge_pages)),
       program_(parse_program(program_json, *weights_)),
-      pool_(choose_threads(options.threads)) {
+      pool_(choose_threads(options.threads), options.pinned) {
   check_options(options);
   alone_below_ = options.alone_below;
   machine_.program = &program_;

@@ -24,6 +24,7 @@ struct Options {
   std::string isa = "auto";
   // Weights, caches and arena in huge pages: fewer misses of the address translation, paid for by a copy.
   bool huge_pages = false;
+  bool pinned = false;  // threads stay on processors of their own, see Pool
   // A forward of fewer multiplications stays on the calling thread: waking others costs more than it brings.
   int64_t alone_below = int64_t{1} << 20;
 };

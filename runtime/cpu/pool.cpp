@@ -39,9 +39,45 @@ long futex(std::atomic<uint32_t>& word, int operation, uint32_t value) {
                  nullptr, nullptr, 0);
 }
 
+// Those that this process may run on, one of each physical core before the others.
+struct Processors {
+  std::vector<int> order;
+  int cores = 0;
+};
+
+Processors usable_processors() {
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return {{0}, 1};
+  Processors found;
+  std::vector<int> second;
+  std::set<std::string> cores;
+  for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+    if (!CPU_ISSET(cpu, &allowed)) continue;
+    std::string siblings = "cpu" + std::to_string(cpu);
+    std::ifstream file("/sys/devices/system/cpu/" + siblings + "/topology/thread_siblings_list");
+    std::getline(file, siblings);
+    (cores.insert(siblings).second ? found.order : second).push_back(cpu);
+  }
+  found.cores = static_cast<int>(cores.size());
+  found.order.insert(found.order.end(), second.begin(), second.end());
+  return found;
+}
+
+int pin(pthread_t thread, int processor) {
+  cpu_set_t only;
+  CPU_ZERO(&only);
+  CPU_SET(processor, &only);
+  return pthread_setaffinity_np(thread, sizeof only, &only);
+}
+
 }  // namespace
 
-Pool::Pool(int threads) : threads_(threads) {
+Pool::Pool(int threads, bool pinned) : threads_(threads) {
+  if (pinned) processors_ = usable_processors().order;
+  if (pinned && static_cast<int>(processors_.size()) < threads)
+    fail("threads is ", threads, ", expected at most ", processors_.size(),
+         ", the processors of this process: pinned threads do not share one");
   for (int i = 1; i < threads; i++) starts_.push_back({this, i});
   handles_.reserve(starts_.size());
   start_threads();
@@ -58,7 +94,9 @@ void Pool::start_threads() {
   for (size_t i = 0; i < starts_.size() && status == 0; i++) {
     pthread_t handle;
     status = pthread_create(&handle, nullptr, main, &starts_[i]);
-    if (status == 0) handles_.push_back(handle);
+    if (status != 0) break;
+    handles_.push_back(handle);
+    if (!processors_.empty()) status = pin(handle, processors_[i + 1]);
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
   if (status == 0) return;
@@ -172,19 +210,6 @@ void Pool::wait_beyond(uint64_t word) {
   sleepers_.fetch_sub(1, std::memory_order_seq_cst);
 }
 
-int default_threads() {
-  cpu_set_t allowed;
-  CPU_ZERO(&allowed);
-  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return 1;
-  std::set<std::string> cores;
-  for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
-    if (!CPU_ISSET(cpu, &allowed)) continue;
-    std::string siblings = "cpu" + std::to_string(cpu);
-    std::ifstream file("/sys/devices/system/cpu/" + siblings + "/topology/thread_siblings_list");
-    std::getline(file, siblings);
-    cores.insert(siblings);
-  }
-  return std::max(1, static_cast<int>(cores.size()));
-}
+int default_threads() { return std::max(1, usable_processors().cores); }
 
 }  // namespace gristmill

@@ -27,7 +27,9 @@ class Job {
 
 class Pool {
  public:
-  explicit Pool(int threads);  // the caller of run() is thread 0; throws Error when the threads cannot be had
+  // The caller of run() is thread 0. pinned: each other thread stays on a processor of its own, on physical
+  // cores first; one is left for the caller. Throws Error when the threads or processors cannot be had.
+  explicit Pool(int threads, bool pinned = false);
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -66,6 +68,7 @@ class Pool {
   int64_t phase_ = 0, phases_ = 0, units_ = 0, grain_ = 1, shared_ = 0;
 
   int threads_;
+  std::vector<int> processors_;  // of the threads, when pinned
   std::vector<Start> starts_;
   std::vector<pthread_t> handles_;  // empty until started, and in the child of a fork
 };

@@ -6,6 +6,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -80,8 +81,8 @@ std::vector<int64_t> random_sizes(unsigned& seed) {
   return sizes;
 }
 
-void test_runs(int threads, int runs) {
-  Pool pool(threads);
+void test_runs(int threads, int runs, bool pinned) {
+  Pool pool(threads, pinned);
   unsigned seed = 7;
   for (int i = 0; i < runs; i++) {
     check(run_chain(pool, i % 5 == 4, random_sizes(seed)), "a run with random phases");
@@ -113,7 +114,8 @@ void test_runs(int threads, int runs) {
 
 int main(int argc, char** argv) {
   const int runs = argc > 1 ? std::atoi(argv[1]) : 300;
-  for (const int threads : {1, 2, 3, 8}) test_runs(threads, runs);
+  for (const int threads : {1, 2, 3, 8}) test_runs(threads, runs, false);
+  test_runs(std::min(default_threads(), 4), runs, true);
 #if !defined(__SANITIZE_THREAD__)  // which does not support new threads after a fork of many
   test_fork();
 #endif
