@@ -67,11 +67,12 @@ def load(
 ) -> Session:
     """Opens the artifact in directory `path`.
 
-    threads: default one for each physical core this process may use. max_len: positions per slot, default what the
-    artifact was compiled for, at most what its model can address. max_slots: sequences at once, default 8
-    unless compiled otherwise. hugepages: copy the weights into huge pages instead of mapping the file, which
-    takes time at the start and memory that no other process shares, and spares misses of the address
-    translation. pin: all threads but the caller's stay on processors of their own. Raises GristmillError for a damaged artifact and for what this machine or model cannot do.
+    threads: default one for each physical core this process may use. max_len: positions per slot, default
+    what the artifact was compiled for, at most what its model can address. max_slots: sequences at once,
+    default 8 unless compiled otherwise. hugepages: copy the weights into huge pages instead of mapping the
+    file, which takes time at the start and memory that no other process shares, and spares misses of the
+    address translation. pin: all threads but the caller's stay on processors of their own. Raises
+    GristmillError for a damaged artifact and for what this machine or model cannot do.
     """
     known = ("device", "threads", "max_len", "max_slots", "hugepages", "pin")
     refuse_unknown(unknown, known, "load")
