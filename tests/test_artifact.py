@@ -150,7 +150,8 @@ def with_path() -> dict[str, str]:
 
 
 WRITE_SLOWLY = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored from the start
 from tiny import fill
 from gristmill.runtime.artifact_writer import ArtifactWriter
 with ArtifactWriter(sys.argv[1], force=True) as writer:
