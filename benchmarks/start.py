@@ -31,10 +31,9 @@ next(stream)
 print(flush=True)
 for piece in stream:
     pass
-status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-kib = {name: int(status[name].split()[0]) for name in ("RssAnon", "RssFile")}
+from gristmill.runtime.machine import resident_bytes
 print(json.dumps({"import_s": imported - begin, "load_s": loaded - imported, "kv": session.executor.kv_bytes,
-                  "anon": 1024 * kib["RssAnon"], "file": 1024 * kib["RssFile"]}))
+                  "resident": resident_bytes()}))
 """
 
 
@@ -62,14 +61,14 @@ def main(artifact: Path, threads: int, length: int, tokens: int, rounds: int) ->
     found = [one_start(artifact, threads, length, tokens) for _ in range(rounds + 1)][1:]
     middle = {name: median(row[name] for row in found) for name in found[0]}
     size = sum(entry.size for entry in open_artifact(str(artifact)).files.values())
-    beyond = middle["anon"] + middle["file"] - size - middle["kv"]
+    beyond = middle["resident"] - size - middle["kv"]
     times = " ".join(f"{row['first_token_s']:.3f}" for row in found)
     click.echo(
         f"first token after {middle['first_token_s']:.3f} s ({times}), of which import "
         f"{middle['import_s']:.3f} and load {middle['load_s']:.3f}"
     )
     click.echo(
-        f"resident {(middle['anon'] + middle['file']) / 1e6:.0f} MB: artifact {size / 1e6:.0f}, KV "
+        f"resident {middle['resident'] / 1e6:.0f} MB: artifact {size / 1e6:.0f}, KV "
         f"{middle['kv'] / 1e6:.0f}, beyond them {beyond / 1e6:.0f}"
     )
 

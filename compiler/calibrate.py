@@ -34,12 +34,12 @@ from ..quant.tensor import (
     refuse_unusable,
     store_quantized,
 )
-from . import scale_channels, tune_scales
+from . import scale_channels
 from .calibration_set import CalibrationSet
 from .calibration_store import CalibrationStore, Point
 from .lower import Lowered
 from .sensitivity import Sensitivity
-from .tune_scales import ScaleTuner, Tuning
+from .tune_scales import ScaleTuner, Tuning, default_epochs
 from .walk import Walk
 
 SAVE_EVERY_S = 15.0  # at least between two points: a point holds one value of the whole set
@@ -66,7 +66,7 @@ class Recipe:
         """Passes over ``tokens`` that tune the scales: as asked for, else some for small models by GPTQ."""
         if self.tune_epochs is not None:
             return self.tune_epochs
-        return tune_scales.default_epochs(traced, tokens) if self.method.gptq else 0
+        return default_epochs(traced, tokens) if self.method.gptq else 0
 
 
 @dataclass
@@ -153,8 +153,8 @@ class Calibrator:
             return None
         records = self.point.records.get("matrices", {})
         names = [name for name, record in records.items() if record["method"] == self.recipe.name]
-        tuner = ScaleTuner(self.traced, lowered, names, self.samples.samples)
-        if not tuner.possible:
+        tuner = ScaleTuner.of(self.traced, lowered, names, self.samples.samples)
+        if tuner is None:
             return None
         asked = self.recipe.tune_epochs is not None
         tuning, results = tuner.run(epochs, asked, partial(self.progress, "tune"))

@@ -99,7 +99,7 @@ class CalibrationStore:
 
     def save_matrix(self, tensor: QuantizedTensor, version: str = "") -> None:
         """Keep a matrix until the artifact is written; another version of it stands beside the first."""
-        arrays = {t.name.removeprefix(tensor.name + "."): torch.from_numpy(t.array) for t in tensor.tensors}
+        arrays = {suffix: torch.from_numpy(array) for suffix, array in tensor.arrays.items()}
         facts = {"scheme": str(tensor.scheme), "k": tensor.k, "relative_error": tensor.relative_error}
         self._write(_file_name(tensor.name + version), arrays, {"matrix": json.dumps(facts)})
 

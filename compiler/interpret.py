@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from ..kernels.ops import REFERENCES
 from ..passes.graph import Traced, evaluate, is_op, ours
 
 
@@ -16,8 +18,18 @@ def run(traced: Traced, inputs: dict[str, Tensor]) -> Tensor:
     env: dict[fx.Node, Any] = {}
     with torch.inference_mode():
         for step in steps(traced):
-            _execute(traced, step, env, inputs)
+            _execute(step, env, _leaves(traced, inputs))
     return env[result(traced)]
+
+
+def run_with(traced: Traced, inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
+    """The same with these weights, by their placeholders' names, all in memory, and with gradients: the ops'
+    references are called as they are."""
+    env: dict[fx.Node, Any] = {}
+    for step in steps(traced):
+        _execute(step, env, {**weights, **inputs}.__getitem__, REFERENCES)
+    out: Tensor = env[result(traced)]
+    return out
 
 
 def logits_by_group(traced: Traced, inputs: dict[str, Tensor], groups: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -30,11 +42,11 @@ def logits_by_group(traced: Traced, inputs: dict[str, Tensor], groups: Sequence[
     env: dict[fx.Node, Any] = {}
     with torch.inference_mode():
         for step in ordered[:cut]:
-            _execute(traced, step, env, inputs)
+            _execute(step, env, _leaves(traced, inputs))
         for rows in groups:
             tail = dict(env)
             for step in ordered[cut:]:
-                _execute(traced, step, tail, inputs | {"rows": rows})
+                _execute(step, tail, _leaves(traced, inputs | {"rows": rows}))
             yield tail[result(traced)][0]
 
 
@@ -57,15 +69,28 @@ def result(traced: Traced) -> fx.Node:
     return output.args[0][0]
 
 
-def _execute(traced: Traced, step: Step, env: dict[fx.Node, Any], inputs: dict[str, Tensor]) -> None:
+def _leaves(traced: Traced, inputs: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
+    """A placeholder's value; weights are read whenever they are asked for."""
+
+    def leaf(name: str) -> Tensor:
+        lazy = traced.weights.get(name)
+        return inputs[name] if lazy is None else lazy.load()
+
+    return leaf
+
+
+def _execute(
+    step: Step,
+    env: dict[fx.Node, Any],
+    leaf: Callable[[str], Tensor],
+    instead: Mapping[Any, Callable[..., Any]] = MappingProxyType({}),
+) -> None:
+    """instead: what to call for some of the ops."""
     node, finished = step
 
     def value(source: fx.Node) -> Any:
-        if source.op != "placeholder":
-            return env[source]
-        lazy = traced.weights.get(source.name)
-        return inputs[source.name] if lazy is None else lazy.load()
+        return env[source] if source.op != "placeholder" else leaf(source.name)
 
-    env[node] = evaluate(node.target, node.args, node.kwargs, value)
+    env[node] = evaluate(instead.get(node.target, node.target), node.args, node.kwargs, value)
     for source in finished:
         env.pop(source, None)

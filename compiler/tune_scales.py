@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.nn import functional
 
-from ..kernels.ops import REFERENCES
-from ..passes.graph import Traced, arguments, aten, evaluate, is_op, ours, shape
+from ..passes.graph import Traced, arguments, aten, is_op, ours, shape
 from ..quant import pack
 from ..quant.grid import Grid
 from ..quant.tensor import QuantizedTensor, dequantize_tensor, quantize_tensor, store_quantized
@@ -85,8 +84,7 @@ class _Tuned:
 
     @staticmethod
     def of(matrix: QuantizedTensor) -> _Tuned:
-        arrays = {t.name.removeprefix(matrix.name + "."): t.array for t in matrix.tensors}
-        found, scheme = pack.unpack(arrays, matrix.scheme, matrix.k), matrix.scheme
+        found, scheme = pack.unpack(matrix.arrays, matrix.scheme, matrix.k), matrix.scheme
         scale = torch.from_numpy(found.scale.astype(np.float32))
         plain = torch.full_like(scale, scheme.numbers.zero_point)
         zero = plain if found.zero is None else torch.from_numpy(found.zero.astype(np.float32))
@@ -105,7 +103,13 @@ class _Tuned:
 
 
 class ScaleTuner:
-    """Tunes the matrices of ``lowered`` that ``names`` are, at most MOST_BITS wide, over ``samples``."""
+    """Tunes the matrices of ``lowered`` that ``names`` are over ``samples``, of which it holds some out."""
+
+    @staticmethod
+    def of(traced: Traced, lowered: Lowered, names: Iterable[str], samples: Samples) -> ScaleTuner | None:
+        """For those that are narrow enough. None where there are none, or no sample is left to train on."""
+        narrow = [name for name in names if lowered.matrices[name].scheme.numbers.bits <= MOST_BITS]
+        return ScaleTuner(traced, lowered, narrow, samples) if narrow and len(samples) > 1 else None
 
     def __init__(self, traced: Traced, lowered: Lowered, names: Iterable[str], samples: Samples) -> None:
         held = -(-len(samples) // HELD_SHARE)
@@ -118,16 +122,11 @@ class ScaleTuner:
         chosen = set(names)
         for name, matrix in lowered.matrices.items():
             placeholder = placeholders[name]
-            if name in chosen and matrix.scheme.numbers.bits <= MOST_BITS and matrix.stored is not None:
+            if name in chosen and matrix.stored is not None:
                 self.tuned[placeholder] = _Tuned.of(matrix.stored())
                 del self.fixed[placeholder]
             else:
                 self.fixed[placeholder] = _as_stored(matrix, self.teacher[placeholder])
-
-    @property
-    def possible(self) -> bool:
-        """Whether there is something to tune, and a sample to tune it on beside one that is held out."""
-        return bool(self.tuned and self.train)
 
     def run(self, epochs: int, always: bool, progress: Progress) -> tuple[Tuning, list[QuantizedTensor]]:
         """The tuned matrices, none where the ones there are stay. always: even where little is lost."""
@@ -173,8 +172,8 @@ class ScaleTuner:
         """KL(float model || student), nats, mean over the sample's tokens."""
         inputs = sample_inputs([sample])
         with torch.no_grad():
-            expected = functional.log_softmax(_logits(self.traced, self.teacher, inputs), -1)
-        found = functional.log_softmax(_logits(self.traced, student, inputs), -1)
+            expected = functional.log_softmax(interpret.run_with(self.traced, inputs, self.teacher)[0], -1)
+        found = functional.log_softmax(interpret.run_with(self.traced, inputs, student)[0], -1)
         return functional.kl_div(found, expected, reduction="sum", log_target=True) / len(sample)
 
 
@@ -218,20 +217,3 @@ def _as_stored(matrix: Matrix, w: Tensor) -> Tensor:
         return w
     held = quantize_tensor(matrix.name, w, matrix.scheme) if matrix.stored is None else matrix.stored()
     return torch.from_numpy(dequantize_tensor(held))
-
-
-def _logits(traced: Traced, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
-    """[T, V]. The ops' references are called as they are: as registered ops they have no gradients."""
-    env: dict[fx.Node, Any] = {}
-
-    def value(source: fx.Node) -> Any:
-        if source.op != "placeholder":
-            return env[source]
-        return inputs[source.name] if source.name in inputs else weights[source.name]
-
-    for node, finished in interpret.steps(traced):
-        env[node] = evaluate(REFERENCES.get(node.target, node.target), node.args, node.kwargs, value)
-        for source in finished:
-            env.pop(source, None)
-    out: Tensor = env[interpret.result(traced)][0]
-    return out

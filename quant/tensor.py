@@ -60,6 +60,11 @@ class QuantizedTensor:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """The tensors' arrays by suffix: "weight", and as the scheme asks "scale", "zero"."""
+        return {tensor.name.removeprefix(self.name + "."): tensor.array for tensor in self.tensors}
+
     def segment(self) -> dict[str, Any]:
         """This matrix as a weight segment of program.json."""
         return {
@@ -104,8 +109,7 @@ def store(
 
 def dequantize_tensor(tensor: QuantizedTensor) -> F32:
     """The weights [n, k] f32 that the stored bytes mean."""
-    arrays = {t.name.removeprefix(tensor.name + "."): t.array for t in tensor.tensors}
-    return _decode(arrays, tensor.scheme, tensor.k)
+    return _decode(tensor.arrays, tensor.scheme, tensor.k)
 
 
 def stored_shapes(

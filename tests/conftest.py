@@ -32,3 +32,11 @@ def shared() -> Path:
 def stories260k(shared: Path) -> Path:
     """A Llama of 260 k parameters with shapes that no group divides."""
     return shared / "models" / "stories260k"
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 9,000 characters to calibrate on."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text("".join(f"def f{i}(x):\n    return x + {i * i}\n" for i in range(300)))
+    return path

@@ -73,7 +73,8 @@ PYBIND11_MODULE(_native, module) {
   py::class_<Executor>(module, "Executor")
       .def(py::init(&make), py::arg("program_json"), py::arg("weights_path"), py::kw_only(),
            py::arg("threads"), py::arg("max_len"), py::arg("max_slots"), py::arg("isa") = "auto",
-           py::arg("huge_pages") = false, py::arg("pinned") = false, py::arg("alone_below") = Options{}.alone_below)
+           py::arg("huge_pages") = false, py::arg("pinned") = false,
+           py::arg("alone_below") = Options{}.alone_below)
       .def("forward", &forward, py::arg("tokens"), py::arg("positions"), py::arg("slots"), py::arg("rows"))
       .def("copy_slot", &Executor::copy_slot, py::arg("src"), py::arg("dst"), py::arg("length"),
            py::call_guard<py::gil_scoped_release>())

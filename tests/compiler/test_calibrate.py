@@ -39,13 +39,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text("".join(f"def f{i}(x):\n    return x + {i * i}\n" for i in range(300)))
-    return path
-
-
 def manifest(path: Path) -> dict[str, Any]:
     return dict(json.loads((path / "manifest.json").read_text()))
 
