@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from gristmill.runtime import machine
 from gristmill.runtime.errors import GristmillError
-from gristmill.runtime.program import CACHE_TYPES, CacheSpec, Program
+from gristmill.runtime.program import CACHE_TILE, CACHE_TYPES, CacheSpec, Program
 
 _SANE = 2**31  # the executor's own limits are tighter; this keeps the arithmetic here honest
 
@@ -37,9 +37,10 @@ def kv_rows(cache: CacheSpec, max_len: int, max_tokens: int) -> int:
 
 
 def kv_bytes(program: Program, max_len: int, max_slots: int) -> int:
-    """Bytes of all caches for `max_slots` slots of `max_len` positions."""
-    max_tokens = program.limits.max_tokens
-    return max_slots * sum(c.row_bytes() * kv_rows(c, max_len, max_tokens) for c in program.caches)
+    """Bytes of all caches for `max_slots` slots of `max_len` positions, in whole tiles of rows."""
+    rows = [-(-kv_rows(c, max_len, program.limits.max_tokens) // CACHE_TILE) for c in program.caches]
+    tiles = zip(program.caches, rows, strict=True)
+    return max_slots * sum(cache.row_bytes() * CACHE_TILE * count for cache, count in tiles)
 
 
 def smallest_ring(program: Program, max_len: int) -> int:

@@ -23,6 +23,7 @@ ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
 FLOAT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}  # formats without scales: bytes of a weight
 BLOCK_BYTES = {"fp8": 64, "int8": 64, "int4": 32, "int3": 24, "int2": 16}  # with scales: of 64 columns
 CACHE_TYPES = ("f32", "f16", "int8", "fp8", "int4")
+CACHE_TILE = 16  # rows of a cache are kept in whole tiles, and columns of int8
 CACHE_GROUP = 32  # columns of an int4 cache row that share a scale and an offset
 POINTWISE_UNARY = (
     "neg", "exp", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh", "relu", "sqrt", "rsqrt", "square", "abs",
@@ -163,7 +164,7 @@ def cache_row_bytes(dtype: str, dim: int) -> int:
     return {
         "f32": 4 * dim,
         "f16": 2 * dim,
-        "int8": 8 + dim,  # scale and offset, f32
+        "int8": 8 + -(-dim // CACHE_TILE) * CACHE_TILE,  # scale and offset, f32
         "fp8": 4 + dim,  # scale, f32
         "int4": 4 * -(-dim // CACHE_GROUP) + (dim + 1) // 2,  # scale and offset of each group, f16
     }[dtype]

@@ -107,7 +107,7 @@ def test_the_ring_of_a_program() -> None:
     program = tiny_program(max_tokens=16, max_len=64, window=10)
     assert footprint.smallest_ring(program, 64) == 26
     assert footprint.smallest_ring(program, 20) == 0
-    assert footprint.kv_bytes(program, 64, 3) == 3 * 26 * 2 * 8 * 4
+    assert footprint.kv_bytes(program, 64, 3) == 3 * 32 * 2 * 8 * 4, "whole tiles of 16 rows"
 
 
 def test_a_slot_of_ones_own() -> None:

@@ -67,10 +67,12 @@ struct Rope {
   bool interleaved = false;
 };
 
-// The keys or the values of a cache: rows of row_bytes() each, what a row is scaled by in front of its
-// columns.
+// The keys or the values of a cache. Rows of row_bytes() each: what a row is scaled by, then its columns. Rows of
+// int8 lie in tiles of kTile, as they are multiplied: the rows' scales, their offsets, then bytes in quads.
 struct CacheRows {
   static constexpr int64_t kGroup = 32;  // columns of int4 that share a scale and an offset
+  static constexpr int64_t kTile = 16;   // a ring holds whole tiles
+  static constexpr int64_t kTileHeader = 2 * kTile * 4;
   CacheType type = CacheType::f16;
   int64_t dim = 0;
   char* data = nullptr;
@@ -79,35 +81,47 @@ struct CacheRows {
     switch (type) {
       case CacheType::f32:
       case CacheType::f16: return 0;
-      case CacheType::int8: return 8;                                  // x = scale * q + offset, both f32
+      case CacheType::int8: return 8;                                  // x = scale * byte + offset, both f32
       case CacheType::fp8: return 4;                                   // x = scale * e4m3, f32
       case CacheType::int4: return (dim + kGroup - 1) / kGroup * 4;  // scale and offset, both f16, per group
     }
     return 0;
   }
+  int64_t tile_width() const { return (dim + 15) / 16 * 16; }  // columns of int8, with those that fill it up
   int64_t row_bytes() const {
     switch (type) {
       case CacheType::f32: return 4 * dim;
       case CacheType::f16: return 2 * dim;
-      case CacheType::int8:
+      case CacheType::int8: return header_bytes() + tile_width();
       case CacheType::fp8: return header_bytes() + dim;
       case CacheType::int4: return header_bytes() + (dim + 1) / 2;  // byte i: column 2i low, 2i + 1 high
     }
     return 0;
   }
-  char* row(int64_t index) const { return data + index * row_bytes(); }
+  char* row(int64_t index) const { return data + index * row_bytes(); }  // not of int8
+  char* tile(int64_t index) const { return data + index / kTile * kTile * row_bytes(); }
+
+  // Where a tile has column c of row r % kTile. Keys are multiplied along the columns: four columns of a row
+  // are a quad, the quads of sixteen rows follow each other. Values are multiplied along the rows.
+  static int64_t key_byte(int64_t r, int64_t c) { return kTileHeader + c / 4 * 4 * kTile + r % kTile * 4 + c % 4; }
+  int64_t value_byte(int64_t r, int64_t c) const {
+    return kTileHeader + r % kTile / 4 * 4 * tile_width() + c * 4 + r % 4;
+  }
 };
 
 // One layer's cache.
 struct Cache {
   CacheRows k, v;
   int64_t kv_heads = 0;
-  int64_t ring = 0;    // rows per (slot, head): max_len, or window + max_tokens when that is smaller
+  int64_t ring = 0;    // rows per (slot, head): max_len, or window + max_tokens when that is smaller; whole tiles
   int64_t window = 0;  // 0 = whole context
   int64_t row(int64_t slot, int64_t head, int64_t position) const {
     return (slot * kv_heads + head) * ring + position % ring;
   }
 };
+constexpr int64_t whole_tiles(int64_t rows) {
+  return (rows + CacheRows::kTile - 1) / CacheRows::kTile * CacheRows::kTile;
+}
 
 struct AttentionShape {
   int64_t heads = 0;

@@ -83,6 +83,7 @@ GRISTMILL_INLINE __m256 power_of_two8(__m256 t) {
   return _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(0x3f800000)));
 }
 GRISTMILL_INLINE Vec power_of_two(Vec t) { return {power_of_two8(t.low), power_of_two8(t.high)}; }
+GRISTMILL_INLINE Vec times_power_of_two(Vec x, Vec, Vec t) { return mul(x, power_of_two(t)); }
 
 GRISTMILL_INLINE float reduce_add(Vec a) {
   const __m256 eight = _mm256_add_ps(a.low, a.high);
@@ -100,3 +101,39 @@ GRISTMILL_INLINE float first(Vec a) { return _mm256_cvtss_f32(a.low); }
 GRISTMILL_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 // Into the second-level cache only.
 GRISTMILL_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+
+struct Quads {
+  __m256i even[2], odd[2];  // bytes 0 and 2, 1 and 3 of each lane as words
+};
+struct Factor {
+  int32_t even, odd;  // words
+};
+struct QuadSum {
+  __m256i low, high;
+};
+GRISTMILL_INLINE Quads load_quads(const char* p) {
+  Quads quads;
+  for (int i = 0; i < 2; i++) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i);
+    quads.even[i] = _mm256_and_si256(x, _mm256_set1_epi16(0xff));
+    quads.odd[i] = _mm256_srli_epi16(x, 8);
+  }
+  return quads;
+}
+GRISTMILL_INLINE QuadSum no_quads() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+GRISTMILL_INLINE __m256i quad_dots(__m256i even, __m256i odd, const Factor* factor) {
+  return _mm256_add_epi32(_mm256_madd_epi16(even, _mm256_set1_epi32(factor->even)),
+                          _mm256_madd_epi16(odd, _mm256_set1_epi32(factor->odd)));
+}
+GRISTMILL_INLINE void add_quads(QuadSum& sum, const Quads& quads, const Factor* factor) {
+  sum.low = _mm256_add_epi32(sum.low, quad_dots(quads.even[0], quads.odd[0], factor));
+  sum.high = _mm256_add_epi32(sum.high, quad_dots(quads.even[1], quads.odd[1], factor));
+}
+GRISTMILL_INLINE Vec to_float(const QuadSum& sum) {
+  return {_mm256_cvtepi32_ps(sum.low), _mm256_cvtepi32_ps(sum.high)};
+}
+GRISTMILL_INLINE void store_factors(Factor* p, Vec a, Vec unit) {
+  const Vec rounded = fma(a, unit, set1(kFactorMagic));
+  store_word_factors(p, rounded.low);
+  store_word_factors(p + 2, rounded.high);
+}

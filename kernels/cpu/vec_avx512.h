@@ -58,6 +58,7 @@ GRISTMILL_INLINE Vec power_of_two(Vec t) {
   const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(t.v), 23);
   return {_mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_set1_epi32(0x3f800000)))};
 }
+GRISTMILL_INLINE Vec times_power_of_two(Vec x, Vec n, Vec) { return {_mm512_scalef_ps(x.v, n.v)}; }
 
 GRISTMILL_INLINE float reduce_add(Vec a) {
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
@@ -75,3 +76,64 @@ GRISTMILL_INLINE float first(Vec a) { return _mm512_cvtss_f32(a.v); }
 GRISTMILL_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 // Into the second-level cache only.
 GRISTMILL_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+
+#if GRISTMILL_VNNI
+// A number is 256 * high + low, both signed bytes.
+struct Quads {
+  __m512i bytes;
+};
+struct Factor {
+  int32_t high, low;
+  int64_t unused;  // four lanes become one factor where they are
+};
+struct QuadSum {
+  __m512i high, low;
+};
+GRISTMILL_INLINE Quads load_quads(const char* p) { return {_mm512_loadu_si512(p)}; }
+GRISTMILL_INLINE QuadSum no_quads() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+// In place by force: compilers copy accumulators from register to register in the middle of the loop.
+GRISTMILL_INLINE void add_dots(__m512i& sum, __m512i bytes, const int32_t& factor) {
+  __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(bytes), "m"(factor));
+}
+GRISTMILL_INLINE void add_quads(QuadSum& sum, const Quads& quads, const Factor* factor) {
+  add_dots(sum.high, quads.bytes, factor->high);
+  add_dots(sum.low, quads.bytes, factor->low);
+}
+GRISTMILL_INLINE Vec to_float(const QuadSum& sum) {
+  return {_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sum.high, 8), sum.low))};
+}
+// Adding 128 rounds to the nearest multiple of 256; the low byte then is 128 too large.
+GRISTMILL_INLINE void store_factors(Factor* p, Vec a, Vec unit) {
+  const __m512i number = _mm512_castps_si512(fma(a, unit, set1(12582912.f + 128.f)).v);
+  const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 5, 9, 13, 0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1));
+  const __m512i bytes = _mm512_shuffle_epi8(number, order);
+  const __m512i factors = _mm512_xor_si512(bytes, _mm512_set1_epi64(int64_t(0x8080808000000000u)));
+  _mm512_storeu_si512(p, factors);
+}
+#else
+struct Quads {
+  __m512i even, odd;  // bytes 0 and 2, 1 and 3 of each lane as words
+};
+struct Factor {
+  int32_t even, odd;  // words
+};
+struct QuadSum {
+  __m512i dots;
+};
+GRISTMILL_INLINE Quads load_quads(const char* p) {
+  const __m512i x = _mm512_loadu_si512(p);
+  return {_mm512_and_si512(x, _mm512_set1_epi16(0xff)), _mm512_srli_epi16(x, 8)};
+}
+GRISTMILL_INLINE QuadSum no_quads() { return {_mm512_setzero_si512()}; }
+GRISTMILL_INLINE void add_quads(QuadSum& sum, const Quads& quads, const Factor* factor) {
+  const __m512i even = _mm512_madd_epi16(quads.even, _mm512_set1_epi32(factor->even));
+  const __m512i odd = _mm512_madd_epi16(quads.odd, _mm512_set1_epi32(factor->odd));
+  sum.dots = _mm512_add_epi32(sum.dots, _mm512_add_epi32(even, odd));
+}
+GRISTMILL_INLINE Vec to_float(const QuadSum& sum) { return {_mm512_cvtepi32_ps(sum.dots)}; }
+GRISTMILL_INLINE void store_factors(Factor* p, Vec a, Vec unit) {
+  const Vec rounded = fma(a, unit, set1(kFactorMagic));
+  store_word_factors(p, _mm512_castps512_ps256(rounded.v));
+  store_word_factors(p + 2, _mm512_extractf32x8_ps(rounded.v, 1));
+}
+#endif

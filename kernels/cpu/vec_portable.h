@@ -109,6 +109,8 @@ GRISTMILL_INLINE Vec select_less(Vec a, Vec b, Vec x, Vec y) {
 GRISTMILL_INLINE Vec power_of_two(Vec t) {
   return each([&](int i) { return float_of((bits_of(t.lane[i]) << 23) + 0x3f800000); });
 }
+// x * 2^n, where t = n + 1.5 * 2^23 and the result is no subnormal.
+GRISTMILL_INLINE Vec times_power_of_two(Vec x, Vec, Vec t) { return mul(x, power_of_two(t)); }
 
 // The fixed tree: i + (i + 8), then + 4, + 2, + 1.
 GRISTMILL_INLINE float reduce_add(Vec a) {
@@ -124,6 +126,7 @@ GRISTMILL_INLINE float reduce_max(Vec a) {
   return a.lane[0];
 }
 GRISTMILL_INLINE float first(Vec a) { return a.lane[0]; }
+GRISTMILL_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 // out[i * ld + j] = row[j][i] for 16 rows of 16.
 template <typename T>
@@ -132,4 +135,35 @@ GRISTMILL_INLINE void transpose_16x16(const T* const* row, int64_t column, float
     const Vec a = load(row[j] + column);
     for (int i = 0; i < kLanes; i++) out[i * ld + j] = a.lane[i];
   }
+}
+
+// ---- products of bytes with numbers of sixteen bits, four at a time ----
+//
+// A quad is four unsigned bytes in one 32-bit lane; a Factor is what four numbers within +-kQuadLimit become to
+// meet them. Sums are exact while they fit 32 bits.
+struct Quads {
+  const uint8_t* bytes;
+};
+struct Factor {
+  int16_t number[4];
+};
+constexpr float kFactorMagic = 12582912.f;  // adding it leaves no room for a fraction and an integer in the low bits
+struct QuadSum {
+  int32_t lane[kLanes];
+};
+GRISTMILL_INLINE Quads load_quads(const char* p) { return {reinterpret_cast<const uint8_t*>(p)}; }
+GRISTMILL_INLINE QuadSum no_quads() { return {}; }
+GRISTMILL_INLINE void add_quads(QuadSum& sum, const Quads& quads, const Factor* factor) {
+  for (int i = 0; i < kLanes; i++) {
+    for (int n = 0; n < 4; n++) sum.lane[i] += quads.bytes[4 * i + n] * factor->number[n];
+  }
+}
+GRISTMILL_INLINE Vec to_float(const QuadSum& sum) {
+  return each([&](int i) { return static_cast<float>(sum.lane[i]); });
+}
+// a * unit, rounded to nearest even; numbers within +-32639. Of what is not a number any factor is made.
+GRISTMILL_INLINE void store_factors(Factor* p, Vec a, Vec unit) {
+  const Vec rounded = fma(a, unit, set1(kFactorMagic));
+  for (int i = 0; i < kLanes; i++)
+    p[i / 4].number[i % 4] = static_cast<int16_t>(static_cast<uint16_t>(bits_of(rounded.lane[i])));
 }

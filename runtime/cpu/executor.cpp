@@ -118,7 +118,8 @@ size_t Executor::lay_out_caches(Carver carver) {
     cache.v = {spec.v_type, spec.v_dim};
     cache.kv_heads = spec.kv_heads;
     cache.window = spec.window;
-    cache.ring = spec.window ? std::min(max_len(), spec.window + program_.max_tokens) : max_len();
+    const int64_t needed = spec.window ? std::min(max_len(), spec.window + program_.max_tokens) : max_len();
+    cache.ring = whole_tiles(needed);
     const int64_t rows = max_slots() * spec.kv_heads * cache.ring;  // < 2^52
     const int64_t row_bytes = cache.k.row_bytes() + cache.v.row_bytes();
     if (static_cast<size_t>(rows) > kMostCacheBytes / static_cast<size_t>(row_bytes) ||
@@ -126,7 +127,7 @@ size_t Executor::lay_out_caches(Carver carver) {
       fail("the caches for max_len ", max_len(), " and max_slots ", max_slots(),
            " are larger than any machine's memory");
     for (CacheRows* side : {&cache.k, &cache.v}) side->data = carver.take<char>(rows * side->row_bytes());
-    shortest_ring_ = std::min(shortest_ring_, cache.ring);
+    shortest_ring_ = std::min(shortest_ring_, needed);
     machine_.caches.push_back(cache);
   }
   return carver.used();

@@ -113,10 +113,10 @@ void Executor::copy_slot(int64_t from, int64_t to, int64_t length) {
   check(length, max_len(), "the length");
   if (from == to) return;
   for (const Cache& cache : machine_.caches) {
-    const int64_t rows = std::min(length, cache.ring);
+    const int64_t rows = std::min(whole_tiles(length), cache.ring);
     for (const CacheRows& side : {cache.k, cache.v})
       for (int64_t head = 0; head < cache.kv_heads; head++)
-        std::memcpy(side.row(cache.row(to, head, 0)), side.row(cache.row(from, head, 0)),
+        std::memcpy(side.tile(cache.row(to, head, 0)), side.tile(cache.row(from, head, 0)),
                     static_cast<size_t>(rows * side.row_bytes()));
   }
 }

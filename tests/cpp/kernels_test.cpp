@@ -121,10 +121,14 @@ struct Context {
   Buffer<uint8_t> k, v;
   Buffer<float> sinks, q;
   double key(int64_t slot, int64_t head, int64_t position, int64_t d) const {
-    return stored(cache.k, cache.row(slot, head, position), d);
+    const int64_t row = cache.row(slot, head, position);
+    if (cache.k.type != CacheType::int8) return stored(cache.k, row, d);
+    return in_tile(cache.k, row, CacheRows::key_byte(row, d));
   }
   double value(int64_t slot, int64_t head, int64_t position, int64_t d) const {
-    return stored(cache.v, cache.row(slot, head, position), d);
+    const int64_t row = cache.row(slot, head, position);
+    if (cache.v.type != CacheType::int8) return stored(cache.v, row, d);
+    return in_tile(cache.v, row, cache.v.value_byte(row, d));
   }
 
   // Column d of a row, read as kernels.h describes rows.
@@ -135,7 +139,7 @@ struct Context {
     switch (rows.type) {
       case CacheType::f32: return real(4 * d);
       case CacheType::f16: return half(2 * d);
-      case CacheType::int8: return real(0) * static_cast<int8_t>(row[8 + d]) + real(4);
+      case CacheType::int8: return 0;  // lies in tiles
       case CacheType::fp8: return real(0) * static_cast<double>(to_float(read<fp8>(row + 4 + d)));
       case CacheType::int4: break;
     }
@@ -145,6 +149,12 @@ struct Context {
   }
 
  private:
+  static double in_tile(const CacheRows& rows, int64_t index, int64_t byte) {
+    const char* tile = rows.tile(index);
+    const char* header = tile + index % 16 * 4;
+    return static_cast<double>(read<float>(header)) * static_cast<uint8_t>(tile[byte]) +
+           static_cast<double>(read<float>(header + 64));
+  }
   template <typename T>
   static T read(const char* at) {
     T value;
@@ -165,7 +175,7 @@ Context context(CacheType k_type, CacheType v_type, int64_t heads, int64_t kv_he
   c.cache.v = {v_type, v_dim};
   c.cache.kv_heads = kv_heads;
   c.cache.window = window;
-  c.cache.ring = window ? std::min(length, window + 40) : length;
+  c.cache.ring = whole_tiles(window ? std::min(length, window + 40) : length);
   const int64_t rows = c.slots * kv_heads * c.cache.ring;
   c.k = Buffer<uint8_t>(rows * c.cache.k.row_bytes());
   c.v = Buffer<uint8_t>(rows * c.cache.v.row_bytes());
@@ -243,6 +253,12 @@ std::vector<double> reference_attention(const Context& c, int64_t slot, int64_t 
   return out;
 }
 
+// Queries and probabilities that meet int8 are rounded to 16 bits. The probabilities' error is at most 3 % of what
+// rounding the values to int8 does: sqrt(64) 128 / 32639 of their step.
+double attention_tolerance(const Cache& cache) {
+  return 1e-5 + (cache.k.type == CacheType::int8 ? 1e-4 : 0) + (cache.v.type == CacheType::int8 ? 6e-4 : 0);
+}
+
 void test_attention(const Context& c, const std::string& name) {
   const int64_t slot = 1, width = c.shape.heads * c.cache.v.dim;
   // a window's ring keeps window + 40 rows: only late rows can be asked, up to 16 at once
@@ -254,8 +270,8 @@ void test_attention(const Context& c, const std::string& name) {
       for (int64_t h = 0; h < c.shape.heads; h++) {
         const std::vector<double> exact = reference_attention(c, slot, first + t, h);
         for (int64_t d = 0; d < c.cache.v.dim; d++) {
-          check_near(name, expected[t * width + h * c.cache.v.dim + d], exact[static_cast<size_t>(d)], 1e-5,
-                     d);
+          check_near(name, expected[t * width + h * c.cache.v.dim + d], exact[static_cast<size_t>(d)],
+                     attention_tolerance(c.cache), d);
         }
       }
     }
@@ -365,14 +381,16 @@ void test_hadamard(const Kernels& kernels) {
 void test_attentions() {
   for (const CacheType k : kCacheTypes) {
     for (const CacheType v : kCacheTypes) {
-      test_attention(context(k, v, 6, 2, 40, 24, 0, 5.f, 130), "attention odd, softcap, sinks");
-      test_attention(context(k, v, 4, 2, 8, 16, 70, 0, 200), "attention narrow, window");
+      const std::string types = " " + std::to_string(static_cast<int>(k)) + std::to_string(static_cast<int>(v));
+      test_attention(context(k, v, 6, 2, 40, 24, 0, 5.f, 130), "attention odd, softcap, sinks" + types);
+      test_attention(context(k, v, 4, 2, 8, 16, 70, 0, 200), "attention narrow, window" + types);
       if (k != v) continue;
-      test_attention(context(k, v, 4, 4, 64, 64, 0, 0, 150), "attention mha");
-      test_attention(context(k, v, 8, 1, 64, 64, 0, 0, 600), "attention mqa");
-      test_attention(context(k, v, 4, 2, 80, 96, 70, 0, 560), "attention window");
-      test_attention(context(k, v, 3, 1, 192, 128, 0, 0, 90), "attention wide");
-      test_attention(context(k, v, 2, 1, 5, 33, 0, 0, 70), "attention odd");
+      test_attention(context(k, v, 4, 4, 64, 64, 0, 0, 150), "attention mha" + types);
+      test_attention(context(k, v, 8, 1, 64, 64, 0, 0, 600), "attention mqa" + types);
+      test_attention(context(k, v, 4, 2, 80, 96, 70, 0, 560), "attention window" + types);
+      test_attention(context(k, v, 3, 1, 192, 128, 0, 0, 90), "attention wide" + types);
+      test_attention(context(k, v, 2, 1, 5, 33, 0, 0, 70), "attention odd" + types);
+      test_attention(context(k, v, 2, 1, 576, 512, 0, 0, 70), "attention widest" + types);
     }
   }
 }
