@@ -103,7 +103,9 @@ struct CacheRows {
 
   // Where a tile has column c of row r % kTile. Keys are multiplied along the columns: four columns of a row
   // are a quad, the quads of sixteen rows follow each other. Values are multiplied along the rows.
-  static int64_t key_byte(int64_t r, int64_t c) { return kTileHeader + c / 4 * 4 * kTile + r % kTile * 4 + c % 4; }
+  static int64_t key_byte(int64_t r, int64_t c) {
+    return kTileHeader + c / 4 * 4 * kTile + r % kTile * 4 + c % 4;
+  }
   int64_t value_byte(int64_t r, int64_t c) const {
     return kTileHeader + r % kTile / 4 * 4 * tile_width() + c * 4 + r % 4;
   }
@@ -113,7 +115,7 @@ struct CacheRows {
 struct Cache {
   CacheRows k, v;
   int64_t kv_heads = 0;
-  int64_t ring = 0;    // rows per (slot, head): max_len, or window + max_tokens when that is smaller; whole tiles
+  int64_t ring = 0;    // rows per (slot, head), whole tiles: max_len, or a smaller window + max_tokens
   int64_t window = 0;  // 0 = whole context
   int64_t row(int64_t slot, int64_t head, int64_t position) const {
     return (slot * kv_heads + head) * ring + position % ring;

@@ -105,7 +105,7 @@ GRISTMILL_INLINE Vec to_float(const QuadSum& sum) {
 // Adding 128 rounds to the nearest multiple of 256; the low byte then is 128 too large.
 GRISTMILL_INLINE void store_factors(Factor* p, Vec a, Vec unit) {
   const __m512i number = _mm512_castps_si512(fma(a, unit, set1(12582912.f + 128.f)).v);
-  const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 5, 9, 13, 0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1));
+  const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi32(0x0d090501, 0x0c080400, -1, -1));
   const __m512i bytes = _mm512_shuffle_epi8(number, order);
   const __m512i factors = _mm512_xor_si512(bytes, _mm512_set1_epi64(int64_t(0x8080808000000000u)));
   _mm512_storeu_si512(p, factors);

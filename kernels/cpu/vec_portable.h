@@ -147,7 +147,7 @@ struct Quads {
 struct Factor {
   int16_t number[4];
 };
-constexpr float kFactorMagic = 12582912.f;  // adding it leaves no room for a fraction and an integer in the low bits
+constexpr float kFactorMagic = 12582912.f;  // adding it rounds to an integer, which is in the low bits then
 struct QuadSum {
   int32_t lane[kLanes];
 };
