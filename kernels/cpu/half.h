@@ -6,6 +6,12 @@
 
 // For functions over registers: a call would send them through memory.
 #define GRISTMILL_INLINE inline __attribute__((always_inline))
+// Loops over arrays of registers must vanish, at any level of optimization.
+#if defined(__clang__)
+#define GRISTMILL_UNROLL _Pragma("unroll")
+#else
+#define GRISTMILL_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 namespace gristmill {
 
