@@ -59,7 +59,7 @@ Buffer<float> reference_product(const FloatWeights& w, const Buffer<float>& x, i
   return y;
 }
 
-// Every kernel's product of `w`, all of it or without its first rows, with one row of x or more: the same bits.
+// Products of `w`, all of it or without its first rows, with one row of x or more: the same bits everywhere.
 void test_product(const std::string& name, const Matrix& w, const Buffer<float>& x, int64_t ldx, int64_t rows,
                   const Buffer<float>& expected) {
   for (const Kernels* kernels : all_kernels()) {
