@@ -54,9 +54,10 @@ inline float to_float(f16 h) {
   return float_of(sign | (exponent + 112) << 23 | mantissa << 13);
 }
 
-inline float to_float(scaled_fp8 x) {
-  return to_float(f16{static_cast<uint16_t>((x.bits & 0x80) << 8 | (x.bits & 0x7f) << 7)});
+inline f16 to_f16(scaled_fp8 x) {
+  return {static_cast<uint16_t>((x.bits & 0x80) << 8 | (x.bits & 0x7f) << 7)};
 }
+inline float to_float(scaled_fp8 x) { return to_float(to_f16(x)); }
 
 // Round to nearest even; overflow gives infinity.
 inline f16 to_f16(float value) {

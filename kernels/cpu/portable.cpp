@@ -81,7 +81,9 @@ int64_t peak_int(int64_t rounds) {
   return rounds * kCount * 2;
 }
 
-size_t product_scratch_bytes(int64_t k) { return float_scratch_bytes(k); }
+size_t product_scratch_bytes(int64_t k) {
+  return std::max(sizeof(FloatScratch), static_cast<size_t>(padded_columns(k)) * sizeof(int16_t));
+}
 
 #include "table.inc"
 

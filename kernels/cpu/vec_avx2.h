@@ -20,6 +20,11 @@ GRISTMILL_INLINE Vec load(const scaled_fp8* p) {
   const __m256i half = fp8_to_f16(p);
   return {_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
 }
+// 32 e4m3 numbers times 2^-8 as f16.
+GRISTMILL_INLINE void store_halves(const scaled_fp8* p, f16* out) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), fp8_to_f16(p));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), fp8_to_f16(p + 16));
+}
 GRISTMILL_INLINE Vec load_nibbles(const uint8_t* p) {
   const __m128i bytes = nibbles16(p);
   return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
@@ -64,6 +69,13 @@ GRISTMILL_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
 
+// The same value, in registers by force: compilers load again what is used several times.
+GRISTMILL_INLINE __m256 in_register(__m256 a) {
+  __asm__("" : "+x"(a));
+  return a;
+}
+GRISTMILL_INLINE Vec in_register(Vec a) { return {in_register(a.low), in_register(a.high)}; }
+
 GRISTMILL_INLINE Vec abs(Vec a) {
   const __m256 sign = _mm256_set1_ps(-0.f);
   return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
@@ -91,6 +103,24 @@ GRISTMILL_INLINE float reduce_add(Vec a) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
+// Eight reduce_adds at once: where that adds two halves of a register, this adds halves of two registers.
+GRISTMILL_INLINE __m256 reduce_add_8(const float* p) {
+  __m256 four[4], two[2];  // of each output so many sums; four[l] has outputs l, 4 + l
+  GRISTMILL_UNROLL
+  for (int i = 0; i < 4; i++) {
+    const float *low = p + 16 * i, *high = low + 64;
+    const __m256 a = _mm256_add_ps(_mm256_loadu_ps(low), _mm256_loadu_ps(low + 8));
+    const __m256 b = _mm256_add_ps(_mm256_loadu_ps(high), _mm256_loadu_ps(high + 8));
+    four[i] = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  }
+  GRISTMILL_UNROLL
+  for (int i = 0; i < 2; i++) {
+    const __m256 a = four[2 * i], b = four[2 * i + 1];
+    two[i] = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+  }
+  return _mm256_add_ps(_mm256_shuffle_ps(two[0], two[1], 0x88), _mm256_shuffle_ps(two[0], two[1], 0xdd));
+}
+GRISTMILL_INLINE Vec reduce_add_16(const float* p) { return {reduce_add_8(p), reduce_add_8(p + 128)}; }
 GRISTMILL_INLINE float reduce_max(Vec a) {
   const __m256 eight = _mm256_max_ps(a.low, a.high);
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -136,4 +166,21 @@ GRISTMILL_INLINE void store_factors(Factor* p, Vec a, Vec unit) {
   const Vec rounded = fma(a, unit, set1(kFactorMagic));
   store_word_factors(p, rounded.low);
   store_word_factors(p + 2, rounded.high);
+}
+
+// What a register holds of a Vec: half of it.
+struct Register {
+  __m256 v;
+};
+constexpr int kRegisterLanes = 8;
+GRISTMILL_INLINE Register zero_register() { return {_mm256_setzero_ps()}; }
+GRISTMILL_INLINE Register load_register(const float* p) { return {_mm256_loadu_ps(p)}; }
+GRISTMILL_INLINE Register in_register(Register a) { return {in_register(a.v)}; }
+GRISTMILL_INLINE void store(float* p, Register a) { _mm256_storeu_ps(p, a.v); }
+GRISTMILL_INLINE Register fma(Register a, Register b, Register c) {
+  return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+}
+GRISTMILL_INLINE void store_registers(float* p, int64_t step, Vec a) {
+  _mm256_storeu_ps(p, a.low);
+  _mm256_storeu_ps(p + step, a.high);
 }

@@ -20,6 +20,12 @@ GRISTMILL_INLINE Vec load(const bf16* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
 GRISTMILL_INLINE Vec load(const scaled_fp8* p) { return {_mm512_cvtph_ps(fp8_to_f16(p))}; }
+// 32 e4m3 numbers times 2^-8 as f16, as fp8_to_f16 has it.
+GRISTMILL_INLINE void store_halves(const scaled_fp8* p, f16* out) {
+  const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  const __m512i mask = _mm512_set1_epi16(static_cast<int16_t>(0xbf80));
+  _mm512_storeu_si512(out, _mm512_and_si512(_mm512_slli_epi16(wide, 7), mask));
+}
 GRISTMILL_INLINE Vec load(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
@@ -46,6 +52,12 @@ GRISTMILL_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 GRISTMILL_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 GRISTMILL_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
+// The same value, in a register by force: compilers load again what is used several times.
+GRISTMILL_INLINE Vec in_register(Vec a) {
+  __asm__("" : "+v"(a.v));
+  return a;
+}
+
 GRISTMILL_INLINE Vec abs(Vec a) { return {_mm512_andnot_ps(_mm512_set1_ps(-0.f), a.v)}; }
 GRISTMILL_INLINE Vec copysign(Vec a, Vec b) {
   const __m512 sign = _mm512_set1_ps(-0.f);
@@ -65,6 +77,28 @@ GRISTMILL_INLINE float reduce_add(Vec a) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+// Sixteen reduce_adds at once: where that adds two halves of a register, this adds halves of two registers.
+GRISTMILL_INLINE Vec reduce_add_16(const float* p) {
+  __m512 eight[8], four[4];  // of each output so many sums; four[l] has outputs l, 4 + l, 8 + l, 12 + l
+  GRISTMILL_UNROLL
+  for (int i = 0; i < 8; i++) {
+    const int output = i % 4 + i / 4 * 8;
+    const __m512 a = _mm512_loadu_ps(p + 16 * output), b = _mm512_loadu_ps(p + 16 * (output + 4));
+    eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
+  GRISTMILL_UNROLL
+  for (int i = 0; i < 4; i++) {
+    const __m512 a = eight[i], b = eight[i + 4];
+    four[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  __m512 two[2];
+  GRISTMILL_UNROLL
+  for (int i = 0; i < 2; i++) {
+    const __m512 a = four[2 * i], b = four[2 * i + 1];
+    two[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  }
+  return {_mm512_add_ps(_mm512_shuffle_ps(two[0], two[1], 0x88), _mm512_shuffle_ps(two[0], two[1], 0xdd))};
 }
 GRISTMILL_INLINE float reduce_max(Vec a) {
   const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
@@ -137,3 +171,10 @@ GRISTMILL_INLINE void store_factors(Factor* p, Vec a, Vec unit) {
   store_word_factors(p + 2, _mm512_extractf32x8_ps(rounded.v, 1));
 }
 #endif
+
+// What a register holds of a Vec: all of it.
+using Register = Vec;
+constexpr int kRegisterLanes = kLanes;
+GRISTMILL_INLINE Register zero_register() { return set1(0.f); }
+GRISTMILL_INLINE Register load_register(const float* p) { return load(p); }
+GRISTMILL_INLINE void store_registers(float* p, int64_t, Vec a) { store(p, a); }

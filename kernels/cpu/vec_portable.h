@@ -37,6 +37,10 @@ GRISTMILL_INLINE Vec load(const bf16* p) {
 GRISTMILL_INLINE Vec load(const scaled_fp8* p) {
   return each([&](int i) { return to_float(p[i]); });
 }
+// 32 e4m3 numbers times 2^-8 as f16.
+GRISTMILL_INLINE void store_halves(const scaled_fp8* p, f16* out) {
+  for (int i = 0; i < 32; i++) out[i] = to_f16(p[i]);
+}
 GRISTMILL_INLINE Vec load(const int8_t* p) {
   return each([&](int i) { return static_cast<float>(p[i]); });
 }
@@ -93,6 +97,7 @@ GRISTMILL_INLINE Vec max(Vec a, Vec b) {
 GRISTMILL_INLINE Vec min(Vec a, Vec b) {
   return each([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
+GRISTMILL_INLINE Vec in_register(Vec a) { return a; }
 GRISTMILL_INLINE Vec abs(Vec a) {
   return each([&](int i) { return float_of(bits_of(a.lane[i]) & 0x7fffffff); });
 }
@@ -127,6 +132,19 @@ GRISTMILL_INLINE float reduce_max(Vec a) {
 }
 GRISTMILL_INLINE float first(Vec a) { return a.lane[0]; }
 GRISTMILL_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+GRISTMILL_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// What a machine's registers hold of a Vec; here all of it.
+using Register = Vec;
+constexpr int kRegisterLanes = kLanes;
+GRISTMILL_INLINE Register zero_register() { return set1(0.f); }
+GRISTMILL_INLINE Register load_register(const float* p) { return load(p); }
+// Stores the registers of a Vec `step` floats apart.
+GRISTMILL_INLINE void store_registers(float* p, int64_t, Vec a) { store(p, a); }
+// Lane i: reduce_add of the sixteen floats from p + 16 i on.
+GRISTMILL_INLINE Vec reduce_add_16(const float* p) {
+  return each([&](int i) { return reduce_add(load(p + kLanes * i)); });
+}
 
 // out[i * ld + j] = row[j][i] for 16 rows of 16.
 template <typename T>

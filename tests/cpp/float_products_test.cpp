@@ -42,56 +42,65 @@ float reference_dot(const FloatWeights& w, int64_t n, const float* x) {
   return sum[0];
 }
 
-void test_float_product(Format format, int64_t n, int64_t k) {
-  const int64_t rows = 19, ldx = k + 1;
-  const FloatWeights w = float_weights(format, n, k);
-  const Buffer<float> x = activations(rows, k, ldx);
-  Buffer<float> expected(rows * n);
+Buffer<float> reference_product(const FloatWeights& w, const Buffer<float>& x, int64_t ldx, int64_t rows) {
+  const int64_t n = w.matrix.n, k = w.matrix.k;
+  Buffer<float> y(rows * n);
   for (int64_t t = 0; t < rows; t++) {
     for (int64_t i = 0; i < n; i++) {
-      expected[t * n + i] = reference_dot(w, i, x.data() + t * ldx);
+      y[t * n + i] = reference_dot(w, i, x.data() + t * ldx);
       double exact = 0, size = 0;
       for (int64_t c = 0; c < k; c++) {
         exact += static_cast<double>(w.value(i, c)) * x[t * ldx + c];
         size += std::fabs(static_cast<double>(w.value(i, c)) * x[t * ldx + c]);
       }
-      check_near("reference of a float product", expected[t * n + i], exact, 1e-6 * size);
+      check_near("reference of a float product", y[t * n + i], exact, 1e-6 * size);
     }
   }
+  return y;
+}
+
+// Products of `w`, all of it or without its first rows, with one row of x or more: the same bits everywhere.
+void test_product(const std::string& name, const Matrix& w, const Buffer<float>& x, int64_t ldx, int64_t rows,
+                  const Buffer<float>& expected) {
   for (const Kernels* kernels : all_kernels()) {
-    Buffer<uint8_t> scratch(static_cast<int64_t>(kernels->product_scratch_bytes(k)));
-    for (int64_t count : {1, 2, 3, 4, 5, 8, 19}) {
-      const int64_t n0 = count % 2 ? 0 : n / 3, ldy = n - n0;
-      Buffer<float> y(count * ldy);
-      kernels->product_float(w.matrix, x.data(), ldx, count, n0, n, y.data(), ldy, scratch.data());
+    Buffer<uint8_t> scratch(static_cast<int64_t>(kernels->product_scratch_bytes(w.k)));
+    for (int64_t count : {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 19, 140}) {
+      if (count > rows) break;
+      const int64_t n0 = count % 2 ? 0 : w.n / 3, ldy = w.n - n0 + 2;
+      Buffer<float> y(count * ldy - 2);
+      kernels->product_float(w, x.data(), ldx, count, n0, w.n, y.data(), ldy, scratch.data());
       for (int64_t t = 0; t < count; t++) {
-        check_equal(std::string(kernels->name) + " float product k" + std::to_string(k) + " rows" +
-                        std::to_string(count),
-                    y.data() + t * ldy, expected.data() + t * n + n0, ldy);
+        check_equal(std::string(kernels->name) + " float product " + name + " rows" + std::to_string(count),
+                    y.data() + t * ldy, expected.data() + t * w.n + n0, w.n - n0);
       }
     }
   }
 }
 
+void test_float_product(Format format, int64_t n, int64_t k, int64_t rows) {
+  const int64_t ldx = k + 1;
+  const FloatWeights w = float_weights(format, n, k);
+  const Buffer<float> x = activations(rows, k, ldx);
+  test_product(name_of(format) + " n" + std::to_string(n) + " k" + std::to_string(k), w.matrix, x, ldx, rows,
+               reference_product(w, x, ldx, rows));
+}
+
 // Weights with scales times floats are the floats they stand for, times floats.
-void test_widened_product(const StoredMatrix& w) {
-  const int64_t rows = 7, n = w.matrix.n, k = w.matrix.k, ldx = k + 1;
+void test_widened_product(const StoredMatrix& w, int64_t rows) {
+  const int64_t n = w.matrix.n, k = w.matrix.k, ldx = k + 1;
   const Buffer<float> x = activations(rows, k, ldx);
   FloatWeights wide = float_weights(Format::f32, n, k);
   for (int64_t i = 0; i < n * k; i++)
     reinterpret_cast<float*>(wide.data.data())[i] = w.weight(i / k, i % k);
-  for (const Kernels* kernels : all_kernels()) {
-    Buffer<uint8_t> scratch(static_cast<int64_t>(kernels->product_scratch_bytes(k)));
-    for (int64_t count : {1, 2, 3, 7}) {
-      const int64_t n0 = count == 3 ? n / 3 : 0, ldy = n - n0 + 2;
-      Buffer<float> y(count * ldy - 2), expected(n - n0);
-      kernels->product_float(w.matrix, x.data(), ldx, count, n0, n, y.data(), ldy, scratch.data());
-      for (int64_t t = 0; t < count; t++) {
-        for (int64_t i = n0; i < n; i++) expected[i - n0] = reference_dot(wide, i, x.data() + t * ldx);
-        check_equal(std::string(kernels->name) + " widened product " + w.name + " rows" + std::to_string(count),
-                    y.data() + t * ldy, expected.data(), n - n0);
-      }
-    }
+  test_product(w.name, w.matrix, x, ldx, rows, reference_product(wide, x, ldx, rows));
+}
+
+// Rows past a multiple of what one pass takes, outputs past what has sums at a time, columns past a tile's.
+void test_float_products() {
+  for (const Format format : {Format::f32, Format::f16, Format::bf16}) {
+    for (int64_t k : {1, 15, 31, 64, 172, 520, 2048}) test_float_product(format, uniform(1, 23), k, 19);
+    test_float_product(format, 71, 1043, 9);
+    test_float_product(format, 37, 530, 140);
   }
 }
 
@@ -102,9 +111,10 @@ void test_widened_products() {
     for (int64_t group : {32, 64, 128, 0}) {
       for (int64_t k : {1, 31, 64, 172, 600}) {
         const bool symmetric = format == Format::fp8 || group == 32;
-        test_widened_product(scaled_weights(format, uniform(1, 23), k, group, symmetric, group == 64));
+        test_widened_product(scaled_weights(format, uniform(1, 23), k, group, symmetric, group == 64), 9);
       }
     }
+    test_widened_product(scaled_weights(format, 37, 700, 32, format == Format::fp8, false), 140);
   }
 }
 
@@ -177,9 +187,7 @@ int main() {
   test_halves();
   test_fp8_codes();
   for (const Kernels* kernels : all_kernels()) test_dequantize(*kernels);
-  for (const Format format : {Format::f32, Format::f16, Format::bf16}) {
-    for (int64_t k : {1, 15, 31, 64, 172, 2048}) test_float_product(format, uniform(1, 23), k);
-  }
+  test_float_products();
   test_widened_products();
   return report();
 }
