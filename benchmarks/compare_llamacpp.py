@@ -11,17 +11,15 @@ mean of both streams) are medians over the rounds. Only the weights are counted 
 """
 from __future__ import annotations
 
-import csv
-import json
 import os
-import subprocess
 from datetime import date
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import click
 from bandwidth import cpu_model, read_gb_s
+from peer_process import Peer
+from tables import write_results
 
 import gristmill
 from gristmill.runtime.bench import BenchOptions, measure_round
@@ -31,39 +29,16 @@ COLUMNS = ["round", "stream_gb_s", "decode_tok_s", "decode_gb_s", "prefill_tok_s
            "peer_decode_gb_s", "peer_prefill_tok_s"]
 
 
-class Peer:
-    """llama.cpp in a process of its own, by the Python that has it installed."""
-
-    def __init__(self, python: str, gguf: Path, threads: int, length: int, cache: str = "f16"):
-        script = str(HERE / "llamacpp_peer.py")
-        command = [python, script, "serve", str(gguf), str(threads), str(length), cache]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True)
-        self.about = self.read()
-
-    def read(self) -> dict[str, Any]:
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            raise click.ClickException(f"llama.cpp stopped with exit code {self.process.wait()}")
-        return dict(json.loads(line))
-
-    def measure(self, options: BenchOptions) -> dict[str, Any]:
-        assert self.process.stdin
-        request = {"prompt": options.prompt, "context": options.context, "tokens": options.tokens}
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        return self.read()
-
-    def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
+def llama_cpp(python: str, gguf: Path, threads: int, length: int, cache: str = "f16") -> Peer:
+    """llama.cpp, by the Python that has it installed."""
+    script = str(HERE / "llamacpp_peer.py")
+    return Peer([python, script, "serve", str(gguf), str(threads), str(length), cache])
 
 
 def one_round(session: gristmill.Session, peer: Peer, options: BenchOptions, number: int) -> dict[str, float]:
     decode, prefill, before = measure_round(session, options)
     after = read_gb_s(session.threads)
-    theirs = peer.measure(options)
+    theirs = peer.measure(options.prompt, options.context, options.tokens)
     return {"round": number, "stream_gb_s": (before + after) / 2,
             "decode_tok_s": decode, "prefill_tok_s": prefill,
             "decode_gb_s": decode * session.executor.weight_bytes_per_token / 1e9,
@@ -85,22 +60,12 @@ def summary(rounds: list[dict[str, float]]) -> str:
             f"({ratio('prefill_tok_s', 'peer_prefill_tok_s'):.2f}x)")
 
 
-def write_results(path: Path, rounds: list[dict[str, float]], header: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        file.writelines(f"# {line}\n" for line in header)
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows({name: f"{row[name]:.2f}" if name != "round" else row[name] for name in COLUMNS}
-                        for row in rounds)
-
-
 def compare(artifact: Path, gguf: Path, python: str, threads: int, options: BenchOptions) -> tuple[
         list[dict[str, float]], str]:
     """(the rounds after one that warms up, the peer's version)"""
     length = max(options.prompt, options.context + options.tokens) + 64
     session = gristmill.load(artifact, threads=threads, max_slots=1, max_len=length)
-    peer = Peer(python, gguf, threads, length)
+    peer = llama_cpp(python, gguf, threads, length)
     try:
         rounds = [one_round(session, peer, options, number) for number in range(options.rounds + 1)]
     finally:
@@ -129,7 +94,7 @@ def main(artifact: Path, gguf: Path, peer_python: str, threads: int, results: Pa
     versions = f"gristmill {gristmill.__version__} ({artifact.name}), {version} ({gguf.name})"
     lengths = f"prefill of {options.prompt}, {options.tokens} tokens after a context of {options.context}"
     path = results / f"{date.today()}-{name or artifact.name}-{gguf.stem}.csv"
-    write_results(path, measured, [machine, versions, lengths, line])
+    write_results(path, COLUMNS, measured, [machine, versions, lengths, line])
     print(line)
 
 

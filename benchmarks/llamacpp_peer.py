@@ -5,12 +5,13 @@
     peer/bin/python benchmarks/llamacpp_peer.py serve GGUF THREADS LENGTH [f16 | q8_0]
     peer/bin/python benchmarks/llamacpp_peer.py logits GGUF IDS.npy OUT.npy
 
-`serve` answers lines of JSON on stdin, {"prompt": P, "context": C, "tokens": N}, with a line of JSON each.
+`serve` answers requests on stdin, see peer_process.py.
 Token ids go in directly, so that the GGUF carries a placeholder vocabulary.
 """
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import sys
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peer_process
 from numpy.typing import NDArray
 
 FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q3_k_m": 12, "q4_k_m": 15, "q6_k": 18}
@@ -133,7 +135,7 @@ def read_bytes_per_token(path: Path) -> int:
 
 def measure(model: Any, prompt: int, context: int, tokens: int) -> dict[str, float]:
     """Tokens per second of a prefill of `prompt`, and of `tokens` decoded after `context` others."""
-    ids = [300 + i % 200 for i in range(max(prompt, context, 1))]
+    ids = peer_process.prompt_ids(max(prompt, context, 1))
     model.reset()
     begin = time.perf_counter()
     model.eval(ids[:prompt])
@@ -172,9 +174,7 @@ def serve(path: Path, threads: int, length: int, cache: str = "f16") -> None:
                             verbose=False)
     ready = {"read_bytes_per_token": read_bytes_per_token(path), "file_bytes": path.stat().st_size,
              "version": f"llama-cpp-python {llama_cpp.__version__}"}
-    print(json.dumps(ready), flush=True)
-    for line in sys.stdin:
-        print(json.dumps(measure(model, **json.loads(line))), flush=True)
+    peer_process.serve(ready, functools.partial(measure, model))
 
 
 if __name__ == "__main__":

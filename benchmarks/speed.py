@@ -10,7 +10,6 @@ of max(bytes / stream, operations / peak), see gristmill/runtime/profile.py.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import time
 from collections.abc import Iterator
@@ -22,11 +21,12 @@ from typing import Any
 
 import click
 from bandwidth import cpu_model, read_gb_s
-from compare_llamacpp import Peer
+from compare_llamacpp import llama_cpp
 from make_model import SHAPES, make_model
+from peer_process import Peer
+from tables import write_results
 
 import gristmill
-from gristmill.runtime.bench import BenchOptions
 from gristmill.runtime.profile import Forward, Roofs, collect, cpu_executor, prepared
 
 HERE = Path(__file__).parent
@@ -114,10 +114,7 @@ def peer_round(peer: Peer, name: str, cache: str, items: list[Work]) -> Iterator
         if item.forward.sequences > 1:
             continue
         rows, context = item.forward.rows, item.forward.context
-        asked = BenchOptions(
-            prompt=rows if rows > 1 else 1, context=context, tokens=1 if rows > 1 else PEER_TOKENS
-        )
-        found = peer.measure(asked)
+        found = peer.measure(rows, context, 1 if rows > 1 else PEER_TOKENS)
         tok_s = found["prefill_tok_s"] if rows > 1 else found["decode_tok_s"]
         yield {"weights": name, "kv": cache, "work": item.name, "tok_s": tok_s}
 
@@ -145,15 +142,6 @@ def table(rows: list[Row]) -> str:
             cells += [f"{row['gop_s']:.0f}", f"{row['floor_share']:.0%}"]
         lines.append(" | ".join(cells))
     return "\n".join(lines)
-
-
-def write(path: Path, rows: list[Row], about: list[str]) -> None:
-    with path.open("w", newline="") as file:
-        file.writelines(f"# {line}\n" for line in about)
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
 @click.command(help=__doc__)
@@ -185,7 +173,8 @@ def main(
         for w, c in itertools.product(weights.split(","), kv.split(","))
     ]  # fmt: skip
     running = [
-        (path.stem, Peer(peer_python or "", path, threads, length + PEER_TOKENS, peer_kv)) for path in peers
+        (path.stem, llama_cpp(peer_python or "", path, threads, length + PEER_TOKENS, peer_kv))
+        for path in peers
     ]
     versions = [f"gristmill {gristmill.__version__}", *(peer.about["version"] for _, peer in running)]
     machine = f"{date.today()}, {cpu_model()}, {threads} threads, {cpu_executor(candidates[0].session).isa}"
@@ -197,7 +186,7 @@ def main(
                 found += peer_round(peer, f"llama.cpp {name}", peer_kv, items)
             rows = medians(found)
             about = [machine, ", ".join(versions), f"medians of {number + 1} rounds"]
-            write(results / f"{date.today()}-speed-{shape}.csv", rows, about)
+            write_results(results / f"{date.today()}-speed-{shape}.csv", COLUMNS, rows, about)
             print(f"round {number + 1} of {rounds}\n{table(rows)}\n", flush=True)
     finally:
         for _, peer in running:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import csv
+import json
+import sys
 from pathlib import Path
 
 import click
+import compare_peers
 import kv_by_position
 import llamacpp_peer
 import make_model
 import numpy as np
+import other_peers
 import pytest
 import speed
 import start
 import torch
 from click.testing import CliRunner
+from peer_process import Peer
 from tiny import tiny_artifact
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -51,6 +56,69 @@ def test_start_of_a_process(tmp_path: Path) -> None:
     arguments = [str(tmp_path / "a"), "--max-len", "32", "--tokens", "4", "--rounds", "1"]
     result = CliRunner().invoke(start.main, arguments, catch_exceptions=False)
     assert result.exit_code == 0 and "first token after" in result.output and "resident" in result.output
+
+
+def clockwork(ids: list[int], count: int) -> list[float]:
+    """A second for 128 tokens of a prompt and then one for each token: exact in binary."""
+    return [len(ids) / 128 + i for i in range(count)]
+
+
+def test_one_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert other_peers.measure(clockwork, 512, 16, 4) == {"prefill_tok_s": 128.0, "decode_tok_s": 1.0}
+    with pytest.raises(SystemExit, match="gave 1 tokens, expected 5"):
+        other_peers.measure(lambda ids, count: clockwork(ids, 1), 512, 16, 4)
+    monkeypatch.setitem(other_peers.ENGINES, "openvino", ("click", lambda model, threads: clockwork))
+    arguments = ["openvino", str(tmp_path), "--prompt", "50"]
+    result = CliRunner().invoke(other_peers.main, arguments, catch_exceptions=False)
+    found = json.loads(result.output)
+    assert found["version"].startswith("click ") and found["prompt"] == 50
+    assert (found["prefill_tok_s"], found["decode_tok_s"]) == (128.0, 1.0)
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from peer_process import serve
+asked = []
+def measure(prompt, context, tokens):
+    asked.append(prompt)
+    return {"prefill_tok_s": prompt / len(asked), "decode_tok_s": context / tokens}
+serve({"version": "clockwork 1"}, measure)
+"""
+
+
+def test_peers_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(compare_peers.HERE)]
+    monkeypatch.setattr(compare_peers, "started", lambda *how: Peer(command))
+    tiny_artifact(tmp_path / "a")
+    arguments = [str(tmp_path / "a"), "--rounds", "2", "--prompt", "8", "--context", "4", "--tokens", "4"]
+    peers = ["--peer", "openvino", sys.executable, str(tmp_path), "--results", str(tmp_path)]
+    result = CliRunner().invoke(compare_peers.main, arguments + peers, catch_exceptions=False)
+    assert result.exit_code == 0 and "clockwork 1" in result.output
+    (path,) = tmp_path.glob("*-peers-a.csv")
+    rows = list(csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#")))
+    assert [row["round"] for row in rows] == ["1", "1", "2", "2"]
+    theirs = [row for row in rows if row["engine"] == f"openvino {tmp_path.stem}"]
+    assert [row["prefill_tok_s"] for row in theirs] == ["4", "2.667"]  # the first of three warmed up
+    assert [row["decode_tok_s"] for row in theirs] == ["1", "1"]
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    speeds = {"gristmill": [10.0, 20.0, 90.0], "peer": [5.0, 20.0, 10.0]}
+    rows = [
+        {"engine": engine, "prefill_tok_s": speed, "decode_tok_s": 2 * speed}
+        for engine, each in speeds.items()
+        for speed in each
+    ]
+    assert compare_peers.table(rows)[2:] == [
+        "gristmill | 20 | 1.00x | 40.0 | 1.00x",
+        "peer | 10 | 2.00x | 20.0 | 2.00x",
+    ]
+
+
+def test_a_peer_that_stops_says_so() -> None:
+    with pytest.raises(SystemExit, match="stopped with exit code 3"):
+        Peer([sys.executable, "-c", "raise SystemExit(3)"])
 
 
 @pytest.mark.parametrize("name", sorted(make_model.SHAPES))
