@@ -12,18 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .matrix import ZEROS, Matrix
+from .matrix import MAGIC, OFFSETS, ZEROS, Matrix
 
 
 @triton.jit
 def first_column(chunk, part: tl.constexpr, FORMAT: tl.constexpr):
     """The first of the WIDTH columns of a part of a chunk."""
     if FORMAT == "int4":
-        return chunk // 2 * 64 + chunk % 2 * 16 + 32 * part
+        return chunk // 4 * 64 + chunk % 4 * 8 + 32 * part
     elif FORMAT == "int3" or FORMAT == "int2":
-        return chunk * 64 + 16 * part
-    elif FORMAT == "int8" or FORMAT == "fp8":
-        return chunk * 16
+        return chunk // 2 * 64 + chunk % 2 * 8 + 16 * part
     elif FORMAT == "f32":
         return chunk * 4
     else:
@@ -31,107 +29,126 @@ def first_column(chunk, part: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def load_chunks(data, stride, rows, chunk, k, FORMAT: tl.constexpr, WIDTH: tl.constexpr, RAGGED: tl.constexpr):
-    """The stored elements of chunks [C] of rows [B]: [B, C, WIDTH]; rows int64, stride in elements."""
-    inside = tl.arange(0, WIDTH)[None, None, :]
+def load_chunks(data, stride, rows, chunk, inside, k, FORMAT: tl.constexpr, RAGGED: tl.constexpr):
+    """The stored elements of chunks; rows (int64), chunk and inside (0..WIDTH) of shapes that broadcast.
+
+    stride is that of a row in elements.
+    """
     if FORMAT == "int3":
-        at = chunk * 24
+        at = chunk // 2 * 24 + chunk % 2 * 8 + inside
     else:
-        at = chunk * WIDTH
-    pointers = data + (rows * stride)[:, None, None] + at[None, :, None] + inside
+        at = first_column(chunk, 0, "f32" if FORMAT == "f32" else "int8") + inside
+    pointers = data + rows * stride + at
     if RAGGED:  # float rows that end within a chunk
-        return tl.load(pointers, at[None, :, None] + inside < k, 0.0, eviction_policy="evict_first")
+        return tl.load(pointers, at < k, 0.0, eviction_policy="evict_first")
     return tl.load(pointers, eviction_policy="evict_first")
 
 
 @triton.jit
 def load_third_bits(data, stride, rows, chunk):
-    """The 64 third bits of each int3 block: [B, C] int64, bit c is column c's."""
+    """The 64 third bits of each chunk's int3 block, shifted so that bit 16 j + i is column i's of part j."""
     words = data.to(tl.pointer_type(tl.int64), bitcast=True)
-    at = (rows * (stride // 8))[:, None] + (chunk * 3 + 2)[None, :]
-    return tl.load(words + at, eviction_policy="evict_first")
+    bits = tl.load(words + rows * (stride // 8) + (chunk // 2 * 3 + 2), eviction_policy="evict_first")
+    return bits >> chunk % 2 * 8
 
 
 @triton.jit
-def part_values(raw, third, part: tl.constexpr, FORMAT: tl.constexpr, WIDTH: tl.constexpr):
-    """q as f32, or the float weight, of one part of the chunks: [B, C, WIDTH]."""
+def part_values(raw, third, magic, inside, part: tl.constexpr, FORMAT: tl.constexpr):
+    """q + OFFSETS[format] as f32, or the float weight, of one part of the chunks.
+
+    q goes right below the exponent of a power of two, the offset: a shift and a mask make the float, where a
+    conversion would be one more instruction, of which a multiprocessor does only a quarter as many. `magic`
+    is the exponent's bits, an argument of the kernel: of two constants one would need an instruction more.
+    """
     if FORMAT == "int4":
-        return ((raw >> (4 * part)) & 15).to(tl.float32)
+        values = (raw.to(tl.int32) << (19 - 4 * part)) & 0x780000 | magic
     elif FORMAT == "int2":
-        return ((raw >> (2 * part)) & 3).to(tl.float32)
+        values = (raw.to(tl.int32) << (21 - 2 * part)) & 0x600000 | magic
     elif FORMAT == "int3":
-        bits = (third >> (16 * part)).to(tl.int32)[:, :, None] >> tl.arange(0, WIDTH)[None, None, :]
-        return (((raw >> (2 * part)) & 3).to(tl.int32) | (bits & 1) << 2).to(tl.float32)
+        low = (raw.to(tl.int32) << (20 - 2 * part)) & 0x300000 | magic
+        values = ((third >> (16 * part)).to(tl.int32) >> inside) << 22 & 0x400000 | low
+    elif FORMAT == "int8":  # 128 more flips the sign bit
+        values = (raw.to(tl.uint8, bitcast=True).to(tl.int32) << 15) ^ magic
     elif FORMAT == "fp8":
-        return raw.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        values = raw.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     else:
-        return raw.to(tl.float32)
+        values = raw.to(tl.float32)
+    return values.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def part_group(chunk, groups, part: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr):
+    """The group of columns that a part of a chunk lies in."""
+    if GROUP == 0:
+        return chunk * 0
+    return tl.minimum(first_column(chunk, part, FORMAT) // GROUP, groups - 1)
 
 
 @triton.jit
 def load_scales(scale, groups, rows, group):
-    """The scales of groups [C] in rows [B]: [B, C] f32."""
-    return tl.load(scale + (rows * groups)[:, None] + group[None, :]).to(tl.float32)
+    """The scales of groups in rows, f32."""
+    return tl.load(scale + rows * groups + group).to(tl.float32)
 
 
 @triton.jit
 def load_zeros(zero, groups, rows, group, FORMAT: tl.constexpr):
-    """The zero points of groups [C] in rows [B]: [B, C] f32."""
+    """The zero points of groups in rows, f32."""
     if FORMAT == "int8":
-        return tl.load(zero + (rows * groups)[:, None] + group[None, :]).to(tl.float32)
-    pairs = (groups + 1) // 2
-    packed = tl.load(zero + (rows * pairs)[:, None] + (group // 2)[None, :])
-    return (packed.to(tl.int32) >> (group % 2 * 4)[None, :] & 15).to(tl.float32)
+        return tl.load(zero + rows * groups + group).to(tl.float32)
+    packed = tl.load(zero + rows * ((groups + 1) // 2) + group // 2)
+    return (packed.to(tl.int32) >> (group % 2 * 4) & 15).to(tl.float32)
 
 
 @triton.jit
 def part_weights(
-    raw, third, scale, zero, groups, rows, chunk,
-    part: tl.constexpr, FORMAT: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
+    raw, third, magic, inside, scale, zero, groups, rows, chunk,
+    part: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
-    """The weights of one part of the chunks, f32 [B, C, WIDTH]; with GROUP 0 not yet times the row's scale."""
-    values = part_values(raw, third, part, FORMAT, WIDTH)
-    if GROUP == 0:
-        group = chunk * 0
-    else:
-        group = tl.minimum(first_column(chunk, part, FORMAT) // GROUP, groups - 1)
+    """The weights of one part of the chunks, f32; with GROUP 0 not yet times the row's scale."""
+    values = part_values(raw, third, magic, inside, part, FORMAT)
+    group = part_group(chunk, groups, part, FORMAT, GROUP)
     if zero is not None:
-        values -= load_zeros(zero, groups, rows, group, FORMAT)[:, :, None]
+        values -= load_zeros(zero, groups, rows, group, FORMAT) + ZERO
     elif ZERO != 0:
         values -= ZERO
     if GROUP != 0:
-        values *= load_scales(scale, groups, rows, group)[:, :, None]
+        values *= load_scales(scale, groups, rows, group)
     return values
 
 
 @triton.jit
 def dequantize_kernel(
-    data, stride, scale, zero, groups, out, ldo, n, k, chunks,
+    data, stride, scale, zero, groups, magic, out, ldo, n, k, chunks,
     FORMAT: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
     GROUP: tl.constexpr, ZERO: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    rows = tl.minimum(first, n - 1).to(tl.int64)
-    chunk = tl.minimum(tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS), chunks - 1)
-    raw = load_chunks(data, stride, rows, chunk, k, FORMAT, WIDTH, RAGGED)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    chunk = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)
+    rows = tl.minimum(row, n - 1).to(tl.int64)[:, None, None]
+    chunk = tl.minimum(chunk, chunks - 1)[None, :, None]
+    inside = tl.arange(0, WIDTH)[None, None, :]
+    raw = load_chunks(data, stride, rows, chunk, inside, k, FORMAT, RAGGED)
     third = load_third_bits(data, stride, rows, chunk) if FORMAT == "int3" else None
     for part in tl.static_range(PARTS):
-        w = part_weights(raw, third, scale, zero, groups, rows, chunk, part, FORMAT, WIDTH, GROUP, ZERO)
+        w = part_weights(
+            raw, third, magic, inside, scale, zero, groups, rows, chunk, part, FORMAT, GROUP, ZERO
+        )
         if scale is not None and GROUP == 0:
-            w *= tl.load(scale + rows).to(tl.float32)[:, None, None]
-        columns = first_column(chunk, part, FORMAT)[None, :, None] + tl.arange(0, WIDTH)[None, None, :]
-        tl.store(out + (rows * ldo)[:, None, None] + columns, w.to(out.dtype.element_ty), columns < k)
+            w *= tl.load(scale + rows).to(tl.float32)
+        column = first_column(chunk, part, FORMAT) + inside
+        tl.store(out + rows * ldo + column, w.to(out.dtype.element_ty), column < k)
 
 
 def constants(matrix: Matrix) -> dict[str, Any]:
     """The arguments of a kernel that follow from a matrix's format."""
     return {
+        "magic": MAGIC.get(matrix.format, 0),
         "FORMAT": matrix.format,
         "WIDTH": matrix.width,
         "PARTS": matrix.parts,
         "RAGGED": matrix.is_float and matrix.k % matrix.width != 0,
         "GROUP": matrix.group,
-        "ZERO": ZEROS.get(matrix.format, 0) if matrix.symmetric else 0,
+        "ZERO": OFFSETS.get(matrix.format, 0) + (ZEROS.get(matrix.format, 0) if matrix.symmetric else 0),
     }
 
 
@@ -142,6 +159,6 @@ def dequantize(matrix: Matrix, out: Tensor) -> None:
     grid = (triton.cdiv(matrix.n, rows), triton.cdiv(matrix.chunks, chunks))
     dequantize_kernel[grid](
         matrix.data, matrix.data.stride(0), matrix.scale, matrix.zero, matrix.groups,
-        out, out.stride(0), matrix.n, matrix.k, matrix.chunks,
+        out=out, ldo=out.stride(0), n=matrix.n, k=matrix.k, chunks=matrix.chunks,
         ROWS=rows, CHUNKS=chunks, num_warps=4, **constants(matrix),
     )  # fmt: skip

@@ -1,16 +1,17 @@
 """Weight matrices on the device, in the layout of the artifact.
 
-Kernels read a row in *chunks* of 16 bytes, the widest load of a thread, so that nothing is rearranged when
-weights are uploaded and a warp's load is 512 consecutive bytes. A chunk has one or more *parts*, each WIDTH
-consecutive columns that always lie in one group:
+Kernels read a row in *chunks* of 8 stored elements (4 of f32), whatever those are: a thread's load is then as
+many elements wide as its 16-byte load of 16-bit activations, so that both lie in the same registers of the same
+threads, nothing goes through shared memory and nothing is rearranged when weights are uploaded. A chunk has one
+or more *parts*, each WIDTH consecutive columns that always lie in one group:
 
-    format      bytes a row        parts  columns of part j in chunk c
-    f32         4 k                1      4 c ...
-    f16, bf16   2 k                1      8 c ...
-    fp8, int8   kp                 1      16 c ...
-    int4        kp / 2             2      64 (c // 2) + 16 (c % 2) + 32 j ...   (nibble j of each byte)
-    int2        kp / 4             4      64 c + 16 j ...                       (crumb j of each byte)
-    int3        3 kp / 8           4      as int2; the chunk's third bits are the 8 bytes behind it
+    format      bytes a row   parts  columns of part j in chunk c
+    f32         4 k           1      4 c ...
+    f16, bf16   2 k           1      8 c ...
+    fp8, int8   kp            1      8 c ...
+    int4        kp / 2        2      64 (c // 4) + 8 (c % 4) + 32 j ...   (nibble j of each byte)
+    int2        kp / 4        4      64 (c // 2) + 8 (c % 2) + 16 j ...   (crumb j of each byte)
+    int3        3 kp / 8      4      as int2; third bits are the 8 bytes behind each two chunks
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 BITS = {"f32": 32, "f16": 16, "bf16": 16, "fp8": 8, "int8": 8, "int4": 4, "int3": 3, "int2": 2}
 PARTS = {"int4": 2, "int3": 4, "int2": 4}
 ZEROS = {"int4": 8, "int3": 4, "int2": 2}  # the zero point of symmetric weights; 0 for the other formats
+OFFSETS = {"int8": 384, "int4": 16, "int3": 8, "int2": 4}  # what kernels have added to q; see dequantize
+MAGIC = {"int8": 0x43C00000, "int4": 0x41800000, "int3": 0x41000000, "int2": 0x40800000}  # the same as bits
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,12 @@ class Matrix:
     @property
     def width(self) -> int:
         """Columns of one part of a chunk."""
-        return 16 // FLOATS[self.format].itemsize if self.is_float else 16
+        return 4 if self.format == "f32" else 8
 
     @property
     def chunks(self) -> int:
         """Chunks of a row; the last one of a float row may be cut."""
-        return -(-self.row_bytes // (24 if self.format == "int3" else 16))
+        return -(-self.data.shape[1] // (12 if self.format == "int3" else self.width))
 
 
 def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
