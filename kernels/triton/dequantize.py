@@ -66,7 +66,7 @@ def part_values(raw, third, magic, inside, part: tl.constexpr, FORMAT: tl.conste
         values = (raw.to(tl.int32) << (21 - 2 * part)) & 0x600000 | magic
     elif FORMAT == "int3":
         low = (raw.to(tl.int32) << (20 - 2 * part)) & 0x300000 | magic
-        values = ((third >> (16 * part)).to(tl.int32) >> inside) << 22 & 0x400000 | low
+        values = ((third >> (16 * part)).to(tl.int32) << (22 - inside)) & 0x400000 | low
     elif FORMAT == "int8":  # 128 more flips the sign bit
         values = (raw.to(tl.uint8, bitcast=True).to(tl.int32) << 15) ^ magic
     elif FORMAT == "fp8":

@@ -3,10 +3,10 @@
     y[t, n] = sum over groups g of s[n, g] (sum_k q[n, k] x[t, k] - z[n, g] sum_k x[t, k])
 
 A program takes ROWS rows of the weight and walks their columns in steps of CHUNKS chunks (see `matrix`). A thread
-loads 16 bytes of each of its rows at once, all of which are in flight together: with 128 threads and 8 rows 16 KiB
-a program, and four programs on a multiprocessor keep the 40 to 64 KiB under way that HBM3 needs. Each chunk's sum is
-scaled once; threads keep their own sums until the end, where one reduction over the program adds them in a fixed
-order. Partial sums of splits go to a workspace, and `combine_kernel` adds those in order too.
+loads one chunk of each of its rows at once, and all of these are in flight together. Each group's part of a
+chunk is scaled once, behind its sum; threads keep their own sums until the end, where one reduction over the
+program adds them in a fixed order. Partial sums of splits go to a workspace, and `combine_kernel` adds those in
+order too.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def chunk_products(
 @triton.jit
 def decode_kernel(
     x, ldx, data, stride, scale, zero, groups, magic, bias, residual, ldr, out, ldo, work, work_width,
-    tokens, n, n_out, k, chunks, split_chunks, factor, softcap,
+    tokens, n_out, k, chunks, split_chunks, factor, softcap,
     FORMAT: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr, GROUP: tl.constexpr,
     ZERO: tl.constexpr, GLU: tl.constexpr, ACTIVATION: tl.constexpr, SOFTCAP: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
@@ -111,6 +111,4 @@ def decode_kernel(
     else:
         if bias is not None:
             y += tl.load(bias + rows).to(tl.float32)[:, None]
-        write(
-            y, out, ldo, residual, ldr, token, column, mask, factor, softcap, GLU, ACTIVATION, SOFTCAP
-        )
+        write(y, out, ldo, residual, ldr, token, column, mask, factor, softcap, GLU, ACTIVATION, SOFTCAP)
