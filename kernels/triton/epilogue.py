@@ -68,11 +68,12 @@ def weight_rows(tile, n_out, GLU: tl.constexpr, ROWS: tl.constexpr):
     row = tl.arange(0, ROWS)
     if GLU:
         half: tl.constexpr = ROWS // 2
-        column = tile * half + row % half
-        rows = tl.minimum(column, n_out - 1) + row // half * n_out
-        return rows, tile * half + tl.arange(0, half)
-    column = tile * ROWS + row
-    return tl.minimum(column, n_out - 1), column
+        rows = tl.minimum(tile * half + row % half, n_out - 1) + row // half * n_out
+        column = tile * half + tl.arange(0, half)
+    else:
+        column = tile * ROWS + row
+        rows = tl.minimum(column, n_out - 1)
+    return rows, column
 
 
 @triton.jit

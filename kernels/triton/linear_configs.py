@@ -78,11 +78,11 @@ def choose(matrix: Matrix, tokens: int) -> Config:
 
 
 def _splits(matrix: Matrix, tokens: int, config: Config) -> int:
-    """As many as make one program per multiprocessor, of four steps at least (powers of two, at most 16)."""
+    """As many as make one program per multiprocessor, of two steps at least (powers of two, at most 16)."""
     programs = -(-matrix.n // config.rows) * (-(-tokens // config.tokens) if config.tokens else 1)
     steps = -(-matrix.chunks // config.chunks)
     splits = 1
-    while splits < 16 and programs * splits * 2 <= MULTIPROCESSORS and steps >= splits * 8:
+    while splits < 16 and programs * splits * 2 <= MULTIPROCESSORS and steps >= splits * 4:
         splits *= 2
     return splits
 

@@ -43,8 +43,11 @@ def tile_activations(
     index = tl.arange(0, CHUNKS * WIDTH)
     column = first_column(first + index // WIDTH, part, FORMAT) + index % WIDTH
     mask = (column < k)[None, :] & (token < tokens)[:, None]
-    values = tl.load(x + token.to(tl.int64)[:, None] * ldx + column[None, :], mask, 0.0)
-    return tl.trans(values.to(dtype))
+    values = tl.load(x + token.to(tl.int64)[:, None] * ldx + column[None, :], mask, 0)
+    if dtype == tl.float8e4nv:
+        return tl.trans(values.to(dtype, bitcast=True))
+    else:
+        return tl.trans(values.to(dtype))
 
 
 @triton.jit

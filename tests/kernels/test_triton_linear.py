@@ -12,6 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton, which exists for Linux on x86-64")
 
+import interpreter_numbers  # noqa: F401  (numbers of 16 bits as they are on a device)
 from compile_sm90 import Compiled, compile_launches
 from triton_matrices import FORMATS, random_matrix
 
@@ -179,7 +180,7 @@ def test_the_dense_path_is_a_product_of_rounded_weights(fmt: str) -> None:
     got = run(x, [m], p, 5, torch.float32, residual=residual, activation="silu", glu=True)
     y = (x.cpu().double() @ weights.to(torch.bfloat16).double().T).to(torch.bfloat16).double()
     wanted = torch.nn.functional.silu(y[:, :5]) * y[:, 5:] + residual.cpu().double()
-    torch.testing.assert_close(got.double(), wanted, rtol=2**-7, atol=2**-7)  # y is rounded to bf16
+    torch.testing.assert_close(got.double(), wanted, rtol=2**-6, atol=2**-4)  # y is rounded to bf16
 
 
 def test_fp8_weights_may_multiply_fp8_activations() -> None:
