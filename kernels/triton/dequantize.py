@@ -1,7 +1,7 @@
-"""Weights from their stored bits: device functions that every product shares, and a kernel that writes them out.
+"""Weights from their stored bits: device functions that all products share, and a kernel that stores them.
 
-See `matrix` for chunks and parts. Rows and chunks past the end are clamped, not masked: what they give is never
-stored or is multiplied by an activation of 0, and a load without a mask stays one wide load.
+See `matrix` for chunks and parts. Rows and chunks past the end are clamped, not masked: what they give is
+never stored or is multiplied by an activation of 0, and a load without a mask stays one wide load.
 """
 
 from __future__ import annotations

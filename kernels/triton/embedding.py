@@ -14,11 +14,12 @@ from .matrix import Matrix
 
 @triton.jit
 def embedding_kernel(
-    ids, offset, first, data, stride, scale, zero, groups, magic, residual, ldr, out, ldo, n, k, chunks, factor,
+    ids, offset, first, data, stride, scale, zero, groups, magic, residual, ldr, out, ldo, n, k, chunks,
+    factor,
     FORMAT: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
     GROUP: tl.constexpr, ZERO: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """One token: `first` is the number of the matrix's first row; a token with another segment's row is left."""
+    """One token; `first` is the number of the matrix's first row; rows of other segments are left alone."""
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(ids + token) + offset - first
     mine = (row >= 0) & (row < n)
@@ -52,8 +53,9 @@ def embedding(
 ) -> None:
     """out[t] = scale * W[ids[t] + offset] + residual[t]; one kernel for each segment of W.
 
-    ids [T] int32, whose rows must exist: a token without one keeps what out holds. residual and out [T, k], floats
-    of any type whose last dimension has stride 1; out must not be the residual if there are more segments.
+    ids [T] int32, whose rows must exist: a token without one keeps what out holds. residual and out [T, k],
+    floats of any type whose last dimension has stride 1; out must not be the residual if there are more
+    segments.
     """
     assert tuple(out.shape) == (len(ids), segments[0].k) and out.stride(1) == 1
     first = 0

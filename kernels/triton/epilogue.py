@@ -44,8 +44,8 @@ def write(
 ):  # fmt: skip
     """Finishes sums y [B, T] and stores them at out[token, column]; token [T], column and mask [B], [B, T].
 
-    With GLU the first half of y's rows are gates and the second their up projections, and column and mask have
-    half as many rows. The residual may be out itself.
+    With GLU the first half of y's rows are gates and the second their up projections, and column and mask
+    have half as many rows. The residual may be out itself.
     """
     if GLU:
         halves = tl.reshape(y, [2, y.shape[0] // 2, y.shape[1]])

@@ -1,8 +1,9 @@
 """Products with weight matrices and what follows them, on the device.
 
-One linear is one kernel for each format among its segments (`matrix.merge` joins neighbours), plus a gather where
-the columns are ordered, plus one that combines where k is split or a gated pair has two formats. All memory comes from
-the caller: `workspace_bytes` says how much for a Plan. Activations are never quantized but by choice beside fp8.
+One linear is one kernel for each format among its segments (`matrix.merge` joins neighbours), plus a gather
+where the columns are ordered, plus one that combines where k is split or a gated pair has two formats. All
+memory comes from the caller: `workspace_bytes` says how much for a Plan. Activations are never quantized but
+by choice beside fp8.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 class Plan:
     """How a linear runs for one number of tokens: a config for each segment, all with the same splits.
 
-    multiply: the type that tensor cores multiply, torch.bfloat16 or torch.float16. native_fp8: fp8 weights of whole
-    rows multiply e4m3 activations on the tensor cores.
+    multiply: the type that tensor cores multiply, torch.bfloat16 or torch.float16. native_fp8: fp8 weights of
+    whole rows multiply e4m3 activations on the tensor cores.
     """
 
     tokens: int
@@ -110,7 +111,7 @@ def _pieces(segments: Sequence[Matrix], p: Plan, order: bool, x_dtype: torch.dty
 
 
 def workspace_bytes(segments: Sequence[Matrix], p: Plan, order: bool, x_dtype: torch.dtype) -> int:
-    """Bytes of workspace, uint8 and aligned to 256 bytes, that `linear` needs; order: whether it is given one."""
+    """Bytes of workspace, uint8 and aligned to 256 bytes, that `linear` needs; order: whether it gets one."""
     counted = _Workspace(None)
     _pieces(segments, p, order, x_dtype, counted)
     return counted.used
@@ -167,10 +168,10 @@ def linear(
 ) -> None:
     """out = softcap(scale * activation(x[:, order] W^T + bias) [* up half]) + residual.
 
-    x [T, k], residual and out [T, n], or n / 2 with `glu`: floats of any type whose last dimension has stride 1;
-    out may be the residual. segments: W from top to bottom; p: their plan for T tokens; bias [n] of any float type;
-    order [k] int32, a permutation; workspace: uint8, `workspace_bytes()` of it. T > 4 rounds x to `p.multiply`,
-    except beside f32 weights. Launches only: no allocation, no synchronization.
+    x [T, k], residual and out [T, n], or n / 2 with `glu`: floats of any type whose last dimension has stride
+    1; out may be the residual. segments: W from top to bottom; p: their plan for T tokens; bias [n] of any
+    float type; order [k] int32, a permutation; workspace: uint8, `workspace_bytes()` of it. T > 4 rounds x to
+    `p.multiply`, except beside f32 weights. Launches only: no allocation, no synchronization.
     """
     n = sum(segment.n for segment in segments)
     wanted = (p.tokens, n // 2 if glu else n)
@@ -272,7 +273,7 @@ def tune(matrix: Matrix, tokens: int, x_dtype: torch.dtype, multiply: torch.dtyp
 
 
 def fastest(configs: Sequence[Config], time: Callable[[Config], float]) -> Config:
-    """The config with the least time; those that the device has not the registers or memory for do not count."""
+    """The config with the least time; what asks for more than the device has does not count."""
     from triton.runtime.errors import OutOfResources
 
     times: dict[Config, float] = {}

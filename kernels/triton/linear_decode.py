@@ -2,11 +2,11 @@
 
     y[t, n] = sum over groups g of s[n, g] (sum_k q[n, k] x[t, k] - z[n, g] sum_k x[t, k])
 
-A program takes ROWS rows of the weight and walks their columns in steps of CHUNKS chunks (see `matrix`). A thread
-loads one chunk of each of its rows at once, and all of these are in flight together. Each group's part of a
-chunk is scaled once, behind its sum; threads keep their own sums until the end, where one reduction over the
-program adds them in a fixed order. Partial sums of splits go to a workspace, and `combine_kernel` adds those in
-order too.
+A program takes ROWS rows of the weight and walks their columns in steps of CHUNKS chunks (see `matrix`). A
+thread loads one chunk of each of its rows at once, and all of these are in flight together. Each group's part
+of a chunk is scaled once, behind its sum; threads keep their own sums until the end, where one reduction over
+the program adds them in a fixed order. Partial sums of splits go to a workspace, and `combine_kernel` adds
+those in order too.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from .dequantize import (
 )
 from .epilogue import weight_rows, write
 
-# Tensors are [chunks, tokens, rows, inside a chunk]. Triton gives the last dimension to a thread, as far as its
-# loads are wide, and then the lanes of a warp to the first dimension that has room: the chunks.
+# Tensors are [chunks, tokens, rows, inside a chunk]. Triton gives the last dimension to a thread, as far as
+# its loads are wide, and then the lanes of a warp to the first dimension that has room: the chunks.
 
 
 @triton.jit
 def load_part(x, ldx, token, tokens, chunk, inside, k, part: tl.constexpr, FORMAT: tl.constexpr):
-    """The activations that a part of the chunks multiplies, f32 [C, T, 1, W], 0 beyond k and beyond tokens."""
+    """The activations that a part of the chunks multiplies, f32 [C, T, 1, W], 0 beyond k and tokens."""
     column = first_column(chunk, part, FORMAT) + inside
     mask = (column < k) & (token < tokens)
     return tl.load(x + token * ldx + column, mask, 0.0, eviction_policy="evict_last").to(tl.float32)
@@ -89,7 +89,7 @@ def decode_kernel(
     ZERO: tl.constexpr, GLU: tl.constexpr, ACTIVATION: tl.constexpr, SOFTCAP: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """out[t, :] for t < tokens <= TOKENS, or with `work` the sums of split program_id(1) alone, at its place."""
+    """out[t, :] for t < tokens <= TOKENS, or with `work` the sums of split program_id(1), at its place."""
     token = tl.arange(0, TOKENS)
     rows, column = weight_rows(tl.program_id(0), n_out, GLU, ROWS)
     rows = rows.to(tl.int64)

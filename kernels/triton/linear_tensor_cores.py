@@ -1,13 +1,14 @@
 """Products for 5 rows and more: weights become 16-bit floats in registers and go through the tensor cores.
 
-The product is computed transposed, [rows of the weight] x [tokens], so that the weights are the first operand:
-that one may come from registers on every tensor core, the second is activations as they lie in memory, and a
-tile of 16 tokens wastes nothing, where 16 as the first dimension would be padded to 64 on Hopper.
+The product is computed transposed, [rows of the weight] x [tokens], so that the weights are the first
+operand: that one may come from registers on every tensor core, the second is activations as they lie in
+memory, and a tile of 16 tokens wastes nothing, where 16 as the first dimension would be padded to 64 on
+Hopper.
 
-A weight is scaled in f32 and then rounded to the type that is multiplied (bf16 or f16), except where a row has one
-scale, which multiplies the sum. f32 weights multiply in f32 (no tf32). With `x_scale`, fp8 weights multiply
-activations that `quantize_fp8_kernel` rounded to e4m3 by rows: twice the tensor core rate, at the cost of
-activations of 4 significant bits, and hence not the default.
+A weight is scaled in f32 and then rounded to the type that is multiplied (bf16 or f16), except where a row
+has one scale, which multiplies the sum. f32 weights multiply in f32 (no tf32). With `x_scale`, fp8 weights
+multiply activations that `quantize_fp8_kernel` rounded to e4m3 by rows: twice the tensor core rate, at the
+cost of activations of 4 significant bits, and hence not the default.
 """
 
 from __future__ import annotations
@@ -52,11 +53,12 @@ def tile_activations(
 
 @triton.jit
 def tensor_core_kernel(
-    x, ldx, x_scale, data, stride, scale, zero, groups, magic, bias, residual, ldr, out, ldo, work, work_width,
-    tokens, n_out, k, chunks, split_chunks, factor, softcap,
-    FORMAT: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr, GROUP: tl.constexpr,
-    ZERO: tl.constexpr, GLU: tl.constexpr, ACTIVATION: tl.constexpr, SOFTCAP: tl.constexpr,
-    DTYPE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
+    x, ldx, x_scale, data, stride, scale, zero, groups, magic, bias, residual, ldr, out, ldo, work,
+    work_width, tokens, n_out, k, chunks, split_chunks, factor, softcap,
+    FORMAT: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
+    GROUP: tl.constexpr, ZERO: tl.constexpr, GLU: tl.constexpr, ACTIVATION: tl.constexpr,
+    SOFTCAP: tl.constexpr, DTYPE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """TOKENS rows of out, or with `work` the sums of split program_id(2) alone, at their place.
 
@@ -94,7 +96,7 @@ def tensor_core_kernel(
 
 @triton.jit
 def quantize_fp8_kernel(x, ldx, out, x_scale, k, BLOCK: tl.constexpr):
-    """Each row of x to e4m3: its largest magnitude becomes 448. out [tokens, k] as bytes, x_scale [tokens] f32."""
+    """Each row of x to e4m3, its largest magnitude to 448: out [tokens, k] as bytes, x_scale [tokens] f32."""
     token = tl.program_id(0).to(tl.int64)
     most = tl.zeros([BLOCK], tl.float32)
     for at in range(0, k, BLOCK):

@@ -1,9 +1,9 @@
 """Weight matrices on the device, in the layout of the artifact.
 
 Kernels read a row in *chunks* of 8 stored elements (4 of f32), whatever those are: a thread's load is then as
-many elements wide as its 16-byte load of 16-bit activations, so that both lie in the same registers of the same
-threads, nothing goes through shared memory and nothing is rearranged when weights are uploaded. A chunk has one
-or more *parts*, each WIDTH consecutive columns that always lie in one group:
+many elements wide as its 16-byte load of 16-bit activations, so that both lie in the same registers of the
+same threads, nothing goes through shared memory and nothing is rearranged when weights are uploaded. A chunk
+has one or more *parts*, each WIDTH consecutive columns that always lie in one group:
 
     format      bytes a row   parts  columns of part j in chunk c
     f32         4 k           1      4 c ...
@@ -34,8 +34,8 @@ MAGIC = {"int8": 0x43C00000, "int4": 0x41800000, "int3": 0x41000000, "int2": 0x4
 class Matrix:
     """One weight matrix [n, k] in its stored layout.
 
-    group: columns that share a scale, 32, 64, 128, or 0 for the whole row. data [n, row_bytes] uint8, but int8
-    for int8 and [n, k] of the format's own type for floats; scale [n, groups] f16, bf16 or f32; zero, of
+    group: columns that share a scale, 32, 64, 128, or 0 for the whole row. data [n, row_bytes] uint8, but
+    int8 for int8 and [n, k] of the format's own type for floats; scale [n, groups] f16, bf16 or f32; zero, of
     asymmetric integers: int8 [n, groups], or uint8 [n, ceil(groups / 2)] with even groups in the low nibbles.
     """
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton, which exists for Linux on x86-64")
 
-import interpreter_numbers  # noqa: F401  (numbers of 16 bits as they are on a device)
+import triton_interpreter  # noqa: F401  (the interpreter as a device would be)
 from compile_sm90 import Compiled, compile_launches
 from triton_matrices import FORMATS, random_matrix
 
@@ -26,10 +26,9 @@ from gristmill.kernels.triton.matrix import FLOATS, Matrix, merge
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GROUPS = (0, 32, 64, 128)
 TOKENS = (1, 2, 3, 4, 5, 16, 17, 33)
-FLOAT32 = {
-    "rtol": 1e-5,
-    "atol": 5e-5,
-}  # one rounding of f32 for each of some hundred products and sums near 1
+# Some hundred products and sums near 1, each rounded to f32; the results of BFLOAT16 are rounded to bf16 as well.
+FLOAT32: dict[str, Any] = {"rtol": 1e-5, "atol": 5e-5}
+BFLOAT16: dict[str, Any] = {"rtol": 2**-7, "atol": 2**-9}
 DECODE = (Config(2, 4), Config(8, 8), Config(4, 16, splits=2), Config(16, 32), Config(4, 4, splits=4))
 TILES = (Config(16, 4, 16), Config(32, 8, 16), Config(16, 8, 32, splits=2), Config(64, 4, 16))
 
@@ -101,7 +100,7 @@ def check(case: Case) -> None:
     exact = [multiplied(m, w, p, c) for (m, w), c in zip(made, p.configs)]
     rounded = [c.tokens > 0 and m.format != "f32" for m, c in zip(segments, p.configs)]
     wanted = expected(x.cpu(), exact, rounded, p, extra, end)
-    tolerance = FLOAT32 if case.out_type == torch.float32 else {"rtol": 2**-7, "atol": 2**-9}
+    tolerance = FLOAT32 if case.out_type == torch.float32 else BFLOAT16
     torch.testing.assert_close(got.double(), wanted, **tolerance)
 
 
@@ -126,8 +125,8 @@ def sampled(fmt: str, tokens: int) -> Case:
     glu = r.random() < 0.4
     n = 2 * r.randint(1, 20) if glu else r.randint(1, 40)
     return Case(
-        tokens, r.choice((8, 31, 64, 65, 100, 192, 257)), ((fmt, n, group, symmetric),),
-        (r.choice(DECODE if tokens <= 4 else TILES),), r.choice(tuple(FLOATS)), r.choice(tuple(FLOATS.values())),
+        tokens, r.choice((8, 31, 64, 65, 100, 192, 257)), ((fmt, n, group, symmetric),), (r.choice(DECODE if
+        tokens <= 4 else TILES),), r.choice(tuple(FLOATS)), r.choice(tuple(FLOATS.values())),
         r.choice((torch.float32, torch.float32, torch.bfloat16)), r.choice(tuple(reference.ACTIVATIONS)), glu,
         r.random() < 0.4, r.random() < 0.4, r.random() < 0.2, r.choice((1.0, 0.5)), r.choice((0.0, 0.0, 2.0)),
     )  # fmt: skip
@@ -216,9 +215,9 @@ def test_merging_is_stacking() -> None:
     merged = merge([*(m for m, _ in made), other[0]])
     assert [m.n for m in merged] == [10, 4] and merged[0].scale is not None
     assert merged[0].scale.dtype == torch.float32
-    out = torch.full((10, 70), torch.nan)
-    dequantize(move(merged[0]), out.to(DEVICE)) if DEVICE == "cuda" else dequantize(merged[0], out)
-    torch.testing.assert_close(out.double(), torch.cat([w for _, w in made]), rtol=1e-6, atol=0.0)
+    out = torch.full((10, 70), torch.nan, device=DEVICE)
+    dequantize(move(merged[0]), out)
+    torch.testing.assert_close(out.cpu().double(), torch.cat([w for _, w in made]), rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -274,8 +273,7 @@ def test_tuning_takes_the_fastest_that_runs() -> None:
             raise OutOfResources(1, 0, "registers")
         return 1.0 if config == configs[3] else 2.0
 
-    assert configs[3].warps == 4 or fastest(configs, time)
-    assert fastest([c for c in configs if c.warps == 4], lambda c: abs(c.rows - 32)).rows == 32
+    assert configs[3].warps == 4 and fastest(configs, time) == configs[3]
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,10 @@
-"""The launches of linears that are compiled for sm_90: each entry of the table on matrices of Llama 3.1 8B."""
+"""The launches of linears that are compiled for sm_90, on matrices of the shapes of Llama 3.1 8B."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from compile_sm90 import Launch
@@ -28,7 +29,7 @@ CASES = {
 
 def call(m: Matrix, tokens: int, glu: bool = False, splits: int = 1, **more: bool) -> None:
     """What a decoder asks of a linear, with activations in bf16."""
-    configs = [replace(choose(m, tokens), splits=splits)]
+    configs = [replace(choose(m, tokens), splits=splits, dense=more.get("dense", False))]
     p = plan([m], tokens, glu, configs, native_fp8=more.get("native_fp8", False))
     n = m.n // 2 if glu else m.n
     x, out = (torch.empty(tokens, w, dtype=torch.bfloat16, device="meta") for w in (m.k, n))
@@ -48,13 +49,14 @@ def launches() -> Iterator[Launch]:
         for tokens in buckets:
             m = meta_matrix(fmt, 4096, 14336, group, symmetric)
             name = f"{fmt} {tokens} rows" if tokens > 1 else f"{fmt} one row"
-            yield name, lambda m=m, tokens=tokens: call(m, tokens)
+            yield name, partial(call, m, tokens)
     wide = meta_matrix("int4", 28672, 4096, 128)
     yield "gate and up, one row", lambda: call(wide, 1, glu=True)
     yield "gate and up, 16 rows", lambda: call(wide, 16, glu=True)
     yield "splits of ordered columns", lambda: call(wide, 1, glu=True, splits=2, order=True)
     fp8 = meta_matrix("fp8", 4096, 4096)
     yield "fp8 by fp8", lambda: call(fp8, 64, native_fp8=True)
+    yield "dense", lambda: call(wide, 512, dense=True)
     ids = torch.empty(16, dtype=torch.int32, device="meta")
     out = torch.empty(16, 4096, dtype=torch.bfloat16, device="meta")
     yield "embedding", lambda: embedding(ids, [meta_matrix("int8", 128256, 4096)], out)

@@ -1,4 +1,4 @@
-"""Weight matrices in the stored layout, with what they stand for; without numbers, for compiling, on "meta"."""
+"""Weight matrices in the stored layout, with what they stand for; without numbers, for compiling."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORMATS = ("f32", "f16", "bf16", "fp8", "int8", "int4", "int3", "int2")
 def random_matrix(
     fmt: str, n: int, k: int, group: int = 0, symmetric: bool = True, seed: int = 0, scale_type: str = "f16"
 ) -> tuple[Matrix, Tensor]:
-    """A matrix of random bits and its weights [n, k] in f64, of a size that makes sums of k products near 1."""
+    """A matrix of random bits and its weights [n, k] in f64, whose sums of k products are near 1."""
     rng, size = np.random.default_rng(seed), k**-0.5
     if fmt in FLOATS:
         data = torch.from_numpy(rng.standard_normal((n, k)) * size).to(FLOATS[fmt])
@@ -43,7 +43,7 @@ def random_matrix(
 
 
 def meta_matrix(fmt: str, n: int, k: int, group: int = 0, symmetric: bool = True) -> Matrix:
-    """A matrix without numbers; fits any n and k."""
+    """A matrix on the device "meta", which has no numbers."""
 
     def empty(width: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(n, width, dtype=dtype, device="meta")

@@ -1,7 +1,7 @@
-"""Numbers of 8 and 16 bits in Triton's interpreter as a device has them; importing this puts them in place.
+"""Triton's interpreter, put right where it is not what a device is; importing this does it.
 
-The interpreter of Triton 3.6 multiplies the bits of bf16 matrices as if they were integers, and does not round to
-nearest where it narrows.
+The interpreter of Triton 3.6 multiplies the bits of bf16 matrices as if they were integers, does not round to
+nearest where it narrows, and makes no index of its scalars beside numpy 2.4 and on.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 UNSIGNED = {1: "uint8", 2: "uint16", 4: "uint32"}
 _convert = interpreter._convert_float
 _dot = interpreter.InterpreterBuilder.create_dot
+_patch = interpreter._patch_lang_tensor
 
 
 def convert(data: Any, source: Any, target: Any, mode: Any) -> Any:
@@ -41,9 +42,16 @@ def widened(operand: Any) -> Any:
     return interpreter.TensorHandle(bits.view("float32"), tl.float32)
 
 
+def patch_tensor(tensor: Any, scope: Any) -> None:
+    """Gives scalars the index that loops over a range of them need."""
+    _patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
 def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
     return _dot(self, widened(a), widened(b), d, input_precision, max_num_imprecise_acc)
 
 
 interpreter._convert_float = convert
 interpreter.InterpreterBuilder.create_dot = dot
+interpreter._patch_lang_tensor = patch_tensor
