@@ -38,22 +38,21 @@ def load_part(x, ldx, token, tokens, chunk, inside, k, part: tl.constexpr, FORMA
 
 
 @triton.jit
-def scaled(
-    sums, x_sums, scale, zero, groups, rows, chunk,
+def group_scale(
+    scale, zero, groups, rows, chunk,
     part: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
-    """s (sums - z x_sums) for the group that the part lies in, without s if GROUP is 0.
+    """Scale and zero point (with what kernels add to q) of the group that a part lies in, [C, 1, B, 1].
 
-    sums [C, T, B, 1], x_sums [C, T, 1, 1].
+    Constants where there are none; with GROUP 0 the scale is left to the end.
     """
     group = part_group(chunk, groups, part, FORMAT, GROUP)
-    if zero is not None:
-        sums -= (load_zeros(zero, groups, rows, group, FORMAT) + ZERO) * x_sums
-    elif ZERO != 0:
-        sums -= ZERO * x_sums
+    s, z = 1.0, ZERO + 0.0
     if GROUP != 0:
-        sums *= load_scales(scale, groups, rows, group)
-    return sums
+        s = load_scales(scale, groups, rows, group)
+    if zero is not None:
+        z = load_zeros(zero, groups, rows, group, FORMAT) + ZERO
+    return s, z
 
 
 @triton.jit
@@ -67,6 +66,10 @@ def chunk_products(
     stored = tl.minimum(chunk, last)
     raw = load_chunks(data, stride, rows, stored, inside, k, FORMAT, RAGGED)
     third = load_third_bits(data, stride, rows, stored) if FORMAT == "int3" else None
+    # Ahead of the arithmetic, so as not to wait twice a step, though ptxas moves these loads behind it.
+    s, z = group_scale(scale, zero, groups, rows, stored, PARTS - 1, FORMAT, GROUP, ZERO)
+    if GROUP == 32 and PARTS > 1:  # a chunk lies in two groups
+        s0, z0 = group_scale(scale, zero, groups, rows, stored, 0, FORMAT, GROUP, ZERO)
     total = tl.zeros([chunk.shape[0], token.shape[1], rows.shape[2], 1], tl.float32)
     sums = total
     x_sums = tl.zeros([chunk.shape[0], token.shape[1], 1, 1], tl.float32)
@@ -74,10 +77,11 @@ def chunk_products(
         x_part = load_part(x, ldx, token, tokens, chunk, inside, k, part, FORMAT)
         sums += tl.sum(part_values(raw, third, magic, inside, part, FORMAT) * x_part, 3, keep_dims=True)
         x_sums += tl.sum(x_part, 3, keep_dims=True)
-        if part == PARTS - 1 or (GROUP == 32 and part == PARTS // 2 - 1):  # the group ends here
-            total += scaled(sums, x_sums, scale, zero, groups, rows, stored, part, FORMAT, GROUP, ZERO)
+        if GROUP == 32 and PARTS > 1 and part == PARTS // 2 - 1:
+            total = s0 * (sums - z0 * x_sums)
             sums = tl.zeros_like(sums)
             x_sums = tl.zeros_like(x_sums)
+    total += s * (sums - z * x_sums)
     return total
 
 

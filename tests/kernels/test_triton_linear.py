@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,10 +24,10 @@ from gristmill.kernels.triton.linear import Plan, fastest, linear, plan, workspa
 from gristmill.kernels.triton.linear_configs import BUCKETS, TABLE, Config, candidates, choose
 from gristmill.kernels.triton.matrix import FLOATS, Matrix, merge
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 GROUPS = (0, 32, 64, 128)
 TOKENS = (1, 2, 3, 4, 5, 16, 17, 33)
-# Some hundred products and sums near 1, each rounded to f32; the results of BFLOAT16 are rounded to bf16 as well.
+# Some hundred products and sums near 1, each rounded to f32; with BFLOAT16 the results are rounded too.
 FLOAT32: dict[str, Any] = {"rtol": 1e-5, "atol": 5e-5}
 BFLOAT16: dict[str, Any] = {"rtol": 2**-7, "atol": 2**-9}
 DECODE = (Config(2, 4), Config(8, 8), Config(4, 16, splits=2), Config(16, 32), Config(4, 4, splits=4))
