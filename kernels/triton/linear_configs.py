@@ -56,11 +56,11 @@ TABLE: dict[str, dict[int, Config]] = {
     },
     "int3": {
         1: Config(8, 64, warps=2), 2: Config(4, 64, warps=2), 4: Config(4, 64, warps=2),
-        16: Config(64, 8, 16), 64: Config(64, 8, 64), 128: Config(128, 8, 128, warps=8),
+        16: Config(64, 8, 16), 64: Config(64, 8, 64), 128: Config(128, 8, 128, warps=8, stages=2),
     },
     "int2": {
         1: Config(8, 64, warps=2), 2: Config(4, 64, warps=2), 4: Config(4, 64, warps=2),
-        16: Config(64, 8, 16), 64: Config(64, 8, 64), 128: Config(128, 8, 128, warps=8),
+        16: Config(64, 8, 16), 64: Config(64, 8, 64), 128: Config(128, 8, 128, warps=8, stages=2),
     },
 }  # fmt: skip
 FAMILIES = {"bf16": "16", "f16": "16", "int8": "8", "fp8": "8"}

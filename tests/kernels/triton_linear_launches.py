@@ -12,18 +12,18 @@ from triton_matrices import meta_matrix
 
 from gristmill.kernels.triton.embedding import embedding
 from gristmill.kernels.triton.linear import linear, plan, workspace_bytes
-from gristmill.kernels.triton.linear_configs import choose
+from gristmill.kernels.triton.linear_configs import BUCKETS, choose
 from gristmill.kernels.triton.matrix import Matrix
 
-# format -> group, symmetric, tokens of the buckets
+# format -> group, symmetric
 CASES = {
-    "int4": (128, True, (1, 2, 4, 16, 64, 512)),
-    "int8": (0, True, (1, 4, 16, 512)),
-    "fp8": (0, True, (1, 16)),
-    "int3": (128, False, (1, 16)),
-    "int2": (32, True, (1, 16)),
-    "bf16": (0, True, (1, 4, 16, 512)),
-    "f32": (0, True, (1, 16)),
+    "int4": (128, True),
+    "int8": (0, True),
+    "fp8": (0, True),
+    "int3": (128, False),
+    "int2": (32, True),
+    "bf16": (0, True),
+    "f32": (0, True),
 }
 
 
@@ -45,8 +45,8 @@ def call(m: Matrix, tokens: int, glu: bool = False, splits: int = 1, **more: boo
 
 
 def launches() -> Iterator[Launch]:
-    for fmt, (group, symmetric, buckets) in CASES.items():
-        for tokens in buckets:
+    for fmt, (group, symmetric) in CASES.items():
+        for tokens in BUCKETS:
             m = meta_matrix(fmt, 4096, 14336, group, symmetric)
             name = f"{fmt} {tokens} rows" if tokens > 1 else f"{fmt} one row"
             yield name, partial(call, m, tokens)
