@@ -12,6 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: no library's threads besides
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Triton reads this when it is imported, and torch may import it in any test. 0 runs the kernels on a device.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(scope="session")
 def py7m() -> Path:

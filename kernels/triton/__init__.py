@@ -1,0 +1,1 @@
+"""Triton kernels: functions that launch on preallocated torch tensors of one CUDA device."""

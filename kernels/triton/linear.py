@@ -1,0 +1,295 @@
+"""Products with weight matrices and what follows them, on the device.
+
+One linear is one kernel for each format among its segments (`matrix.merge` joins neighbours), plus a gather
+where the columns are ordered, plus one that combines where k is split or a gated pair has two formats. All
+memory comes from the caller: `workspace_bytes` says how much for a Plan. Activations are never quantized but
+by choice beside fp8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dequantize import constants, dequantize
+from .epilogue import combine_kernel
+from .linear_configs import Config, candidates, choose
+from .linear_decode import decode_kernel
+from .linear_tensor_cores import quantize_fp8_kernel, tensor_core_kernel
+from .matrix import Matrix
+
+ALIGNMENT = 256  # of the pieces of a workspace
+_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a linear runs for one number of tokens: a config for each segment, all with the same splits.
+
+    multiply: the type that tensor cores multiply, torch.bfloat16 or torch.float16. native_fp8: fp8 weights of
+    whole rows multiply e4m3 activations on the tensor cores.
+    """
+
+    tokens: int
+    configs: tuple[Config, ...]
+    partial: bool  # sums go through the workspace and are combined
+    multiply: torch.dtype = torch.bfloat16
+    native_fp8: bool = False
+
+
+def plan(
+    segments: Sequence[Matrix],
+    tokens: int,
+    glu: bool = False,
+    configs: Sequence[Config] | None = None,
+    multiply: torch.dtype = torch.bfloat16,
+    native_fp8: bool = False,
+) -> Plan:
+    """A Plan with the given configs, or the table's."""
+    chosen = list(configs) if configs else [choose(segment, tokens) for segment in segments]
+    assert len(chosen) == len(segments), f"{len(segments)} segments need as many configs, got {len(chosen)}"
+    splits = max(config.splits for config in chosen)
+    if splits > 1:
+        chosen = [_with_splits(config, splits) for config in chosen]
+    native = native_fp8 and all(s.format == "fp8" and not s.group and s.k % 16 == 0 for s in segments)
+    partial = splits > 1 or (glu and len(segments) > 1) or any(config.dense for config in chosen)
+    return Plan(tokens, tuple(chosen), partial, multiply, native and all(c.tokens for c in chosen))
+
+
+def _with_splits(config: Config, splits: int) -> Config:
+    return Config(config.rows, config.chunks, config.tokens, splits, config.warps, config.stages)
+
+
+class _Workspace:
+    """Pieces of one buffer, one after the other; without a buffer it only counts."""
+
+    def __init__(self, buffer: Tensor | None) -> None:
+        self.buffer, self.used = buffer, 0
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        count = torch.Size(shape).numel() * dtype.itemsize
+        start, self.used = self.used, self.used + -(-count // ALIGNMENT) * ALIGNMENT
+        if self.buffer is None:
+            return torch.empty(shape, dtype=dtype, device="meta")
+        have = self.buffer.numel()
+        assert self.used <= have, (
+            f"the workspace has {have} bytes, needs {self.used} or more: workspace_bytes()"
+        )
+        return self.buffer[start : start + count].view(dtype).view(shape)
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """What one linear keeps in the workspace."""
+
+    ordered: Tensor | None  # [tokens, k], x[order]
+    partial: Tensor | None  # [splits, tokens, n] f32
+    fp8: Tensor | None  # [tokens, k] uint8
+    fp8_scale: Tensor | None  # [tokens] f32
+    x16: Tensor | None  # [tokens, k], x as cuBLAS multiplies it
+    dense: Tensor | None  # [n, k], a segment as cuBLAS multiplies it
+    product: Tensor | None  # [tokens, n] what cuBLAS writes
+
+
+def _pieces(segments: Sequence[Matrix], p: Plan, order: bool, x_dtype: torch.dtype, w: _Workspace) -> _Pieces:
+    k, n, t = segments[0].k, sum(segment.n for segment in segments), p.tokens
+    tallest = max((s.n for s, c in zip(segments, p.configs) if c.dense), default=0)
+    return _Pieces(
+        w.take((t, k), x_dtype) if order else None,
+        w.take((p.configs[0].splits, t, n), torch.float32) if p.partial else None,
+        w.take((t, k), torch.uint8) if p.native_fp8 else None,
+        w.take((t,), torch.float32) if p.native_fp8 else None,
+        w.take((t, k), p.multiply) if tallest else None,
+        w.take((tallest, k), p.multiply) if tallest else None,
+        w.take((t, tallest), p.multiply) if tallest else None,
+    )
+
+
+def workspace_bytes(segments: Sequence[Matrix], p: Plan, order: bool, x_dtype: torch.dtype) -> int:
+    """Bytes of workspace, uint8 and aligned to 256 bytes, that `linear` needs; order: whether it gets one."""
+    counted = _Workspace(None)
+    _pieces(segments, p, order, x_dtype, counted)
+    return counted.used
+
+
+@triton.jit
+def gather_columns_kernel(x, ldx, order, out, k, BLOCK: tl.constexpr):
+    """out[t, j] = x[t, order[j]]."""
+    token = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    source = tl.load(order + column, column < k, 0)
+    tl.store(out + token * k + column, tl.load(x + token * ldx + source), column < k)
+
+
+@dataclass(frozen=True)
+class _Epilogue:
+    """out and what is done to a sum before it gets there."""
+
+    out: Tensor
+    bias: Tensor | None
+    residual: Tensor | None
+    activation: str
+    glu: bool
+    scale: float
+    softcap: float
+
+    def arguments(self, first: int = 0, n: int | None = None) -> dict[str, object]:
+        """Of the output columns [first, first + n)."""
+        last = None if n is None else first + n
+        residual = None if self.residual is None else self.residual[:, first:last]
+        out = self.out[:, first:last]
+        return {
+            "bias": None if self.bias is None else self.bias[first:],
+            "residual": residual, "ldr": 0 if residual is None else residual.stride(0),
+            "out": out, "ldo": out.stride(0), "factor": self.scale, "softcap": self.softcap or 1.0,
+            "ACTIVATION": self.activation, "SOFTCAP": self.softcap != 0,
+        }  # fmt: skip
+
+
+def linear(
+    x: Tensor,
+    segments: Sequence[Matrix],
+    out: Tensor,
+    *,
+    p: Plan,
+    workspace: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    order: Tensor | None = None,
+    activation: str = "none",
+    glu: bool = False,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+) -> None:
+    """out = softcap(scale * activation(x[:, order] W^T + bias) [* up half]) + residual.
+
+    x [T, k], residual and out [T, n], or n / 2 with `glu`: floats of any type whose last dimension has stride
+    1; out may be the residual. segments: W from top to bottom; p: their plan for T tokens; bias [n] of any
+    float type; order [k] int32, a permutation; workspace: uint8, `workspace_bytes()` of it. T > 4 rounds x to
+    `p.multiply`, except beside f32 weights. Launches only: no allocation, no synchronization.
+    """
+    n = sum(segment.n for segment in segments)
+    wanted = (p.tokens, n // 2 if glu else n)
+    assert tuple(x.shape) == (p.tokens, segments[0].k), f"x: {tuple(x.shape)} for {p}"
+    assert tuple(out.shape) == wanted, f"out: expected {wanted}, got {tuple(out.shape)}"
+    assert all(t is None or t.stride(-1) == 1 for t in (x, out, residual)), "columns must be contiguous"
+    space = _Workspace(workspace if workspace is not None else x.new_empty(0, dtype=torch.uint8))
+    pieces = _pieces(segments, p, order is not None, x.dtype, space)
+    end = _Epilogue(out, bias, residual, activation, glu, scale, softcap)
+    if order is not None and pieces.ordered is not None:
+        grid = (triton.cdiv(x.shape[1], 1024), p.tokens)
+        gather_columns_kernel[grid](x, x.stride(0), order, pieces.ordered, x.shape[1], BLOCK=1024)
+        x = pieces.ordered
+    if pieces.fp8 is not None:
+        quantize_fp8_kernel[(p.tokens,)](x, x.stride(0), pieces.fp8, pieces.fp8_scale, x.shape[1], BLOCK=1024)
+        x = pieces.fp8
+    if pieces.x16 is not None:
+        pieces.x16.copy_(x)
+    first = 0
+    for segment, config in zip(segments, p.configs):
+        _product(x, segment, first, config, p, pieces, end)
+        first += segment.n
+    if pieces.partial is not None:
+        _combine(pieces.partial, end)
+
+
+def _product(
+    x: Tensor, m: Matrix, first: int, config: Config, p: Plan, pieces: _Pieces, end: _Epilogue
+) -> None:
+    """One segment, whose rows begin at `first`."""
+    if config.dense:
+        _dense_product(m, first, pieces)
+        return
+    partial = pieces.partial
+    glu = end.glu and partial is None
+    n_out = m.n // 2 if glu else m.n
+    steps = triton.cdiv(m.chunks, config.chunks * config.splits)
+    where = (
+        end.arguments(first, None if glu else m.n)
+        if partial is None
+        else {
+            **_Epilogue(end.out, None, None, "none", False, 1.0, 0.0).arguments(),
+            "work": partial[0, :, first:],
+        }
+    )
+    arguments = {
+        "work": None, "work_width": 0 if partial is None else partial.shape[2], **where, **constants(m),
+        "x": x, "ldx": x.stride(0), "data": m.data, "stride": m.data.stride(0), "scale": m.scale,
+        "zero": m.zero, "groups": m.groups, "tokens": p.tokens, "n_out": n_out, "k": m.k,
+        "chunks": m.chunks, "split_chunks": steps * config.chunks, "GLU": glu,
+        "ROWS": config.rows, "CHUNKS": config.chunks, "num_warps": config.warps,
+    }  # fmt: skip
+    tiles = triton.cdiv(n_out, config.rows // 2 if glu else config.rows)
+    if not config.tokens:
+        decode_kernel[(tiles, config.splits)](**arguments, TOKENS=triton.next_power_of_2(p.tokens))
+        return
+    dtype = tl.float32 if m.format == "f32" else _TYPES[p.multiply]
+    grid = (triton.cdiv(p.tokens, config.tokens), tiles, config.splits)
+    tensor_core_kernel[grid](
+        **arguments, x_scale=pieces.fp8_scale, DTYPE=tl.float8e4nv if p.native_fp8 else dtype,
+        TOKENS=config.tokens, num_stages=config.stages,
+    )  # fmt: skip
+
+
+def _dense_product(m: Matrix, first: int, pieces: _Pieces) -> None:
+    """A segment by cuBLAS: dequantized to 16 bits, multiplied, its sums widened into the partial ones."""
+    assert pieces.x16 is not None and pieces.dense is not None and pieces.partial is not None
+    assert pieces.product is not None
+    weights, product = pieces.dense[: m.n], pieces.product[:, : m.n]
+    dequantize(m, weights)
+    torch.mm(pieces.x16, weights.t(), out=product)
+    pieces.partial[0, :, first : first + m.n].copy_(product)
+
+
+def _combine(partial: Tensor, end: _Epilogue) -> None:
+    splits, tokens, width = partial.shape
+    block = 256
+    tiles = triton.cdiv(end.out.shape[1], block // 2 if end.glu else block)
+    combine_kernel[(tiles, tokens)](
+        partial, splits, width, tokens=tokens, n_out=end.out.shape[1], GLU=end.glu, BLOCK=block,
+        **end.arguments(),
+    )  # fmt: skip
+
+
+def tune(matrix: Matrix, tokens: int, x_dtype: torch.dtype, multiply: torch.dtype = torch.bfloat16) -> Config:
+    """The fastest candidate for a matrix on the current CUDA device, by medians with a cold L2 cache.
+
+    Allocates and synchronizes: for the executor to call ahead of time and to remember what it returns.
+    """
+    from triton.testing import do_bench
+
+    device = matrix.data.device
+    x = torch.randn(tokens, matrix.k, device=device).to(x_dtype)
+    out = torch.empty(tokens, matrix.n, dtype=x_dtype, device=device)
+    return fastest(
+        candidates(matrix, tokens),
+        lambda config: float(do_bench(_call(matrix, x, out, config, multiply), quantiles=[0.5])),
+    )
+
+
+def fastest(configs: Sequence[Config], time: Callable[[Config], float]) -> Config:
+    """The config with the least time; what asks for more than the device has does not count."""
+    from triton.runtime.errors import OutOfResources
+
+    times: dict[Config, float] = {}
+    for config in configs:
+        try:
+            times[config] = time(config)
+        except OutOfResources:
+            continue
+    assert times, "no candidate runs on this device"
+    return min(times, key=lambda config: times[config])
+
+
+def _call(
+    matrix: Matrix, x: Tensor, out: Tensor, config: Config, multiply: torch.dtype
+) -> Callable[[], None]:
+    p = plan([matrix], len(x), configs=[config], multiply=multiply)
+    size = workspace_bytes([matrix], p, False, x.dtype)
+    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+    return lambda: linear(x, [matrix], out, p=p, workspace=workspace)

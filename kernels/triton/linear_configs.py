@@ -1,0 +1,109 @@
+"""How a product is cut into programs: a table for known GPUs, and the candidates that `tune` times.
+
+The table was chosen on paper for the H100 and H200 (132 multiprocessors, 64 k registers and 227 KiB each;
+3.35 and 4.8 TB/s). Reading at full speed takes some 40 to 64 KiB in flight per multiprocessor. In decoding a
+thread has ROWS * CHUNKS / threads chunks of 8 bytes (16 of 16-bit weights) in flight, so a program of 128
+threads with 8 rows has 8 KiB (16 KiB), and 72 registers let 7 of them run on a multiprocessor. Splits of k,
+which cost a second kernel, are for matrices with too few rows to give every multiprocessor such programs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .matrix import Matrix
+
+MULTIPROCESSORS = 132
+DECODE_TOKENS = 4  # up to here without tensor cores
+BUCKETS = (1, 2, 4, 16, 64, 128)  # of tokens, that the table tells apart; beyond the last the last
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to cut a product.
+
+    rows: of the weight, per program (with a gated pair half of them are gates); tokens: of x, per program, 0
+    for the kernel without tensor cores, which takes all; chunks: of a row, per step; splits: of a row's
+    chunks, each to a program of its own; dense: dequantize the whole matrix and let cuBLAS multiply.
+    """
+
+    rows: int
+    chunks: int
+    tokens: int = 0
+    splits: int = 1
+    warps: int = 4
+    stages: int = 3
+    dense: bool = False
+
+
+# family of formats -> bucket -> config
+TABLE: dict[str, dict[int, Config]] = {
+    "f32": {
+        1: Config(4, 128), 2: Config(4, 128), 4: Config(4, 128), 16: Config(32, 8, 16),
+        64: Config(32, 8, 32), 128: Config(64, 8, 64),
+    },
+    "16": {
+        1: Config(8, 128), 2: Config(8, 128), 4: Config(4, 128), 16: Config(64, 16, 16, stages=4),
+        64: Config(64, 8, 64, stages=4), 128: Config(128, 8, 128, warps=8),
+    },
+    "8": {
+        1: Config(8, 128), 2: Config(8, 128), 4: Config(4, 128), 16: Config(64, 16, 16, stages=4),
+        64: Config(64, 16, 64), 128: Config(128, 8, 128, warps=8),
+    },
+    "int4": {
+        1: Config(8, 128), 2: Config(8, 128), 4: Config(4, 128), 16: Config(64, 16, 16, stages=4),
+        64: Config(64, 8, 64), 128: Config(128, 8, 128, warps=8),
+    },
+    "int3": {
+        1: Config(8, 64, warps=2), 2: Config(4, 64, warps=2), 4: Config(4, 64, warps=2),
+        16: Config(64, 8, 16), 64: Config(64, 8, 64), 128: Config(128, 8, 128, warps=8, stages=2),
+    },
+    "int2": {
+        1: Config(8, 64, warps=2), 2: Config(4, 64, warps=2), 4: Config(4, 64, warps=2),
+        16: Config(64, 8, 16), 64: Config(64, 8, 64), 128: Config(128, 8, 128, warps=8, stages=2),
+    },
+}  # fmt: skip
+FAMILIES = {"bf16": "16", "f16": "16", "int8": "8", "fp8": "8"}
+
+
+def bucket(tokens: int) -> int:
+    """The row of the table for this many tokens."""
+    return next((b for b in BUCKETS if tokens <= b), BUCKETS[-1])
+
+
+def choose(matrix: Matrix, tokens: int) -> Config:
+    """The table's config for a matrix; where that leaves a GPU idle, smaller programs, then splits."""
+    config = TABLE[FAMILIES.get(matrix.format, matrix.format)][bucket(tokens)]
+    while not config.tokens and config.rows > 2 and _programs(matrix, tokens, config) < 2 * MULTIPROCESSORS:
+        config = replace(config, rows=config.rows // 2)
+    return replace(config, splits=_splits(matrix, tokens, config))
+
+
+def _programs(matrix: Matrix, tokens: int, config: Config) -> int:
+    return -(-matrix.n // config.rows) * (-(-tokens // config.tokens) if config.tokens else 1)
+
+
+def _splits(matrix: Matrix, tokens: int, config: Config) -> int:
+    """As many as make more programs than multiprocessors, of two steps at least (a power of two up to 16)."""
+    programs, steps = _programs(matrix, tokens, config), -(-matrix.chunks // config.chunks)
+    splits = 1
+    while splits < 16 and programs * splits <= MULTIPROCESSORS and steps >= splits * 4:
+        splits *= 2
+    return splits
+
+
+def candidates(matrix: Matrix, tokens: int) -> list[Config]:
+    """What is worth timing on a real device: the table's config and its neighbours."""
+    base = choose(matrix, tokens)
+    found = [base]
+    for rows in (base.rows // 2, base.rows, base.rows * 2):
+        for chunks in (base.chunks // 2, base.chunks, base.chunks * 2):
+            for warps in (base.warps, base.warps * 2):
+                found.append(replace(base, rows=rows, chunks=chunks, warps=warps))
+    if not base.tokens:
+        found += [replace(base, splits=splits) for splits in (2, 4)]
+    if base.tokens:
+        found += [replace(base, stages=stages) for stages in (2, 3, 4, 5)]
+    if tokens >= 64:
+        found.append(replace(base, splits=1, dense=True))
+    return list(dict.fromkeys(found))

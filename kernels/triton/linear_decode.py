@@ -1,0 +1,118 @@
+"""Products for 1 to 4 rows: the weights' stream is all there is to it, so nothing goes through shared memory.
+
+    y[t, n] = sum over groups g of s[n, g] (sum_k q[n, k] x[t, k] - z[n, g] sum_k x[t, k])
+
+A program takes ROWS rows of the weight and walks their columns in steps of CHUNKS chunks (see `matrix`). A
+thread loads one chunk of each of its rows at once, and all of these are in flight together. Each group's part
+of a chunk is scaled once, behind its sum; threads keep their own sums until the end, where one reduction over
+the program adds them in a fixed order. Partial sums of splits go to a workspace, and `combine_kernel` adds
+those in order too.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .dequantize import (
+    first_column,
+    load_chunks,
+    load_scales,
+    load_third_bits,
+    load_zeros,
+    part_group,
+    part_values,
+)
+from .epilogue import weight_rows, write
+
+# Tensors are [chunks, tokens, rows, inside a chunk]. Triton gives the last dimension to a thread, as far as
+# its loads are wide, and then the lanes of a warp to the first dimension that has room: the chunks.
+
+
+@triton.jit
+def load_part(x, ldx, token, tokens, chunk, inside, k, part: tl.constexpr, FORMAT: tl.constexpr):
+    """The activations that a part of the chunks multiplies, f32 [C, T, 1, W], 0 beyond k and tokens."""
+    column = first_column(chunk, part, FORMAT) + inside
+    mask = (column < k) & (token < tokens)
+    return tl.load(x + token * ldx + column, mask, 0.0, eviction_policy="evict_last").to(tl.float32)
+
+
+@triton.jit
+def group_scale(
+    scale, zero, groups, rows, chunk,
+    part: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
+):  # fmt: skip
+    """Scale and zero point (with what kernels add to q) of the group that a part lies in, [C, 1, B, 1].
+
+    Constants where there are none; with GROUP 0 the scale is left to the end.
+    """
+    group = part_group(chunk, groups, part, FORMAT, GROUP)
+    s, z = 1.0, ZERO + 0.0
+    if GROUP != 0:
+        s = load_scales(scale, groups, rows, group)
+    if zero is not None:
+        z = load_zeros(zero, groups, rows, group, FORMAT) + ZERO
+    return s, z
+
+
+@triton.jit
+def chunk_products(
+    x, ldx, data, stride, scale, zero, groups, magic, rows, chunk, token, tokens, k, last,
+    FORMAT: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
+    GROUP: tl.constexpr, ZERO: tl.constexpr,
+):  # fmt: skip
+    """The products of chunks, f32 [C, T, B, 1]."""
+    inside = tl.arange(0, WIDTH)[None, None, None, :]
+    stored = tl.minimum(chunk, last)
+    raw = load_chunks(data, stride, rows, stored, inside, k, FORMAT, RAGGED)
+    third = load_third_bits(data, stride, rows, stored) if FORMAT == "int3" else None
+    # Ahead of the arithmetic, so as not to wait twice a step, though ptxas moves these loads behind it.
+    s, z = group_scale(scale, zero, groups, rows, stored, PARTS - 1, FORMAT, GROUP, ZERO)
+    if GROUP == 32 and PARTS > 1:  # a chunk lies in two groups
+        s0, z0 = group_scale(scale, zero, groups, rows, stored, 0, FORMAT, GROUP, ZERO)
+    total = tl.zeros([chunk.shape[0], token.shape[1], rows.shape[2], 1], tl.float32)
+    sums = total
+    x_sums = tl.zeros([chunk.shape[0], token.shape[1], 1, 1], tl.float32)
+    for part in tl.static_range(PARTS):
+        x_part = load_part(x, ldx, token, tokens, chunk, inside, k, part, FORMAT)
+        sums += tl.sum(part_values(raw, third, magic, inside, part, FORMAT) * x_part, 3, keep_dims=True)
+        x_sums += tl.sum(x_part, 3, keep_dims=True)
+        if GROUP == 32 and PARTS > 1 and part == PARTS // 2 - 1:
+            total = s0 * (sums - z0 * x_sums)
+            sums = tl.zeros_like(sums)
+            x_sums = tl.zeros_like(x_sums)
+    total += s * (sums - z * x_sums)
+    return total
+
+
+@triton.jit
+def decode_kernel(
+    x, ldx, data, stride, scale, zero, groups, magic, bias, residual, ldr, out, ldo, work, work_width,
+    tokens, n_out, k, chunks, split_chunks, factor, softcap,
+    FORMAT: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr, GROUP: tl.constexpr,
+    ZERO: tl.constexpr, GLU: tl.constexpr, ACTIVATION: tl.constexpr, SOFTCAP: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """out[t, :] for t < tokens <= TOKENS, or with `work` the sums of split program_id(1), at its place."""
+    token = tl.arange(0, TOKENS)
+    rows, column = weight_rows(tl.program_id(0), n_out, GLU, ROWS)
+    rows = rows.to(tl.int64)
+    first = tl.program_id(1) * split_chunks
+    total = tl.zeros([CHUNKS, TOKENS, ROWS, 1], tl.float32)
+    for at in range(first, tl.minimum(first + split_chunks, chunks), CHUNKS):
+        total += chunk_products(
+            x, ldx, data, stride, scale, zero, groups, magic, rows[None, None, :, None],
+            (at + tl.arange(0, CHUNKS))[:, None, None, None], token[None, :, None, None], tokens, k,
+            chunks - 1, FORMAT, WIDTH, PARTS, RAGGED, GROUP, ZERO,
+        )  # fmt: skip
+    y = tl.trans(tl.sum(tl.sum(total, 3), 0))
+    if scale is not None and GROUP == 0:
+        y *= tl.load(scale + rows).to(tl.float32)[:, None]
+    mask = (column < n_out)[:, None] & (token < tokens)[None, :]
+    if work is not None:
+        place = (tl.program_id(1) * tokens + token).to(tl.int64)[None, :] * work_width
+        tl.store(work + place + column[:, None], y, mask)
+    else:
+        if bias is not None:
+            y += tl.load(bias + rows).to(tl.float32)[:, None]
+        write(y, out, ldo, residual, ldr, token, column, mask, factor, softcap, GLU, ACTIVATION, SOFTCAP)

@@ -1,0 +1,57 @@
+"""Triton's interpreter, put right where it is not what a device is; importing this does it.
+
+The interpreter of Triton 3.6 multiplies the bits of bf16 matrices as if they were integers, does not round to
+nearest where it narrows, and makes no index of its scalars beside numpy 2.4 and on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+TYPES = {
+    tl.float32: torch.float32,
+    tl.float16: torch.float16,
+    tl.bfloat16: torch.bfloat16,
+    tl.float8e4nv: torch.float8_e4m3fn,
+}
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+UNSIGNED = {1: "uint8", 2: "uint16", 4: "uint32"}
+_convert = interpreter._convert_float
+_dot = interpreter.InterpreterBuilder.create_dot
+_patch = interpreter._patch_lang_tensor
+
+
+def convert(data: Any, source: Any, target: Any, mode: Any) -> Any:
+    """The bits of an array of floats in another type, rounded to nearest even."""
+    if source not in TYPES or target not in TYPES:
+        return _convert(data, source, target, mode)
+    before, after = TYPES[source], TYPES[target]
+    signed = data.view(UNSIGNED[before.itemsize]).view(str(BITS[before.itemsize]).split(".")[1])
+    bits = torch.from_numpy(signed.copy()).view(before).to(after).view(BITS[after.itemsize])
+    return bits.numpy().view(UNSIGNED[after.itemsize])
+
+
+def widened(operand: Any) -> Any:
+    if operand.dtype not in (tl.bfloat16, tl.float8e4nv):
+        return operand
+    bits = convert(operand.data, operand.dtype, tl.float32, None)
+    return interpreter.TensorHandle(bits.view("float32"), tl.float32)
+
+
+def patch_tensor(tensor: Any, scope: Any) -> None:
+    """Gives scalars the index that loops over a range of them need."""
+    _patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    return _dot(self, widened(a), widened(b), d, input_precision, max_num_imprecise_acc)
+
+
+interpreter._convert_float = convert
+interpreter.InterpreterBuilder.create_dot = dot
+interpreter._patch_lang_tensor = patch_tensor

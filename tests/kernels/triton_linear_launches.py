@@ -1,0 +1,62 @@
+"""The launches of linears that are compiled for sm_90, on matrices of the shapes of Llama 3.1 8B."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from compile_sm90 import Launch
+from triton_matrices import meta_matrix
+
+from gristmill.kernels.triton.embedding import embedding
+from gristmill.kernels.triton.linear import linear, plan, workspace_bytes
+from gristmill.kernels.triton.linear_configs import BUCKETS, choose
+from gristmill.kernels.triton.matrix import Matrix
+
+# format -> group, symmetric
+CASES = {
+    "int4": (128, True),
+    "int8": (0, True),
+    "fp8": (0, True),
+    "int3": (128, False),
+    "int2": (32, True),
+    "bf16": (0, True),
+    "f32": (0, True),
+}
+
+
+def call(m: Matrix, tokens: int, glu: bool = False, splits: int = 1, **more: bool) -> None:
+    """What a decoder asks of a linear, with activations in bf16."""
+    configs = [replace(choose(m, tokens), splits=splits, dense=more.get("dense", False))]
+    p = plan([m], tokens, glu, configs, native_fp8=more.get("native_fp8", False))
+    n = m.n // 2 if glu else m.n
+    x, out = (torch.empty(tokens, w, dtype=torch.bfloat16, device="meta") for w in (m.k, n))
+    ordered = more.get("order", False)
+    order = torch.empty(m.k, dtype=torch.int32, device="meta") if ordered else None
+    size = workspace_bytes([m], p, ordered, x.dtype)
+    workspace = torch.empty(size, dtype=torch.uint8, device="meta")
+    residual = None if glu else out
+    linear(
+        x, [m], out, p=p, workspace=workspace, residual=residual, order=order,
+        activation="silu" if glu else "none", glu=glu,
+    )  # fmt: skip
+
+
+def launches() -> Iterator[Launch]:
+    for fmt, (group, symmetric) in CASES.items():
+        for tokens in BUCKETS:
+            m = meta_matrix(fmt, 4096, 14336, group, symmetric)
+            name = f"{fmt} {tokens} rows" if tokens > 1 else f"{fmt} one row"
+            yield name, partial(call, m, tokens)
+    wide = meta_matrix("int4", 28672, 4096, 128)
+    yield "gate and up, one row", lambda: call(wide, 1, glu=True)
+    yield "gate and up, 16 rows", lambda: call(wide, 16, glu=True)
+    yield "splits of ordered columns", lambda: call(wide, 1, glu=True, splits=2, order=True)
+    fp8 = meta_matrix("fp8", 4096, 4096)
+    yield "fp8 by fp8", lambda: call(fp8, 64, native_fp8=True)
+    yield "dense", lambda: call(wide, 512, dense=True)
+    ids = torch.empty(16, dtype=torch.int32, device="meta")
+    out = torch.empty(16, 4096, dtype=torch.bfloat16, device="meta")
+    yield "embedding", lambda: embedding(ids, [meta_matrix("int8", 128256, 4096)], out)
