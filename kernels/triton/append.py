@@ -58,14 +58,12 @@ def _turn(x, cos, sin, DIMS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def _hadamard(x, SIZE: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
-    """Each SIZE columns times the orthonormal Walsh-Hadamard matrix: butterflies, then 1 / sqrt(SIZE)."""
+def _hadamard(x, PASSES: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """Each 2^PASSES columns times the Walsh-Hadamard matrix: butterflies, then the orthonormal factor."""
     at = tl.arange(0, BLOCK)
-    half: tl.constexpr = 1
-    while half < SIZE:
-        other = tl.gather(x, at ^ half, 0)
-        x = tl.where((at & half) != 0, other - x, x + other)
-        half *= 2
+    for i in tl.static_range(PASSES):
+        other = tl.gather(x, at ^ (1 << i), 0)
+        x = tl.where((at >> i & 1) != 0, other - x, x + other)
     return x * FACTOR
 
 
@@ -166,7 +164,7 @@ def _write_row(
 @triton.jit
 def _prepared(
     x, norm, cos, sin, eps, DIM: tl.constexpr, DIMS: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HADAMARD: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr,
+    PASSES: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One head of a query or a key at ``x``, normed and rotated; zero beyond DIM."""
     at = tl.arange(0, BLOCK)
@@ -176,8 +174,8 @@ def _prepared(
         value = value * tl.load(norm + at, at < DIM, 0.0).to(tl.float32)
     if DIMS:
         value = _turn(value, cos, sin, DIMS, INTERLEAVED, BLOCK)
-    if HADAMARD:
-        value = _hadamard(value, HADAMARD, FACTOR, BLOCK)
+    if PASSES:
+        value = _hadamard(value, PASSES, FACTOR, BLOCK)
     return value
 
 
@@ -186,7 +184,7 @@ def _append_kernel(
     q, k, v, queries, k_data, k_scales, v_data, v_scales, q_norm, k_norm, cos, sin, positions, slots,
     q_stride, k_stride, v_stride, queries_stride, ring, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
-    DIMS: tl.constexpr, INTERLEAVED: tl.constexpr, HADAMARD: tl.constexpr, FACTOR: tl.constexpr,
+    DIMS: tl.constexpr, INTERLEAVED: tl.constexpr, PASSES: tl.constexpr, FACTOR: tl.constexpr,
     K_TYPE: tl.constexpr, K_BYTES: tl.constexpr, K_PLANES: tl.constexpr, K_BLOCK: tl.constexpr,
     V_TYPE: tl.constexpr, V_BYTES: tl.constexpr, V_PLANES: tl.constexpr, V_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -197,7 +195,7 @@ def _append_kernel(
     sin += t * (DIMS // 2)
     if head < HEADS:
         value = _prepared(q + t * q_stride + head * K_DIM, q_norm, cos, sin, eps, K_DIM, DIMS, INTERLEAVED,
-                          HADAMARD, FACTOR, K_BLOCK)  # fmt: skip
+                          PASSES, FACTOR, K_BLOCK)  # fmt: skip
         at = tl.arange(0, K_BLOCK)
         out = queries + t * queries_stride + head * K_DIM
         tl.store(out + at, value.to(queries.dtype.element_ty), at < K_DIM)
@@ -207,7 +205,7 @@ def _append_kernel(
         if head < HEADS + KV_HEADS:
             head -= HEADS
             value = _prepared(k + t * k_stride + head * K_DIM, k_norm, cos, sin, eps, K_DIM, DIMS,
-                              INTERLEAVED, HADAMARD, FACTOR, K_BLOCK)  # fmt: skip
+                              INTERLEAVED, PASSES, FACTOR, K_BLOCK)  # fmt: skip
             _write_row(value, k_data, k_scales, slot * KV_HEADS + head, ring_at, ring, K_DIM, K_TYPE, K_BYTES,
                        K_PLANES, K_BLOCK)  # fmt: skip
         else:
@@ -260,7 +258,7 @@ def append(
         0 if queries is None else queries.stride(0), cache.ring, norm_eps,
         HEADS=heads, KV_HEADS=cache.kv_heads, K_DIM=cache.k.dim, V_DIM=cache.v.dim,
         DIMS=dims, INTERLEAVED=rope is not None and rope.interleaved,
-        HADAMARD=hadamard, FACTOR=hadamard**-0.5 if hadamard else 1.0,
+        PASSES=max(0, hadamard.bit_length() - 1), FACTOR=hadamard**-0.5 if hadamard else 1.0,
         K_TYPE=cache.k.dtype, K_BYTES=data_columns(cache.k.dtype, cache.k.dim),
         K_PLANES=scale_planes(cache.k.dtype, cache.k.dim), K_BLOCK=_block(cache.k),
         V_TYPE=cache.v.dtype, V_BYTES=data_columns(cache.v.dtype, cache.v.dim),

@@ -1,0 +1,51 @@
+"""Launches at the shapes of Llama-3.1-8B with 32k of context, to be compiled for sm_90."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from compile_sm90 import Launch
+
+from gristmill.kernels.triton.append import Rotary, append, rope_tables
+from gristmill.kernels.triton.cache import allocate
+from gristmill.kernels.triton.norms import layer_norm, rms_norm
+
+HEADS, KV_HEADS, DIM, CONTEXT = 32, 8, 128, 32768
+TYPES = ("f32", "f16", "int8", "fp8", "int4")
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def indices(*shape: int) -> torch.Tensor:
+    return empty(*shape, dtype=torch.int32)
+
+
+def norm_launches() -> Iterator[Launch]:
+    for width in (4096, 16384):
+        x, weight = empty(4, width), empty(width)
+        yield f"rms_norm {width}", lambda: rms_norm(x, weight, x, 1e-5, x)
+        yield f"layer_norm {width}", lambda: layer_norm(x, weight, weight, x, 1e-5, x)
+
+
+def append_launches() -> Iterator[Launch]:
+    rows = 4
+    cos = empty(rows, DIM // 2, dtype=torch.float32)
+    inv_freq = empty(DIM // 2, dtype=torch.float32)
+    yield "rope tables", lambda: rope_tables(indices(rows), inv_freq, 1.0, cos, cos)
+    qkv, queries = empty(rows, (HEADS + 2 * KV_HEADS) * DIM), empty(rows, HEADS * DIM, dtype=torch.float16)
+    q, k, v = qkv.split([HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM], 1)
+    for dtype in TYPES:
+        cache = allocate(dtype, dtype, DIM, DIM, KV_HEADS, 2, CONTEXT, device="meta")
+        norm = empty(DIM) if dtype == "int4" else None
+        hadamard = DIM if dtype == "int4" else 0
+        yield f"append {dtype}", lambda: append(
+            q, k, v, indices(rows), indices(rows), cache, queries, norm, norm, 1e-6, Rotary(cos, cos), hadamard
+        )
+
+
+def launches() -> Iterator[Launch]:
+    yield from norm_launches()
+    yield from append_launches()
