@@ -8,6 +8,7 @@ import torch
 from compile_sm90 import Launch
 
 from gristmill.kernels.triton.append import Rotary, append, rope_tables
+from gristmill.kernels.triton.attention import allocate_partials, attend, tiling
 from gristmill.kernels.triton.cache import allocate
 from gristmill.kernels.triton.norms import layer_norm, rms_norm
 
@@ -46,6 +47,37 @@ def append_launches() -> Iterator[Launch]:
         )
 
 
+def attention_launches() -> Iterator[Launch]:
+    for rows, blocks in ((1, 1), (4, 4), (2048, 65)):
+        q, out = empty(rows, HEADS * DIM, dtype=torch.float16), empty(rows, HEADS * DIM)
+        for dtype in TYPES:
+            cache = allocate(dtype, dtype, DIM, DIM, KV_HEADS, 2, CONTEXT, device="meta")
+            tiles = tiling(cache, HEADS, rows, blocks)
+            partials = allocate_partials(rows, HEADS, tiles.splits, DIM, "meta")
+            table = indices(blocks, 4) if rows > 1 else None
+            yield f"attention {dtype} {rows}", lambda: attend(
+                q, cache, indices(rows), indices(rows), 0.1, tiles, out, blocks=table, partials=partials
+            )
+    yield from odd_attention_launches()
+
+
+def odd_attention_launches() -> Iterator[Launch]:
+    """Wide heads, windows, softcap and sinks."""
+    for k_dim, v_dim, kv_heads, window, softcap in (
+        (192, 128, 16, 0, 0.0), (256, 256, 8, 4096, 50.0), (80, 80, 32, 0, 0.0), (96, 96, 8, 2048, 0.0)
+    ):  # fmt: skip
+        for rows in (1, 512):
+            q, out = empty(rows, 32 * k_dim, dtype=torch.float16), empty(rows, 32 * v_dim)
+            cache = allocate("int8", "int4", k_dim, v_dim, kv_heads, 2, 8192, window, device="meta")
+            tiles = tiling(cache, 32, rows, 1 if rows == 1 else rows // 16)
+            partials = allocate_partials(rows, 32, tiles.splits, v_dim, "meta")
+            table = indices(rows // 16, 4) if rows > 1 else None
+            yield f"attention of {k_dim} and {v_dim}, {rows} rows", lambda: attend(
+                q, cache, indices(rows), indices(rows), 0.1, tiles, out, softcap, empty(32), table, partials
+            )
+
+
 def launches() -> Iterator[Launch]:
+    yield from attention_launches()
     yield from norm_launches()
     yield from append_launches()
