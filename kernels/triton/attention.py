@@ -103,10 +103,10 @@ def _load_tile(
 
 
 @triton.jit
-def _product(a, b, TYPE: tl.constexpr):
+def _product(a, b, acc, TYPE: tl.constexpr):
     if TYPE == "f32":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a.to(tl.float16), b.to(tl.float16))
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a.to(tl.float16), b.to(tl.float16), acc)
 
 
 @triton.jit
@@ -126,7 +126,7 @@ def _tiles(
         keys, k_scale, k_offset = _load_tile(
             k, k_scales, row, ring_at, inside, ring, K_DIM, K_BLOCK, K_TYPE, K_BYTES, K_PLANES, not MASKED
         )
-        s = _product(query, tl.trans(keys), K_TYPE)
+        s = _product(query, tl.trans(keys), tl.zeros((query.shape[0], N), tl.float32), K_TYPE)
         unit = scale if CAPPED else scale * LOG2E
         if K_TYPE == "int8":
             s = s * (k_scale * unit)[None, :] + query_sum[:, None] * (k_offset * unit)[None, :]
@@ -156,15 +156,16 @@ def _tiles(
             if MASKED:  # what is no number stays with those who see it
                 scales = tl.where(seen, scales, 0.0)
             largest = tl.max(tl.where(scales == scales, scales, 0.0), 1)
-            scaled = p * scales * tl.where(largest > 0, 1.0 / largest, 0.0)[:, None]
-            acc = acc * correction[:, None] + _product(scaled, values, V_TYPE) * largest[:, None]
+            largest = tl.where(largest > 0, tl.maximum(largest, 1e-20), 1.0)
+            acc = acc * (correction / largest)[:, None]
+            acc = _product(p * scales * (1.0 / largest)[:, None], values, acc, V_TYPE) * largest[:, None]
             if V_TYPE == "int8":
                 shifted = p * v_offset[None, :]
                 if MASKED:
                     shifted = tl.where(seen, shifted, 0.0)
                 shift = shift * correction + tl.sum(shifted, 1)
         else:
-            acc = acc * correction[:, None] + _product(p, values, V_TYPE)
+            acc = _product(p, values, acc * correction[:, None], V_TYPE)
     return m, l, shift, acc
 
 
@@ -339,7 +340,7 @@ def tiling(cache: LayerCache, heads: int, rows: int, blocks: int, processors: in
     group = heads // cache.kv_heads
     wide = max(cache.k.dim, cache.v.dim) > 128
     floats = "f32" in (cache.k.dtype, cache.v.dtype)  # multiplied without tensor cores
-    most = 16 if rows * group <= 16 else 32 if floats else 64 if wide else 128
+    most = 16 if rows * group <= 16 or floats else 64 if wide else 128
     block_rows = 1
     while 2 * block_rows * group <= most and block_rows < rows:
         block_rows *= 2
@@ -349,8 +350,10 @@ def tiling(cache: LayerCache, heads: int, rows: int, blocks: int, processors: in
     if cache.window and splits == 2:
         splits = 4
     queries = max(16, triton.next_power_of_2(block_rows * group))
-    columns = 32 if floats or wide else 64
-    return Tiling(block_rows, columns, splits, 8 if queries > 64 else 4, 2)
+    # smaller tiles where a thread's registers would not hold the scores and what scales them
+    columns = 16 if floats else 32 if wide or (queries > 64 and cache.k.scales is not None) else 64
+    warps = 8 if queries > 64 or (wide and queries > 16) or floats else 4
+    return Tiling(block_rows, columns, splits, warps, 2)
 
 
 def blocks_of(positions: Tensor, slots: Tensor, rows: int) -> Tensor:
