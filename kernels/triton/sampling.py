@@ -77,7 +77,7 @@ def _logits(logits, seen, penalty, r, at, stride, vocabulary):
     if seen is not None:
         by = tl.load(penalty + r)
         was = tl.load(seen + r * vocabulary + at, at < vocabulary, 0) != 0
-        x = tl.where(was & (by != 1.0), tl.where(x < 0, x * by, tl.div_rn(x, by + 0.0 * x)), x)
+        x = tl.where(was, tl.where(x < 0, x * by, tl.div_rn(x, by + 0.0 * x)), x)
     return x
 
 
@@ -151,15 +151,15 @@ def _select_kernel(
         target = k.to(tl.float32)
         if MASS:
             if PASS == 1:
-                chunk = tl.arange(0, CB)[:, None]
-                digit = tl.arange(0, BINS)[None, :]
-                each = tl.load(bins_in + (r * C + chunk) * BINS + digit, chunk < C, 0.0)
+                chunks = tl.arange(0, CB)[:, None]
+                places = (r * C + chunks) * BINS + tl.arange(0, BINS)[None, :]
+                each = tl.load(bins_in + places, chunks < C, 0.0)
                 whole = tl.sum(tl.sum(each, 0), 0)
                 if c == 0:
                     tl.store(total + r, whole)
             else:
                 whole = tl.load(total + r)
-            target = share * whole
+            target = tl.maximum(share * whole, 1e-30)  # the most likely entry stays, whatever the share
         key, above = _narrowed(bins_in, key, above, target, r, BEFORE, C, CB)
     if c == 0:
         tl.store(keys + state + PASS * rows, key)
@@ -184,6 +184,12 @@ def _select_kernel(
 
 
 @triton.jit
+def _weight_of(key):
+    """e^score of a key; 0 of key 0, which no entry has."""
+    return tl.where(key == 0, 0.0, tl.exp(-((0x7FFFFFFF - key).to(tl.float32, bitcast=True))))
+
+
+@triton.jit
 def _threshold(temperature, top_k, top_p, keys, aboves, total, r, rows, vocabulary, STATES: tl.constexpr):
     """The lowest key that may be drawn, and how many of the equals that have it."""
     k, share = tl.load(top_k + r), tl.load(top_p + r)
@@ -192,7 +198,7 @@ def _threshold(temperature, top_k, top_p, keys, aboves, total, r, rows, vocabula
     if share < 1.0:
         key = tl.load(keys + (2 * STATES - 1) * rows + r)
         left = share * tl.load(total + r) - tl.load(aboves + (2 * STATES - 1) * rows + r)
-        weight = tl.exp(-((0x7FFFFFFF - key).to(tl.float32, bitcast=True)))
+        weight = _weight_of(key)
         count = tl.ceil(left / tl.maximum(weight, 1e-38))
         quota = tl.maximum(tl.minimum(count, 1e9), 1.0).to(tl.int32)
     return key, quota
@@ -249,7 +255,7 @@ def _draw_kernel(
     largest, token = _largest(best, best_id, r, C, CB)
     if tl.load(temperature + r) != 0.0:
         key, quota = _threshold(temperature, top_k, top_p, keys, aboves, total, r, rows, vocabulary, STATES)
-        tie = tl.exp(-((0x7FFFFFFF - key).to(tl.float32, bitcast=True))).to(tl.float64)
+        tie = _weight_of(key).to(tl.float64)
         chunk = tl.arange(0, CB)
         equals = tl.load(ties + r * C + chunk, chunk < C, 0)
         before = tl.cumsum(equals, 0) - equals

@@ -10,7 +10,10 @@ from compile_sm90 import Launch
 from gristmill.kernels.triton.append import Rotary, append, rope_tables
 from gristmill.kernels.triton.attention import allocate_partials, attend, tiling
 from gristmill.kernels.triton.cache import allocate
+from gristmill.kernels.triton.gather import gather_rows
 from gristmill.kernels.triton.norms import layer_norm, rms_norm
+from gristmill.kernels.triton.pointwise import pointwise
+from gristmill.kernels.triton.sampling import Options, allocate_workspace, sample
 
 HEADS, KV_HEADS, DIM, CONTEXT = 32, 8, 128, 32768
 TYPES = ("f32", "f16", "int8", "fp8", "int4")
@@ -81,3 +84,17 @@ def launches() -> Iterator[Launch]:
     yield from attention_launches()
     yield from norm_launches()
     yield from append_launches()
+    yield from other_launches()
+
+
+def other_launches() -> Iterator[Launch]:
+    x, logits = empty(4, 14336), empty(4, 128256, dtype=torch.float32)
+    yield "gather", lambda: gather_rows(x, indices(4), x)
+    steps = [["gelu_tanh", 0], ["mul", 2, 1], ["div", 3, {"const": 3.0}], ["rsqrt", 4], ["maximum", 5, 0]]
+    yield "pointwise", lambda: pointwise([x, x], steps, x)
+    floats = empty(4, dtype=torch.float32)
+    wide = empty(4, dtype=torch.int64)
+    options = Options(floats, indices(4), floats, wide, wide, indices(4), floats)
+    seen = empty(4, 128256, dtype=torch.int8)
+    workspace = allocate_workspace(4, 128256, "meta")
+    yield "sampling", lambda: sample(logits, options, workspace, indices(4), seen)
