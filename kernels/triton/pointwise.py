@@ -1,7 +1,7 @@
 """Small elementwise expressions: each compiles to a kernel of its own, in one pass over its inputs.
 
-Registers start as the inputs, a step appends one, the last is the value, as in kernels/reference/pointwise.py.
-The kernel is written as text, one line a step, and kept in `linecache`, where Triton, which reads a kernel's
+Registers start as the inputs, a step appends one, the last is the value (kernels/reference/pointwise.py). The
+kernel is written as text, one line a step, and kept in `linecache`, where Triton, which reads a kernel's
 source, finds it. Numbers are f32 in between, whatever the types of inputs and output.
 """
 
@@ -115,8 +115,8 @@ def _operand(operand: Any) -> int | float | None:
 def pointwise(inputs: Sequence[Tensor], steps: Sequence[Sequence[Any]], out: Tensor) -> None:
     """The last register of ``steps``: [name, a, b?] with register numbers or {"const": finite number}.
 
-    inputs: [T, W], or [T, 1] for all columns; out: [T, W]; any float types, rows any stride apart. ``out`` may
-    be one of the inputs.
+    inputs: [T, W], or [T, 1] for all columns; out: [T, W]; any float types, rows any stride apart. ``out``
+    may be one of the inputs.
     """
     rows, width = out.shape
     assert steps and all(x.shape in ((rows, width), (rows, 1)) for x in inputs), "inputs of other shapes"

@@ -1,14 +1,14 @@
 """Sampling on the device with the semantics of runtime/decoding/sampling.py, and its generator.
 
-Greedy takes the largest logit, the lowest id among equals. Otherwise scores are (logit - largest) / temperature;
-top-k keeps all that reach the k-th largest, top-p of those the fewest most likely ones that reach its share,
-lower ids first among equals; one draw by Philox(seed, sequence) at the position decides. Options are a row's own
-and lie on the device, so one captured graph serves any mix of them.
+Greedy takes the largest logit, the lowest id among equals. Otherwise scores are (logit - largest) /
+temperature; top-k keeps all that reach the k-th largest, top-p of those the fewest most likely ones that
+reach its share, lower ids first among equals; one draw by Philox(seed, sequence) at the position decides. Options
+are a row's own and lie on the device, so one captured graph serves any mix of them.
 
-Nothing is sorted. A vocabulary is cut into chunks, one program each, and a threshold is found digit by digit as
-in a radix sort: scores are turned into integers that order as they do, every launch sums what the 64 values of
-the next 6 bits weigh (counts for top-k, probabilities for top-p), and the next launch begins by choosing the
-value that the threshold lies in. Sums of chunks are added in order, so a draw depends on its row alone.
+Nothing is sorted. A vocabulary is cut into chunks, one program each, and a threshold is found digit by digit
+as in a radix sort: scores are turned into integers that order as they do, every launch sums what the 64
+values of the next 6 bits weigh (counts for top-k, probabilities for top-p), and the next launch begins by choosing
+the value that the threshold lies in. Sums of chunks are added in order, so a draw depends on its row alone.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ BINS = tl.constexpr(64)
 
 @dataclass(frozen=True)
 class Options:
-    """Of each row, [R] on the device: temperature f32, 0 = greedy; top_k i32, 0 = off; top_p f32, 1 = off; seed
-    and sequence i64, the bits of unsigned numbers; position i32; penalty f32 of seen tokens, 1 = off.
+    """Of each row, [R] on the device: temperature f32, 0 = greedy; top_k i32, 0 = off; top_p f32, 1 = off;
+    seed and sequence i64, the bits of unsigned numbers; position i32; penalty f32 of seen tokens, 1 = off.
     """
 
     temperature: Tensor
@@ -82,7 +82,9 @@ def _logits(logits, seen, penalty, r, at, stride, vocabulary):
 
 
 @triton.jit
-def _best_kernel(logits, seen, penalty, best, best_id, stride, vocabulary, C: tl.constexpr, CHUNK: tl.constexpr):
+def _best_kernel(
+    logits, seen, penalty, best, best_id, stride, vocabulary, C: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
     r, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = c * CHUNK + tl.arange(0, CHUNK)
     x = _logits(logits, seen, penalty, r, at, stride, vocabulary)
@@ -128,10 +130,10 @@ def _narrowed(bins, key, above, target, r, SHIFT: tl.constexpr, C: tl.constexpr,
 
 @triton.jit
 def _select_kernel(
-    logits, seen, penalty, temperature, top_k, top_p, best, best_id, bins_in, bins_out, keys, aboves, total, stride,
-    vocabulary, rows, MASS: tl.constexpr, PASS: tl.constexpr, STATES: tl.constexpr, SHIFT: tl.constexpr,
-    BITS: tl.constexpr, BEFORE: tl.constexpr, C: tl.constexpr, CB: tl.constexpr, CHUNK: tl.constexpr,
-    STEP: tl.constexpr,
+    logits, seen, penalty, temperature, top_k, top_p, best, best_id, bins_in, bins_out, keys, aboves, total,
+    stride, vocabulary, rows,
+    MASS: tl.constexpr, PASS: tl.constexpr, STATES: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr,
+    BEFORE: tl.constexpr, C: tl.constexpr, CB: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Chooses the digit that pass PASS - 1 has weighed, at the shift BEFORE, and weighs the next.
 
@@ -247,8 +249,8 @@ def _first_above(ends, usable, target, indices):
 
 @triton.jit
 def _draw_kernel(
-    logits, seen, penalty, temperature, top_k, top_p, seed, sequence, position, best, best_id, keys, aboves, total,
-    mass, ties, tokens, stride, vocabulary, rows,
+    logits, seen, penalty, temperature, top_k, top_p, seed, sequence, position, best, best_id, keys, aboves,
+    total, mass, ties, tokens, stride, vocabulary, rows,
     STATES: tl.constexpr, C: tl.constexpr, CB: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64)
@@ -285,8 +287,9 @@ def sample(
 ) -> None:  # fmt: skip
     """tokens [R] i32: the next token of each row, -1 where its largest logit is not finite.
 
-    logits: [R, V] of any float type, rows any stride apart, V up to 2^20; seen: [R, V] i8, 1 where the penalty
-    applies, which the chosen token joins. greedy: all rows have temperature 0, which takes 2 launches, not 16.
+    logits: [R, V] of any float type, rows any stride apart, V up to 2^20; seen: [R, V] i8, 1 where the
+    penalty applies, which the chosen token joins. greedy: all rows have temperature 0, which takes 2 launches
+    and not 17.
     """
     rows, vocabulary = logits.shape
     chunks, w, o = triton.cdiv(vocabulary, CHUNK), workspace, options
@@ -308,9 +311,10 @@ def sample(
     options_ = (o.temperature, o.top_k, o.top_p)
     if not greedy:
         _mass_kernel[(rows, chunks)](
-            *row, *options_, w.best, w.best_id, *threshold, logits.stride(0), vocabulary, rows, STATES=states, **size
-        )
+            *row, *options_, w.best, w.best_id, *threshold, logits.stride(0), vocabulary, rows,
+            STATES=states, **size,
+        )  # fmt: skip
     _draw_kernel[(rows,)](
-        *row, *options_, o.seed, o.sequence, o.position, w.best, w.best_id, *threshold, tokens, logits.stride(0),
-        vocabulary, rows, STATES=states, num_warps=8, **size,
+        *row, *options_, o.seed, o.sequence, o.position, w.best, w.best_id, *threshold, tokens,
+        logits.stride(0), vocabulary, rows, STATES=states, num_warps=8, **size,
     )  # fmt: skip

@@ -5,6 +5,8 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton, which exists for Linux on x86-64")
 
+import triton_interpreter  # noqa: F401  (puts it right)
+
 from gristmill.kernels.reference.pointwise import STEPS
 from gristmill.kernels.triton.gather import gather_rows
 from gristmill.kernels.triton.pointwise import FORMULAS, pointwise

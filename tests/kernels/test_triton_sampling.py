@@ -6,6 +6,8 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton, which exists for Linux on x86-64")
 
+import triton_interpreter  # noqa: F401  (puts it right)
+
 from gristmill.kernels.triton.sampling import Options, allocate_workspace, sample
 from gristmill.runtime.decoding.options import GenerationOptions
 from gristmill.runtime.decoding.sampling import choose

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from compile_sm90 import Launch
@@ -30,23 +31,24 @@ def indices(*shape: int) -> torch.Tensor:
 def norm_launches() -> Iterator[Launch]:
     for width in (4096, 16384):
         x, weight = empty(4, width), empty(width)
-        yield f"rms_norm {width}", lambda: rms_norm(x, weight, x, 1e-5, x)
-        yield f"layer_norm {width}", lambda: layer_norm(x, weight, weight, x, 1e-5, x)
+        yield f"rms_norm {width}", partial(rms_norm, x, weight, x, 1e-5, x)
+        yield f"layer_norm {width}", partial(layer_norm, x, weight, weight, x, 1e-5, x)
 
 
 def append_launches() -> Iterator[Launch]:
     rows = 4
     cos = empty(rows, DIM // 2, dtype=torch.float32)
     inv_freq = empty(DIM // 2, dtype=torch.float32)
-    yield "rope tables", lambda: rope_tables(indices(rows), inv_freq, 1.0, cos, cos)
+    yield "rope tables", partial(rope_tables, indices(rows), inv_freq, 1.0, cos, cos)
+    rope = Rotary(cos, cos)
     qkv, queries = empty(rows, (HEADS + 2 * KV_HEADS) * DIM), empty(rows, HEADS * DIM, dtype=torch.float16)
     q, k, v = qkv.split([HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM], 1)
     for dtype in TYPES:
         cache = allocate(dtype, dtype, DIM, DIM, KV_HEADS, 2, CONTEXT, device="meta")
         norm = empty(DIM) if dtype == "int4" else None
         hadamard = DIM if dtype == "int4" else 0
-        yield f"append {dtype}", lambda: append(
-            q, k, v, indices(rows), indices(rows), cache, queries, norm, norm, 1e-6, Rotary(cos, cos), hadamard
+        yield f"append {dtype}", partial(
+            append, q, k, v, indices(rows), indices(rows), cache, queries, norm, norm, 1e-6, rope, hadamard
         )
 
 
@@ -58,8 +60,9 @@ def attention_launches() -> Iterator[Launch]:
             tiles = tiling(cache, HEADS, rows, blocks)
             partials = allocate_partials(rows, HEADS, tiles.splits, DIM, "meta")
             table = indices(blocks, 4) if rows > 1 else None
-            yield f"attention {dtype} {rows}", lambda: attend(
-                q, cache, indices(rows), indices(rows), 0.1, tiles, out, blocks=table, partials=partials
+            where = (indices(rows), indices(rows))
+            yield f"attention {dtype} {rows}", partial(
+                attend, q, cache, *where, 0.1, tiles, out, blocks=table, partials=partials
             )
     yield from odd_attention_launches()
 
@@ -75,8 +78,9 @@ def odd_attention_launches() -> Iterator[Launch]:
             tiles = tiling(cache, 32, rows, 1 if rows == 1 else rows // 16)
             partials = allocate_partials(rows, 32, tiles.splits, v_dim, "meta")
             table = indices(rows // 16, 4) if rows > 1 else None
-            yield f"attention of {k_dim} and {v_dim}, {rows} rows", lambda: attend(
-                q, cache, indices(rows), indices(rows), 0.1, tiles, out, softcap, empty(32), table, partials
+            where = (indices(rows), indices(rows))
+            yield f"attention of {k_dim} and {v_dim}, {rows} rows", partial(
+                attend, q, cache, *where, 0.1, tiles, out, softcap, empty(32), table, partials
             )
 
 

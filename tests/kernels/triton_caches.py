@@ -59,7 +59,7 @@ class Context:
         return torch.randn(shape, generator=self.random)
 
     def fill(self, slot: int, length: int) -> None:
-        """Positions 0 to ``length`` of a slot, of which a ring keeps the last ones; the others are no numbers."""
+        """Positions 0 to ``length`` of a slot, of which a ring keeps the last; other rows are no numbers."""
         where = torch.arange(max(0, length - self.cache.ring), length) % self.cache.ring
         for rows, shift in ((self.cache.k, 0.5), (self.cache.v, 0.0)):
             if rows.scales is not None:
