@@ -390,7 +390,7 @@ def attend(
     q: [T, heads * k_dim], prepared by `append`, f16 to lose nothing, or any float type; positions, slots:
     [T] i32; out: [T, heads * v_dim] of any float type; sinks: [heads], logits that count in the softmax's
     sum; blocks: [B, 4] i32 as `blocks_of` makes them for ``tiles.rows``, unused ones with 0 rows; None: each
-    row is a block of its own. partials: for at least T rows and ``tiles.splits`` splits, where these are not 1.
+    row is a block of its own. partials: of T rows or more and ``tiles.splits`` splits, where these are not 1.
     """
     heads, split = q.shape[1] // cache.k.dim, tiles.splits > 1
     group = heads // cache.kv_heads

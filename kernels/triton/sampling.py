@@ -2,13 +2,14 @@
 
 Greedy takes the largest logit, the lowest id among equals. Otherwise scores are (logit - largest) /
 temperature; top-k keeps all that reach the k-th largest, top-p of those the fewest most likely ones that
-reach its share, lower ids first among equals; one draw by Philox(seed, sequence) at the position decides. Options
-are a row's own and lie on the device, so one captured graph serves any mix of them.
+reach its share, lower ids first among equals; one draw by Philox(seed, sequence) at the position decides.
+Options are a row's own and lie on the device, so one captured graph serves any mix of them.
 
 Nothing is sorted. A vocabulary is cut into chunks, one program each, and a threshold is found digit by digit
 as in a radix sort: scores are turned into integers that order as they do, every launch sums what the 64
-values of the next 6 bits weigh (counts for top-k, probabilities for top-p), and the next launch begins by choosing
-the value that the threshold lies in. Sums of chunks are added in order, so a draw depends on its row alone.
+values of the next 6 bits weigh (counts for top-k, probabilities for top-p), and the next launch begins by
+choosing the value that the threshold lies in. Sums of chunks are added in order, so a draw depends on its row
+alone.
 """
 
 from __future__ import annotations

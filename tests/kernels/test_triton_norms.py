@@ -1,5 +1,7 @@
 """Norms in Triton against their formulas in float64, on the CPU by Triton's interpreter."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ import triton_interpreter  # noqa: F401  (puts it right)
 
 from gristmill.kernels.triton.norms import layer_norm, rms_norm
 
-TOLERANCE = {
+TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
     torch.bfloat16: {"rtol": 2**-8, "atol": 1e-5},
     torch.float16: {"rtol": 2**-11, "atol": 1e-5},
