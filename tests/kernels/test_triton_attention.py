@@ -1,0 +1,141 @@
+"""Attention in Triton, on the CPU by Triton's interpreter, against float64 over the same stored cache."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton, which exists for Linux on x86-64")
+
+import triton_interpreter  # noqa: F401  (puts it right)
+from compile_sm90 import compile_launches
+from triton_caches import Case, Context
+
+from gristmill.kernels.triton.attention import Tiling, allocate_partials, attend, blocks_of, tiling
+from gristmill.runtime.program import CACHE_TYPES
+
+TOLERANCE = {"f32": 2e-5, "f16": 2e-3}  # of f32 products, and of queries and probabilities rounded to f16
+DECODE, BLOCKS = Tiling(1, 64, 1, 4, 2), Tiling(8, 32, 1, 4, 2)
+
+
+def run(context, q, positions, slots, tiles, blocks=True):
+    case = context.case
+    out = torch.full((len(q), case.heads * case.v_dim + 2), torch.nan)[:, 1:-1]
+    table = blocks_of(positions, slots, tiles.rows) if blocks else None
+    if table is not None:  # unused ones at the end
+        table = torch.cat([table, torch.zeros(2, 4, dtype=torch.int32)])
+    partials = allocate_partials(len(q), case.heads, tiles.splits, case.v_dim, "cpu")
+    for tensor in (partials.m, partials.l, partials.acc):
+        tensor.fill_(torch.nan)
+    rest = (case.softcap, context.sinks, table, partials)
+    attend(q, context.cache, positions, slots, case.scale, tiles, out, *rest)
+    return out
+
+
+def check(context, rows, tiles, blocks=True):
+    """rows: (slot, position) pairs."""
+    slots, positions = torch.tensor(rows, dtype=torch.int32).T.contiguous()
+    q = context.normal(len(rows), context.case.heads * context.case.k_dim) * 2
+    got = run(context, q, positions, slots, tiles, blocks)
+    wanted = context.expected(q, positions, slots)
+    exact = context.case.k_dtype == context.case.v_dtype == "f32"
+    tolerance = TOLERANCE["f32" if exact else "f16"]
+    torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
+    return q, positions, slots, got
+
+
+def full(context, length=150):
+    for slot, count in ((0, length), (1, length - 37), (2, 3)):
+        context.fill(slot, count)
+    return context
+
+
+@pytest.mark.parametrize("k_dtype", CACHE_TYPES)
+@pytest.mark.parametrize("v_dtype", CACHE_TYPES)
+def test_every_cache_type(k_dtype, v_dtype):
+    context = full(Context(Case(k_dtype, v_dtype, 6, 2, 40, 24, softcap=5.0, sinks=True), 150))
+    check(context, [(0, 149), (1, 70), (2, 2)], DECODE)
+    check(context, [(1, 109), (1, 110), (1, 111), (1, 112)], BLOCKS)
+
+
+SHAPES = {
+    "mha": Case("int8", "int8", 4, 4, 64, 64),
+    "mqa": Case("fp8", "fp8", 8, 1, 64, 64),
+    "narrow": Case("f16", "f16", 4, 2, 8, 16),
+    "odd": Case("int4", "int4", 2, 1, 5, 33),
+    "80 and 96": Case("int8", "fp8", 3, 1, 80, 96),
+    "192 and 128": Case("int8", "int8", 3, 1, 192, 128),
+    "256": Case("f16", "int4", 2, 1, 256, 256, sinks=True),
+    "f32": Case("f32", "f32", 5, 1, 48, 16, sinks=True),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_of_heads(name):
+    context = full(Context(SHAPES[name], 150))
+    check(context, [(0, 149), (2, 0), (1, 63), (1, 64)], DECODE, blocks=False)
+    check(context, [(0, p) for p in range(131, 150)] + [(2, p) for p in range(3)], BLOCKS)
+
+
+@pytest.mark.parametrize("window", [1, 20, 64, 70])
+@pytest.mark.parametrize("dtype", ["f16", "int8", "int4"])
+def test_windows_in_rings(window, dtype):
+    context = full(Context(Case(dtype, dtype, 4, 2, 16, 16, window), 300), 300)
+    assert context.cache.ring < 150
+    check(context, [(0, 299), (1, 262), (2, 1)], DECODE)
+    check(context, [(0, p) for p in range(270, 300)] + [(2, p) for p in range(3)], BLOCKS)
+
+
+@pytest.mark.parametrize("window", [0, 700])
+@pytest.mark.parametrize("dtype", ["f32", "int8"])
+def test_splits_are_combined(window, dtype):
+    context = full(Context(Case(dtype, dtype, 4, 2, 16, 16, window, sinks=True), 2600), 2600)
+    rows = [(0, 2599), (1, 2562), (0, 2048), (2, 0)] if not window else [(0, 2599), (1, 2562), (2, 2)]
+    check(context, rows, Tiling(1, 64, 8, 4, 2))
+    check(context, [(0, p) for p in range(2595, 2600)] + rows[-1:], Tiling(4, 256, 4, 4, 2))
+
+
+@pytest.mark.parametrize("case", [Case("int8", "int8", 4, 2, 16, 16), Case("f16", "fp8", 3, 1, 16, 16, 90)])
+@pytest.mark.parametrize("splits", [1, 4])
+def test_a_row_has_the_same_bits_in_any_company(case, splits):
+    context = full(Context(case, 300), 300)
+    tiles = Tiling(8, 32, splits, 4, 2)
+    rows = [(0, p) for p in range(286, 299)] + [(2, 0), (2, 1), (1, 262), (0, 285)]
+    q, positions, slots, got = check(context, rows, tiles)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    for some in (order, torch.tensor([5]), torch.arange(4, 9)):
+        again = run(context, q[some], positions[some], slots[some], tiles)
+        assert torch.equal(again, got[some])
+
+
+def test_what_is_no_number_is_not_seen_before_it():
+    context = full(Context(Case("int8", "int8", 2, 1, 16, 16), 150))
+    rows = torch.arange(140, 148, dtype=torch.int32)
+    slots, q = torch.zeros_like(rows), context.normal(8, 32)
+    before = run(context, q, rows, slots, BLOCKS)
+    context.cache.k.scales[0, :, :, 145], context.cache.v.scales[0, :, :, 145] = torch.nan, torch.nan
+    context.cache.k.scales[0, :, :, 148:], context.cache.v.scales[0, :, :, 148:] = torch.nan, torch.nan
+    got = run(context, q, rows, slots, BLOCKS)
+    assert torch.equal(got[:5], before[:5]) and got[5:].isnan().all()
+
+
+def test_blocks_are_consecutive_rows_of_a_slot():
+    positions = torch.tensor([6, 7, 8, 9, 3, 4, 6, 0, 1], dtype=torch.int32)
+    slots = torch.tensor([1, 1, 1, 1, 1, 1, 1, 0, 2], dtype=torch.int32)
+    wanted = [[0, 2, 1, 6], [2, 2, 1, 8], [4, 1, 1, 3], [5, 1, 1, 4]]
+    wanted += [[6, 1, 1, 6], [7, 1, 0, 0], [8, 1, 2, 1]]
+    assert blocks_of(positions, slots, 4).tolist() == wanted
+    assert blocks_of(positions[:1], slots[:1], 1).tolist() == [[0, 1, 1, 6]]
+
+
+def test_tilings_fill_the_device():
+    cache = Context(Case("int8", "int8", 32, 8, 16, 16), 64).cache
+    assert tiling(cache, 32, 1, 1) == Tiling(1, 64, 64, 8, 3)
+    assert tiling(cache, 32, 4, 4).rows == 4
+    assert tiling(cache, 32, 512, 17).rows == 32 and tiling(cache, 32, 2048, 65).splits == 2
+    assert tiling(cache, 32, 1, 64).splits == 2
+
+
+def test_kernels_compile_for_sm_90():
+    compiled = compile_launches("triton_attention_launches", 500)
+    assert len(compiled) > 25
+    for kernel in compiled:
+        assert kernel.fits(), kernel.summary()
