@@ -20,10 +20,9 @@ constexpr int64_t padded_columns(int64_t k) { return (k + 63) / 64 * 64; }
 // What the formats are; those of one kind differ in these numbers alone. fp8 is e4m3fn.
 constexpr bool is_integer(Format f) { return f >= Format::int8; }
 constexpr bool has_scales(Format f) { return f >= Format::fp8; }
-constexpr int bits_of_weight(Format f) {
-  constexpr int bits[] = {32, 16, 16, 8, 8, 4, 3, 2};
-  return bits[static_cast<int>(f)];
-}
+// Outside of the function: there compilers fill it on each call, with instructions that kernels wait for.
+constexpr int kBitsOfWeight[] = {32, 16, 16, 8, 8, 4, 3, 2};
+constexpr int bits_of_weight(Format f) { return kBitsOfWeight[static_cast<int>(f)]; }
 // int8 is stored as it is; below, q is unsigned and symmetric weights have their zero in the middle.
 constexpr bool is_unsigned(Format f) { return f >= Format::int4; }
 constexpr int32_t middle(Format f) { return is_unsigned(f) ? 1 << (bits_of_weight(f) - 1) : 0; }

@@ -20,6 +20,14 @@ namespace {
 
 // ---- integer product ----
 
+// q of column c in a block of 64.
+int32_t block_value(Format format, const uint8_t* block, int64_t c) {
+  if (format == Format::int8) return static_cast<int8_t>(block[c]);
+  if (format == Format::int4) return block[c % 32] >> c / 32 * 4 & 15;
+  const int32_t low = block[c % 16] >> c / 16 * 2 & 3;
+  return format == Format::int2 ? low : low | (block[16 + c / 8] >> c % 8 & 1) << 2;
+}
+
 // One weight row as integers minus nothing: int8 stays -128..127, the others 0..15, 0..7 and 0..3.
 template <Format format>
 void unpack_row(const Matrix& w, int64_t n, int16_t* out) {
@@ -52,7 +60,7 @@ float dot_row(const Matrix& w, const QuantizedRows& x, int64_t n, int64_t t, con
     const int64_t begin = g * x.group, count = std::min(x.group, x.kp() - begin), at = t * groups + g;
     const int64_t weight_group = w.group ? begin / w.group : 0;
     const int32_t d = dot(weights + begin, q + begin, count) - weight_zero(w, n, weight_group) * x.sum[at];
-    acc = __builtin_fmaf(static_cast<float>(d), weight_scale(w, n, weight_group) * x.scale[at], acc);
+    acc = __builtin_fmaf(static_cast<float>(d), first(weight_scale(w, n, weight_group)) * x.scale[at], acc);
   }
   return acc;
 }

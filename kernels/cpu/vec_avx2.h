@@ -9,6 +9,10 @@ struct Vec {
 };
 
 GRISTMILL_INLINE Vec set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+GRISTMILL_INLINE Vec set1(f16 x) {
+  const __m256 all = _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(x.bits)));
+  return {all, all};
+}
 GRISTMILL_INLINE Vec iota() {
   return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7), _mm256_setr_ps(8, 9, 10, 11, 12, 13, 14, 15)};
 }

@@ -10,6 +10,9 @@ struct Vec {
 };
 
 GRISTMILL_INLINE Vec set1(float x) { return {_mm512_set1_ps(x)}; }
+GRISTMILL_INLINE Vec set1(f16 x) {
+  return {_mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(x.bits)))};
+}
 GRISTMILL_INLINE Vec iota() { return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
 GRISTMILL_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 GRISTMILL_INLINE Vec load(const f16* p) {

@@ -22,6 +22,7 @@ GRISTMILL_INLINE Vec each(F f) {
 GRISTMILL_INLINE Vec set1(float x) {
   return each([&](int) { return x; });
 }
+GRISTMILL_INLINE Vec set1(f16 x) { return set1(to_float(x)); }
 GRISTMILL_INLINE Vec iota() {
   return each([](int i) { return static_cast<float>(i); });
 }
