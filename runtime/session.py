@@ -67,8 +67,8 @@ def load(
 ) -> Session:
     """Opens the artifact in directory `path`.
 
-    device: "cpu", or "cuda" for the current NVIDIA GPU, for which threads, hugepages and pin are not. threads:
-    default one for each physical core this process may use. max_len: positions per slot, default
+    device: "cpu", or "cuda" for the current NVIDIA GPU, for which threads, hugepages and pin are not.
+    threads: default one for each physical core this process may use. max_len: positions per slot, default
     what the artifact was compiled for, at most what its model can address. max_slots: sequences at once,
     default 8 unless compiled otherwise. hugepages: copy the weights into huge pages instead of mapping the
     file, which takes time at the start and memory that no other process shares, and spares misses of the

@@ -1,4 +1,4 @@
-"""Memory that lives as long as the executor: values, logits, ids of a batch, and what kernels keep between."""
+"""Memory that lives as long as the executor: values, logits, the ids of a batch, and partial results."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ class Batch:
 def cut_partials(space: Tensor, rows: int, heads: int, splits: int, v_dim: int) -> Partials:
     """What `allocate_partials` makes, out of ``space`` [partials_size() or more] f32."""
     count = rows * heads * splits
-    m, l, acc = space[: count * (2 + v_dim)].split([count, count, count * v_dim])
+    most, total, acc = space[: count * (2 + v_dim)].split([count, count, count * v_dim])
     shape = (rows, heads, splits)
-    return Partials(m.view(shape), l.view(shape), acc.view(*shape, v_dim))
+    return Partials(most.view(shape), total.view(shape), acc.view(*shape, v_dim))
 
 
 def partials_size(rows: int, heads: int, splits: int, v_dim: int) -> int:
