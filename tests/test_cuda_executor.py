@@ -31,7 +31,6 @@ from gristmill.runtime.cuda import executor as cuda_executor
 from gristmill.runtime.cuda import weights as cuda_weights
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.program import Program
-from gristmill.runtime.session import Session
 
 DEVICE = torch.device("cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda")
 # Of the largest logit. Up to 4 rows all is f32 but the f16 queries beside a narrow cache, and cached numbers
@@ -163,16 +162,6 @@ def test_logits_of_no_rows_and_of_rows_in_any_order(tmp_path: Path) -> None:
     assert executor.forward(tokens, at, zeros, ints([])).shape == (0, program.vocabulary)
     plain = executor.forward(tokens, at, zeros, at)
     assert executor.forward(tokens, at, zeros, ints([2, 0, 2])).tobytes() == plain[[2, 0, 2]].tobytes()
-
-
-def test_a_session_generates_on_it(tmp_path: Path) -> None:
-    program = llama(CASES["f32"])
-    session = Session(None, Program.from_json(program.json), make(program, tmp_path))
-    ids = [3, 1, 4]
-    got = session.generate(ids, max_new_tokens=3).token_ids
-    for _ in range(3):
-        ids.append(int(run(Reference(program), ints(ids))[-1].argmax()))
-    assert got == ids[3:]
 
 
 def test_sizes_are_counted(tmp_path: Path) -> None:
