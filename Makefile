@@ -11,7 +11,7 @@ NATIVE := $(filter %.cpp %.h %.inc,$(FILES))
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 EDITABLE := --no-build-isolation --config-settings editable_mode=strict --editable
 
-.PHONY: compile run test check sanitize bench report wheel clean install force
+.PHONY: compile run test test-gpu check sanitize bench report wheel clean install force
 
 compile: install
 	$(BIN)/gristmill compile $(MODEL) -o $(OUT) --force $(ARGS)
@@ -22,6 +22,10 @@ run: install
 
 test: .venv/.dev
 	$(BIN)/pytest -n 2 tests $(ARGS)
+
+# On an NVIDIA GPU, where the same tests otherwise run in Triton's interpreter; torch must be built for CUDA.
+test-gpu: .venv/.dev
+	TRITON_INTERPRET=0 $(BIN)/pytest tests/kernels/test_triton_linear.py tests/test_cuda_executor.py $(ARGS)
 
 check: .venv/.dev
 	$(BIN)/ruff check . && $(BIN)/mypy build/__editable__*/gristmill setup.py tests benchmarks examples

@@ -21,6 +21,9 @@ from gristmill.runtime.errors import GristmillError
 TRACEBACK_VARIABLE = "GRISTMILL_TRACEBACK"
 _ARTIFACT = click.argument("artifact", type=click.Path())
 _THREADS = click.option("--threads", type=int, help="Threads; default: one for each physical core.")
+_DEVICE = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to run."
+)
 _PIN = click.option("--pin", is_flag=True, help="Keep each thread on a processor of its own.")
 _HUGEPAGES = click.option(
     "--hugepages",
@@ -73,13 +76,14 @@ cli.add_command(export_command)
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
 @click.option("--system", help="With --chat: the system message.")
 @click.option("--max-len", type=int, help="Positions to make room for; default: as compiled.")
+@_DEVICE
 @_THREADS
 @_HUGEPAGES
 @_PIN
 @_JSON
 def run(
-    artifact: str, prompt: str, chat: bool, system: str | None, max_len: int | None, threads: int | None,
-    hugepages: bool, pin: bool, as_json: bool, **options: Any,
+    artifact: str, prompt: str, chat: bool, system: str | None, max_len: int | None, device: str,
+    threads: int | None, hugepages: bool, pin: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Continue a text, or answer with --chat.
 
@@ -91,7 +95,7 @@ def run(
     from gristmill.runtime.session import load
 
     session = load(
-        artifact, threads=threads, max_len=max_len, max_slots=1, hugepages=hugepages, pin=pin
+        artifact, device, threads=threads, max_len=max_len, max_slots=1, hugepages=hugepages, pin=pin
     )
     given: Any = prompt
     if chat:

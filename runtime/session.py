@@ -67,6 +67,7 @@ def load(
 ) -> Session:
     """Opens the artifact in directory `path`.
 
+    device: "cpu", or "cuda" for the current NVIDIA GPU, for which threads, hugepages and pin are not.
     threads: default one for each physical core this process may use. max_len: positions per slot, default
     what the artifact was compiled for, at most what its model can address. max_slots: sequences at once,
     default 8 unless compiled otherwise. hugepages: copy the weights into huge pages instead of mapping the
@@ -76,8 +77,10 @@ def load(
     """
     known = ("device", "threads", "max_len", "max_slots", "hugepages", "pin")
     refuse_unknown(unknown, known, "load")
-    if device != "cpu":
-        raise GristmillError(f"device {device!r} is not supported, expected 'cpu'")
+    if device not in ("cpu", "cuda"):
+        raise GristmillError(f"device {device!r} is not supported, expected 'cpu' or 'cuda'")
+    if device == "cuda" and (threads is not None or hugepages or pin):
+        raise GristmillError("threads, hugepages and pin are for device 'cpu'; leave them out with 'cuda'")
     artifact = open_artifact(path)
     program_json = artifact.read(PROGRAM)
     program = Program.from_json(parse_json(program_json, PROGRAM))
@@ -85,6 +88,11 @@ def load(
     limits = program.limits
     max_len = _within("max_len", max_len, limits.max_len, limits.max_position)
     max_slots = _within("max_slots", max_slots, limits.max_slots, 65536)
+    if device == "cuda":
+        from gristmill.runtime.cuda import open_executor
+
+        opened = open_executor(program, artifact.weights_path, max_len, max_slots)
+        return Session(artifact, program, opened)
     cores = min(machine.usable_cpus(), native().default_threads())
     threads = _within("threads", threads, cores, 1024)
     weights = artifact.weights_path

@@ -20,7 +20,7 @@ MAY_IMPORT = {  # folder -> prefixes of gristmill.* it may import, besides itsel
     "runtime": ("kernels",),
     "export": ("runtime", "quant"),
 }
-HEAVY = {"torch", "transformers", "huggingface_hub", "sentencepiece"}
+HEAVY = {"torch", "triton", "transformers", "huggingface_hub", "sentencepiece"}
 
 
 def files(folder: str) -> list[Path]:
@@ -76,14 +76,26 @@ def test_each_folder_imports_what_the_table_allows(folder: str) -> None:
     assert not wrong, wrong
 
 
-def test_the_runtime_imports_nothing_heavy() -> None:
+def test_the_runtime_imports_nothing_heavy_but_for_cuda() -> None:
+    cpu = [path for path in files("runtime") if path.parent != ROOT / "runtime" / "cuda"]
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
-        for path in [*files("runtime"), *files("gristmill"), ROOT / "compiler" / "options.py"]
+        for path in [*cpu, *files("gristmill"), ROOT / "compiler" / "options.py"]
         for name in imported(path, only_at_import=path.parts[-2] == "gristmill")
         if name.split(".")[0] in HEAVY
     ]
     assert not wrong, wrong
+
+
+def test_only_a_load_for_cuda_imports_its_executor() -> None:
+    importers = [
+        path.relative_to(ROOT).as_posix()
+        for path in [*files("runtime"), *files("gristmill")]
+        if path.parent != ROOT / "runtime" / "cuda"
+        for at_import in (True, False)
+        if any("runtime.cuda" in name for name in imported(path, at_import))
+    ]
+    assert importers == ["runtime/session.py"], "once: inside a function"
 
 
 def python(code: str, cwd: Path) -> str:

@@ -1,0 +1,33 @@
+"""Running an artifact on an NVIDIA GPU; the only part of the runtime that imports torch and triton."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gristmill.runtime.errors import GristmillError
+from gristmill.runtime.program import Program
+
+if TYPE_CHECKING:
+    from gristmill.runtime.cuda.executor import CudaExecutor
+
+
+def open_executor(program: Program, weights: Path, max_len: int, max_slots: int) -> CudaExecutor:
+    """An executor on the current CUDA device, its graphs captured.
+
+    Raises GristmillError where torch or triton is missing, without a device that will do, and where the
+    device has too little free memory.
+    """
+    try:
+        import torch
+        import triton  # noqa: F401  (what the kernels need, asked for here to say what to install)
+    except ImportError as error:
+        raise GristmillError(
+            f"device 'cuda' needs torch and triton ({error}); pip install gristmill[cuda]"
+        ) from error
+    from gristmill.runtime.cuda.device import open_device, refuse_too_large
+    from gristmill.runtime.cuda.executor import CudaExecutor
+
+    device = open_device()
+    refuse_too_large(program, max_len, max_slots, weights.stat().st_size, torch.cuda.mem_get_info(device)[0])
+    return CudaExecutor(program, weights, device, max_len, max_slots)

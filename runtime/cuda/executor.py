@@ -1,0 +1,173 @@
+"""The executor of one program on one device: pads a batch to its bucket and launches or replays it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gristmill.kernels.triton.attention import blocks_of
+from gristmill.kernels.triton.cache import allocate, copy_slot, ring_rows
+from gristmill.runtime.cuda.buffers import Batch, Values
+from gristmill.runtime.cuda.device import kv_bytes
+from gristmill.runtime.cuda.launch import FEW_ROWS, Launcher
+from gristmill.runtime.cuda.weights import Weights
+from gristmill.runtime.errors import GristmillError
+from gristmill.runtime.program import Program
+
+WARM_UPS = 3  # runs before a capture: kernels are compiled and loaded then
+PROCESSORS_OF_CPU = 4  # what the interpreter pretends to have; kept small, for it runs one after the other
+
+
+def buckets(max_tokens: int) -> list[int]:
+    """Numbers of rows that are run: powers of two, and max_tokens."""
+    powers = [1 << n for n in range(max_tokens.bit_length()) if 1 << n < max_tokens]
+    return [*powers, max_tokens]
+
+
+class CudaExecutor:
+    """What a Session needs, see runtime/session.py; on CPU tensors where Triton's interpreter runs kernels.
+
+    Batches of one row per slot and up to 64 rows are replayed from CUDA Graphs, the rest is launched.
+    """
+
+    threads = 1
+
+    def __init__(
+        self, program: Program, weights: Path, device: torch.device, max_len: int, max_slots: int
+    ) -> None:
+        self.max_tokens, self.vocabulary = program.limits.max_tokens, program.vocabulary
+        self.max_len, self.max_slots, self._device = max_len, max_slots, device
+        self._buckets = buckets(self.max_tokens)
+        self._weights = Weights(program, weights, device)
+        self._caches = [
+            allocate(
+                c.k_dtype, c.v_dtype, c.k_dim, c.v_dim, c.kv_heads, max_slots + 1,
+                ring_rows(c.window, max_len, self.max_tokens), c.window, device,
+            )
+            for c in program.caches
+        ]  # fmt: skip
+        self._values, self._batch = Values(program, device), Batch(self.max_tokens, max_slots, device)
+        processors = PROCESSORS_OF_CPU
+        if device.type == "cuda":
+            processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._launcher = Launcher(
+            program, self._weights, self._caches, self._values, self._batch, self._buckets, processors
+        )
+        self._blocks = {
+            rows: torch.zeros(self.max_tokens, 4, dtype=torch.int32, device=device)
+            for rows in self._launcher.block_rows
+        }
+        self.kv_bytes = kv_bytes(program, max_len, max_slots + 1)
+        self.arena_bytes = self._values.arena.nbytes + self._values.logits.nbytes + self._launcher.bytes
+        self.weight_bytes = self._weights.bytes
+        self.weight_bytes_per_token = self._weights.bytes_per_token(program)
+        self._shortest_ring = min((cache.ring for cache in self._caches), default=max_len)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        if device.type == "cuda":
+            self._capture()
+
+    def forward(
+        self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray
+    ) -> np.ndarray:
+        """Logits [R, vocabulary] f32 of the rows named by ``rows``; see Session.forward.
+
+        Raises GristmillError for ids out of range and for positions that a slot cannot hold together.
+        """
+        self._check(tokens, positions, slots, rows)
+        count, wanted = self._bucket(len(tokens)), self._bucket(len(rows))
+        alone = len(np.unique(slots)) == len(slots) and count <= FEW_ROWS
+        if alone and 0 < wanted <= count:
+            wanted = count  # as a graph has it
+        with self._current():
+            self._batch.fill({"tokens": tokens, "positions": positions, "slots": slots, "rows": rows})
+            if alone and wanted == count and count in self._graphs:
+                self._graphs[count].replay()
+            else:
+                self._launcher.run(count, wanted, None if alone else self._cut(len(tokens)))
+            logits = self._values.logits[: len(rows)].to("cpu", copy=True)
+            if self._device.type == "cuda":  # nothing may be under way when the ids are filled again
+                torch.cuda.current_stream().synchronize()
+        return np.asarray(logits.numpy())
+
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        """Gives ``target`` the first ``length`` positions of ``source``."""
+        limits = {"source": self.max_slots - 1, "target": self.max_slots - 1, "length": self.max_len}
+        for (name, most), value in zip(limits.items(), (source, target, length)):
+            if not 0 <= value <= most:
+                raise GristmillError(f"copy_slot: {name} is {value}, expected 0 to {most}")
+        if source != target:
+            with self._current():
+                copy_slot(self._caches, source, target, length)
+
+    def _bucket(self, rows: int) -> int:
+        return next(bucket for bucket in [0, *self._buckets] if rows <= bucket)
+
+    def _cut(self, count: int) -> dict[int, Tensor]:
+        """The blocks of the batch's own rows, on the device, by rows of a block."""
+        found = {}
+        for rows, room in self._blocks.items():
+            cut = blocks_of(self._batch.host("positions", count), self._batch.host("slots", count), rows)
+            found[rows] = room[: len(cut)]
+            found[rows].copy_(cut)
+        return found
+
+    def _current(self) -> AbstractContextManager[object]:
+        """The device is current in the calling thread, whichever that is."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+    def _capture(self) -> None:
+        """Graphs of the buckets that one row per slot can fill, largest first, all in one pool of memory."""
+        most = min(FEW_ROWS, self._bucket(min(self.max_slots, self.max_tokens)))
+        pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        for count in reversed([bucket for bucket in self._buckets if bucket <= most]):
+            self._batch.fill({"rows": np.arange(count, dtype=np.int32)})
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    self._launcher.run(count, count, None)
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._launcher.run(count, count, None)
+            self._graphs[count] = graph
+
+    def _check(
+        self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray
+    ) -> None:
+        count = len(tokens)
+        if not 1 <= count <= self.max_tokens or len(rows) > self.max_tokens:
+            raise GristmillError(
+                f"got {count} tokens and {len(rows)} rows, expected 1 to {self.max_tokens} and no more rows"
+            )
+        if not len(positions) == len(slots) == count:
+            raise GristmillError(f"{count} tokens need as many positions and slots")
+        limits = {
+            "tokens": (tokens, self.vocabulary), "positions": (positions, self.max_len),
+            "slots": (slots, self.max_slots), "rows": (rows, count),
+        }  # fmt: skip
+        for name, (values, limit) in limits.items():
+            outside = values[(values < 0) | (values >= limit)]
+            if len(outside):
+                raise GristmillError(f"{name}: got {outside[0]}, expected 0 to {limit - 1}")
+        self._check_slots(positions, slots)
+
+    def _check_slots(self, positions: np.ndarray, slots: np.ndarray) -> None:
+        """No position of a slot twice, none so far apart that one overwrites the other in a window's ring."""
+        order = np.lexsort((positions, slots))
+        at, of = positions[order], slots[order]
+        same = of[1:] == of[:-1]
+        if (same & (at[1:] == at[:-1])).any():
+            raise GristmillError("a slot has one position twice in one forward; give each once")
+        firsts = np.flatnonzero(np.concatenate([[True], ~same]))
+        lasts = np.concatenate([firsts[1:], [len(at)]]) - 1
+        span = int((at[lasts] - at[firsts]).max())
+        if span >= self._shortest_ring:
+            raise GristmillError(
+                f"a slot has positions {span} apart in one forward, at most {self._shortest_ring - 1} are "
+                "possible; split the batch"
+            )

@@ -1,0 +1,188 @@
+"""The instructions of a program as launches of kernels on memory that is there already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gristmill.kernels.triton.append import Rotary, append, rope_tables
+from gristmill.kernels.triton.attention import Tiling, attend, tiling
+from gristmill.kernels.triton.cache import LayerCache
+from gristmill.kernels.triton.embedding import embedding
+from gristmill.kernels.triton.gather import gather_rows
+from gristmill.kernels.triton.linear import Plan, linear, plan, workspace_bytes
+from gristmill.kernels.triton.norms import layer_norm, rms_norm
+from gristmill.kernels.triton.pointwise import pointwise
+from gristmill.runtime.cuda.buffers import Batch, Values, cut_partials, partials_size
+from gristmill.runtime.cuda.weights import Weights
+from gristmill.runtime.program import LOGITS, Instruction, Program, View
+
+FEW_ROWS = 64  # up to here rows may be one of each slot, and a tile holds 16 queries
+TILE_QUERIES = 16  # that a tensor core takes at least
+
+
+class Launcher:
+    """Walks the instructions for a bucket of rows.
+
+    A row's bits depend on the buckets alone, not on the other rows: plans and tilings are made for a bucket,
+    whether its rows are of one slot or of many.
+    """
+
+    def __init__(
+        self, program: Program, weights: Weights, caches: Sequence[LayerCache], values: Values, batch: Batch,
+        buckets: Sequence[int], processors: int,
+    ) -> None:  # fmt: skip
+        self.program, self.weights, self.caches = program, weights, caches
+        self.values, self.batch, self.processors = values, batch, processors
+        device, most = batch.ids("tokens", 1).device, program.limits.max_tokens
+        self._angles = [
+            torch.zeros(2, most * (rope.dims // 2), device=device) for rope in program.ropes
+        ]
+        self._plans: dict[tuple[int, int], Plan] = {}
+        self._tilings: dict[tuple[int, int], Tiling] = {}
+        size, floats, queries = 1, 1, 1
+        for index, i in enumerate(program.instructions):
+            for rows in buckets:
+                if i.op == "linear":
+                    size = max(size, self._plan(index, i, rows))
+                elif i.op == "attention":
+                    floats = max(floats, self._tile(index, i, rows))
+                    queries = max(queries, rows * i.attribute("heads") * caches[i.attribute("cache")].k.dim)
+        self._workspace = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._partials = torch.zeros(floats, device=device)
+        self._queries = torch.zeros(queries, device=device)
+        self.block_rows = {tile.rows for tile in self._tilings.values()}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of what kernels keep in between."""
+        return sum(t.nbytes for t in (self._workspace, self._partials, self._queries, *self._angles))
+
+    def _plan(self, index: int, i: Instruction, rows: int) -> int:
+        """Plans a product; bytes of workspace."""
+        assert i.weight is not None
+        segments = self.weights.matrices[i.weight]
+        chosen = self._plans[index, rows] = plan(segments, rows, i.attribute("glu"))
+        return workspace_bytes(segments, chosen, "order" in i.vectors, torch.float32)
+
+    def _tile(self, index: int, i: Instruction, rows: int) -> int:
+        """Tiles an attention; floats of partials."""
+        cache, heads = self.caches[i.attribute("cache")], i.attribute("heads")
+        if rows <= FEW_ROWS:
+            block_rows = max(1, TILE_QUERIES // (heads // cache.kv_heads))
+            tiles = tiling(cache, heads, block_rows, rows, self.processors)
+        else:
+            block_rows = tiling(cache, heads, rows, 1, self.processors).rows
+            tiles = tiling(cache, heads, rows, -(-rows // block_rows), self.processors)
+        self._tilings[index, rows] = tiles
+        return partials_size(rows, heads, tiles.splits, cache.v.dim)
+
+    def run(self, rows: int, wanted: int, blocks: dict[int, Tensor] | None) -> None:
+        """Launches everything for a batch that is on the device.
+
+        rows, wanted: buckets of T and of R, the latter 0 where no logits are asked for; blocks: by rows of a
+        block, None: every row is a slot's only one.
+        """
+        self._rows, self._wanted, self._blocks = rows, wanted, blocks
+        for rope, table in zip(self.program.ropes, self._angles):
+            cos, sin = (half[: rows * (rope.dims // 2)].view(rows, -1) for half in table)
+            inv_freq = self.weights.vectors[rope.inv_freq]
+            rope_tables(self.batch.ids("positions", rows), inv_freq, rope.scale, cos, sin)
+        for index, instruction in enumerate(self.program.instructions):
+            if self._count(instruction.out):
+                getattr(self, f"_{instruction.op}")(index, instruction)
+
+    def _count(self, view: View) -> int:
+        of_batch = view.value != LOGITS and self.program.values[view.value].rows == "T"
+        return self._rows if of_batch else self._wanted
+
+    def _view(self, view: View) -> Tensor:
+        return self.values.view(view, self._count(view))
+
+    def _input(self, i: Instruction, name: str) -> Tensor | None:
+        view = i.views.get(name)
+        return self._view(view) if isinstance(view, View) else None
+
+    def _given(self, i: Instruction, name: str) -> Tensor:
+        found = self._input(i, name)
+        assert found is not None, f"{i.op} without {name}"
+        return found
+
+    def _vector(self, i: Instruction, name: str) -> Tensor | None:
+        return self.weights.vectors[i.vectors[name]] if name in i.vectors else None
+
+    def _embedding(self, index: int, i: Instruction) -> None:
+        assert i.weight is not None
+        out = self._view(i.out)
+        embedding(
+            self.batch.ids(i.attribute("ids"), len(out)), self.weights.matrices[i.weight], out,
+            residual=self._input(i, "residual"), scale=i.attribute("scale"), offset=i.attribute("offset"),
+        )  # fmt: skip
+
+    def _rms_norm(self, index: int, i: Instruction) -> None:
+        rms_norm(
+            self._given(i, "in"), self._vector(i, "weight"), self._input(i, "residual"), i.attribute("eps"),
+            self._view(i.out),
+        )  # fmt: skip
+
+    def _layer_norm(self, index: int, i: Instruction) -> None:
+        layer_norm(
+            self._given(i, "in"), self._vector(i, "weight"), self._vector(i, "bias"),
+            self._input(i, "residual"), i.attribute("eps"), self._view(i.out),
+        )  # fmt: skip
+
+    def _linear(self, index: int, i: Instruction) -> None:
+        assert i.weight is not None
+        out = self._view(i.out)
+        linear(
+            self._given(i, "in"), self.weights.matrices[i.weight], out,
+            p=self._plans[index, len(out)], workspace=self._workspace, bias=self._vector(i, "bias"),
+            residual=self._input(i, "residual"), order=self._vector(i, "order"),
+            activation=i.attribute("activation"), glu=i.attribute("glu"), scale=i.attribute("scale"),
+            softcap=i.attribute("softcap"),
+        )  # fmt: skip
+
+    def _attention(self, index: int, i: Instruction) -> None:
+        cache, heads = self.caches[i.attribute("cache")], i.attribute("heads")
+        positions, slots = self.batch.ids("positions", self._rows), self.batch.ids("slots", self._rows)
+        q, rope = self._given(i, "q"), self._rotary(i.attribute("rope"))
+        q_norm, k_norm = self._vector(i, "q_norm"), self._vector(i, "k_norm")
+        hadamard = i.attribute("hadamard")
+        prepared = None
+        if rope is not None or q_norm is not None or hadamard:
+            prepared = self._query_buffer(q, cache)
+        append(
+            None if prepared is None else q, self._given(i, "k"), self._given(i, "v"), positions, slots,
+            cache, prepared, q_norm, k_norm, i.attribute("norm_eps"), rope, hadamard,
+        )  # fmt: skip
+        tiles, partials = self._tilings[index, self._rows], None
+        if tiles.splits > 1:
+            partials = cut_partials(self._partials, self._rows, heads, tiles.splits, cache.v.dim)
+        attend(
+            q if prepared is None else prepared, cache, positions, slots, i.attribute("scale"), tiles,
+            self._view(i.out), i.attribute("softcap"), self._vector(i, "sinks"),
+            None if self._blocks is None else self._blocks[tiles.rows], partials,
+        )  # fmt: skip
+
+    def _query_buffer(self, q: Tensor, cache: LayerCache) -> Tensor:
+        """Room for prepared queries in the type that they are multiplied in."""
+        dtype = torch.float32 if cache.k.dtype == "f32" else torch.float16
+        return self._queries.view(dtype)[: q.numel()].view(q.shape)
+
+    def _rotary(self, rope: int) -> Rotary | None:
+        if rope < 0:
+            return None
+        spec = self.program.ropes[rope]
+        cos, sin = (half[: self._rows * (spec.dims // 2)].view(self._rows, -1) for half in self._angles[rope])
+        return Rotary(cos, sin, spec.style == "interleaved")
+
+    def _gather_rows(self, index: int, i: Instruction) -> None:
+        out = self._view(i.out)
+        gather_rows(self._given(i, "in"), self.batch.ids("rows", len(out)), out)
+
+    def _pointwise(self, index: int, i: Instruction) -> None:
+        inputs = i.views["in"]
+        assert isinstance(inputs, list), "pointwise takes a list of inputs"
+        pointwise([self._view(view) for view in inputs], i.attribute("steps"), self._view(i.out))
