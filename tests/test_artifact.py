@@ -152,6 +152,7 @@ def with_path() -> dict[str, str]:
 WRITE_SLOWLY = """
 import signal, sys, time
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored from the start
+signal.signal(signal.SIGINT, signal.default_int_handler)  # and this one in background jobs of a shell
 from tiny import fill
 from gristmill.runtime.artifact_writer import ArtifactWriter
 with ArtifactWriter(sys.argv[1], force=True) as writer:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,11 +240,15 @@ def test_a_reader_that_goes_away(artifact: str, tmp_path: Path) -> None:
 
 def test_control_c(tmp_path: Path, artifact: str) -> None:
     arguments = ("bench", artifact, "--prompt", "8", "--tokens", "4", "--rounds", "100000")
-    process = start(tmp_path, *arguments, stdout=subprocess.PIPE)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=2)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    process = start(tmp_path, *arguments, stdout=subprocess.PIPE, preexec_fn=heard)
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert (process.returncode, out, err.strip()) == (130, "", "interrupted")
 
 
