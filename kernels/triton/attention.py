@@ -328,12 +328,25 @@ class Partials:
     acc: Tensor
 
 
+def partials_size(rows: int, heads: int, splits: int, v_dim: int) -> int:
+    """Floats that splits leave to be combined; none where there is one."""
+    return rows * heads * splits * (2 + v_dim) if splits > 1 else 0
+
+
+def cut_partials(space: Tensor, rows: int, heads: int, splits: int, v_dim: int) -> Partials:
+    """Room for the partials of a batch of ``rows`` rows, out of ``space`` [partials_size() or more] f32."""
+    count = rows * heads * splits
+    m, l, acc = space[: count * (2 + v_dim)].split([count, count, count * v_dim])
+    shape = (rows, heads, splits)
+    return Partials(m.view(shape), l.view(shape), acc.view(*shape, v_dim))
+
+
 def allocate_partials(
     rows: int, heads: int, splits: int, v_dim: int, device: torch.device | str = "cuda"
 ) -> Partials:
-    """Room for the partials of a batch of ``rows`` rows."""
-    m, l = (torch.empty(rows, heads, splits, device=device) for _ in range(2))
-    return Partials(m, l, torch.empty(rows, heads, splits, v_dim, device=device))
+    """The same in memory of its own."""
+    space = torch.empty(rows * heads * splits * (2 + v_dim), device=device)
+    return cut_partials(space, rows, heads, splits, v_dim)
 
 
 def tiling(cache: LayerCache, heads: int, rows: int, blocks: int, processors: int = 132) -> Tiling:

@@ -53,11 +53,6 @@ class LayerCache:
         return self.k.data.shape[2]
 
 
-def ring_rows(window: int, max_len: int, max_tokens: int) -> int:
-    """Rows of a slot: the context, or the window and what one batch may append to it, if that is less."""
-    return min(max_len, window + max_tokens) if window else max_len
-
-
 def data_columns(dtype: str, dim: int) -> int:
     """Elements of a stored row."""
     return -(-dim // (2 * GROUP)) * GROUP if dtype == "int4" else dim

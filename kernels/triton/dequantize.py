@@ -117,6 +117,20 @@ def part_weights(
 
 
 @triton.jit
+def whole_weights(
+    raw, third, magic, inside, scale, zero, groups, rows, chunk,
+    part: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
+):  # fmt: skip
+    """part_weights times the row's scale where that is the only one."""
+    values = part_weights(
+        raw, third, magic, inside, scale, zero, groups, rows, chunk, part, FORMAT, GROUP, ZERO
+    )
+    if scale is not None and GROUP == 0:
+        values *= tl.load(scale + rows).to(tl.float32)
+    return values
+
+
+@triton.jit
 def dequantize_kernel(
     data, stride, scale, zero, groups, magic, out, ldo, n, k, chunks,
     FORMAT: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
@@ -130,11 +144,9 @@ def dequantize_kernel(
     raw = load_chunks(data, stride, rows, chunk, inside, k, FORMAT, RAGGED)
     third = load_third_bits(data, stride, rows, chunk) if FORMAT == "int3" else None
     for part in tl.static_range(PARTS):
-        w = part_weights(
+        w = whole_weights(
             raw, third, magic, inside, scale, zero, groups, rows, chunk, part, FORMAT, GROUP, ZERO
         )
-        if scale is not None and GROUP == 0:
-            w *= tl.load(scale + rows).to(tl.float32)
         column = first_column(chunk, part, FORMAT) + inside
         tl.store(out + rows * ldo + column, w.to(out.dtype.element_ty), column < k)
 

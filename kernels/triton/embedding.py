@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dequantize import constants, first_column, load_chunks, load_third_bits, part_weights
+from .dequantize import constants, first_column, load_chunks, load_third_bits, whole_weights
 from .matrix import Matrix
 
 
@@ -29,11 +29,9 @@ def embedding_kernel(
     raw = load_chunks(data, stride, rows, chunk, inside, k, FORMAT, RAGGED)
     third = load_third_bits(data, stride, rows, chunk) if FORMAT == "int3" else None
     for part in tl.static_range(PARTS):
-        y = part_weights(
+        y = whole_weights(
             raw, third, magic, inside, scale, zero, groups, rows, chunk, part, FORMAT, GROUP, ZERO
         )
-        if scale is not None and GROUP == 0:
-            y *= tl.load(scale + rows).to(tl.float32)
         column = first_column(chunk, part, FORMAT) + inside
         mask = (column < k) & mine
         y *= factor

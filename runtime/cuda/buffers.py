@@ -1,4 +1,4 @@
-"""Memory that lives as long as the executor: values, logits, the ids of a batch, and partial results."""
+"""Memory that lives as long as the executor: values, logits, and the ids of a batch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gristmill.kernels.triton.attention import Partials
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.program import LOGITS, Program, View
 
@@ -67,16 +66,3 @@ class Batch:
     def ids(self, name: str, rows: int) -> Tensor:
         """[rows] i32 on the device."""
         return self._device[IDS.index(name), :rows]
-
-
-def cut_partials(space: Tensor, rows: int, heads: int, splits: int, v_dim: int) -> Partials:
-    """What `allocate_partials` makes, out of ``space`` [partials_size() or more] f32."""
-    count = rows * heads * splits
-    most, total, acc = space[: count * (2 + v_dim)].split([count, count, count * v_dim])
-    shape = (rows, heads, splits)
-    return Partials(most.view(shape), total.view(shape), acc.view(*shape, v_dim))
-
-
-def partials_size(rows: int, heads: int, splits: int, v_dim: int) -> int:
-    """Floats that splits leave to be combined; none where there is one."""
-    return rows * heads * splits * (2 + v_dim) if splits > 1 else 0

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from gristmill.kernels.triton.cache import layer_bytes, ring_rows
+from gristmill.kernels.triton.cache import layer_bytes
 from gristmill.runtime.errors import GristmillError
+from gristmill.runtime.footprint import kv_rows
 from gristmill.runtime.program import Program
 
 CAPABILITY = (8, 0)  # Ampere: the first with bf16 on tensor cores
@@ -36,7 +37,7 @@ def kv_bytes(program: Program, max_len: int, slots: int) -> int:
     return sum(
         layer_bytes(
             c.k_dtype, c.v_dtype, c.k_dim, c.v_dim, c.kv_heads, slots,
-            ring_rows(c.window, max_len, program.limits.max_tokens),
+            kv_rows(c, max_len, program.limits.max_tokens),
         )
         for c in program.caches
     )  # fmt: skip

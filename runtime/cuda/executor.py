@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from gristmill.kernels.triton.attention import blocks_of
-from gristmill.kernels.triton.cache import allocate, copy_slot, ring_rows
+from gristmill.kernels.triton.cache import allocate, copy_slot
 from gristmill.runtime.cuda.buffers import Batch, Values
 from gristmill.runtime.cuda.device import kv_bytes
 from gristmill.runtime.cuda.launch import FEW_ROWS, Launcher
 from gristmill.runtime.cuda.weights import Weights
 from gristmill.runtime.errors import GristmillError
+from gristmill.runtime.footprint import kv_rows
 from gristmill.runtime.program import Program
 
 WARM_UPS = 3  # runs before a capture: kernels are compiled and loaded then
@@ -46,7 +47,7 @@ class CudaExecutor:
         self._caches = [
             allocate(
                 c.k_dtype, c.v_dtype, c.k_dim, c.v_dim, c.kv_heads, max_slots + 1,
-                ring_rows(c.window, max_len, self.max_tokens), c.window, device,
+                kv_rows(c, max_len, self.max_tokens), c.window, device,
             )
             for c in program.caches
         ]  # fmt: skip

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from gristmill.kernels.triton.append import Rotary, append, rope_tables
-from gristmill.kernels.triton.attention import Tiling, attend, tiling
+from gristmill.kernels.triton.attention import Tiling, attend, cut_partials, partials_size, tiling
 from gristmill.kernels.triton.cache import LayerCache
 from gristmill.kernels.triton.embedding import embedding
 from gristmill.kernels.triton.gather import gather_rows
 from gristmill.kernels.triton.linear import Plan, linear, plan, workspace_bytes
 from gristmill.kernels.triton.norms import layer_norm, rms_norm
 from gristmill.kernels.triton.pointwise import pointwise
-from gristmill.runtime.cuda.buffers import Batch, Values, cut_partials, partials_size
+from gristmill.runtime.cuda.buffers import Batch, Values
 from gristmill.runtime.cuda.weights import Weights
 from gristmill.runtime.program import LOGITS, Instruction, Program, View
 

@@ -11,11 +11,11 @@ pytest.importorskip("triton", reason="needs triton, which exists for Linux on x8
 import triton_interpreter  # noqa: F401  (puts it right)
 from interpreter import hadamard as hadamard_of
 from interpreter import quantize_cache
-from triton_caches import stored
+from triton_caches import ring_rows, stored
 
 from gristmill.kernels.reference.attention import rope as rope_of
 from gristmill.kernels.triton.append import Rotary, append, rope_tables
-from gristmill.kernels.triton.cache import allocate, copy_slot, layer_bytes, ring_rows
+from gristmill.kernels.triton.cache import allocate, copy_slot, layer_bytes
 from gristmill.runtime.program import CACHE_TYPES, CacheSpec
 
 EPS = 1e-6

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gristmill.kernels.triton.cache import CacheRows, allocate, ring_rows
+from gristmill.kernels.triton.cache import CacheRows, allocate
+from gristmill.runtime.footprint import kv_rows
+from gristmill.runtime.program import CacheSpec
+
+
+def ring_rows(window: int, max_len: int, max_tokens: int) -> int:
+    """The rows that the executor keeps of a slot."""
+    return kv_rows(CacheSpec(1, 16, 16, "f16", "f16", window), max_len, max_tokens)
 
 
 def stored(rows: CacheRows) -> Tensor:
