@@ -177,14 +177,19 @@ struct Kernels {
   void (*append)(const Cache& cache, int64_t slot, int64_t head, int64_t position, const float* k,
                  const float* v);
 
-  // One split of attention for `rows` consecutive query rows (positions first_position ... ascending by one,
-  // same slot) and all query heads of kv head `head`, over positions [512 * split, 512 * split + 512) cut to
-  // what each row may see. q: row t, query head h (of heads / kv_heads) at q + t * ldq + h * k_dim. Partials:
+  // Puts the queries of `rows` consecutive rows and of all query heads of a kv head into `scratch` of
+  // attention_scratch_bytes(), for any splits that follow. q: row t, query head h (of heads / kv_heads) at
+  // q + t * ldq + h * k_dim.
+  void (*attention_prepare)(const Cache& cache, const AttentionShape& shape, const float* q, int64_t ldq,
+                            int64_t rows, void* scratch);
+
+  // One split of attention for the prepared rows (positions first_position ... ascending by one, same slot) and
+  // kv head `head`, over positions [512 * split, 512 * split + 512) cut to what each row may see. Partials:
   // m, l [rows, group], acc [rows, group, v_dim]; a row that sees nothing of the split gets m = -inf, l = 0,
-  // acc = 0. `scratch`: attention_scratch_bytes().
-  void (*attention_split)(const Cache& cache, const AttentionShape& shape, const float* q, int64_t ldq,
-                          int64_t rows, int64_t slot, int64_t head, int64_t first_position, int64_t split,
-                          float* m, float* l, float* acc, void* scratch);
+  // acc = 0.
+  void (*attention_split)(const Cache& cache, const AttentionShape& shape, int64_t rows, int64_t slot,
+                          int64_t head, int64_t first_position, int64_t split, float* m, float* l, float* acc,
+                          void* scratch);
   size_t (*attention_scratch_bytes)(int64_t group, int64_t k_dim,
                                     int64_t v_dim);  // for up to attention_rows rows
   int64_t attention_rows;                            // most query rows of one call

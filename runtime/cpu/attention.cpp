@@ -94,20 +94,33 @@ class Attend final : public AttentionStep {
   }
 
   void work(int64_t begin, int64_t end, int thread) override {
+    Memory memory;
+    layout(Carver(scratch(thread)), &memory);
     for (int64_t unit = begin; unit < end; unit++) {
       if (spread_) {
-        work_split(unit, thread);
+        work_split(unit, memory);
       } else {
-        work_whole(unit, thread);
+        work_whole(unit, memory);
       }
     }
   }
 
-  size_t scratch_bytes() const override { return layout(Carver(), nullptr, nullptr, nullptr); }
+  size_t scratch_bytes() const override {
+    Memory unused;
+    return layout(Carver(), &unused);
+  }
 
   void reserve() { first_unit_.reserve(static_cast<size_t>(4 * m.threads)); }
 
  private:
+  // A thread's, and whose queries are prepared in it.
+  struct Memory {
+    char* attention = nullptr;
+    float *head = nullptr, *partials = nullptr;
+    const Block* prepared = nullptr;
+    int64_t prepared_head = -1;
+  };
+
   // First and one-past-last split that any row of the block, or one row, sees.
   int64_t first_split(int64_t position) const {
     return spec_.window ? std::max<int64_t>(0, position - spec_.window + 1) / kSplit : 0;
@@ -117,15 +130,14 @@ class Attend final : public AttentionStep {
     return end_split(block.position + block.rows - 1) - first_split(block.position);
   }
 
-  size_t layout(Carver carver, char** attention, float** head, float** partials) const {
+  size_t layout(Carver carver, Memory* memory) const {
     const auto bytes =
         static_cast<int64_t>(m.kernels->attention_scratch_bytes(group_, spec_.k_dim, spec_.v_dim));
     const int64_t most_splits = (m.max_len + kSplit - 1) / kSplit;
-    char* a = carver.take<char>(bytes);
-    auto* h = carver.take<float>((group_ + 1) * spec_.k_dim);
-    auto* p = carver.take<float>(most_splits *
-                                 partial_chunk(spec_, in_.heads, attention_block_rows(m, most_splits)));
-    if (attention) *attention = a, *head = h, *partials = p;
+    memory->attention = carver.take<char>(bytes);
+    memory->head = carver.take<float>(group_ * spec_.k_dim);
+    memory->partials = carver.take<float>(
+        most_splits * partial_chunk(spec_, in_.heads, attention_block_rows(m, most_splits)));
     return carver.used() + kPartialBudget;
   }
 
@@ -134,50 +146,53 @@ class Attend final : public AttentionStep {
   }
 
   // Splits of a block go last row first, since later rows see more.
-  void work_whole(int64_t unit, int thread) const {
+  void work_whole(int64_t unit, Memory& memory) const {
     const auto blocks = static_cast<int64_t>(m.batch.blocks.size());
     const Block& block = m.batch.blocks[static_cast<size_t>(blocks - 1 - unit / spec_.kv_heads)];
     const int64_t head = unit % spec_.kv_heads, first = first_split(block.position);
-    char* attention;
-    float *own, *partials;
-    layout(Carver(scratch(thread)), &attention, &own, &partials);
     for (int64_t i = 0; i < splits(block); i++)
-      attend(block, head, first + i, partials + i * chunk_, attention, own);
-    combine(block, head, partials);
+      attend(block, head, first + i, memory.partials + i * chunk_, memory);
+    combine(block, head, memory.partials);
   }
 
   // Who finishes the last split of a block and kv head combines them all.
-  void work_split(int64_t unit, int thread) const {
+  void work_split(int64_t unit, Memory& memory) const {
     const auto after = std::upper_bound(first_unit_.begin(), first_unit_.end(), unit);
     const auto index = after - first_unit_.begin() - 1;
     const Block& block = m.batch.blocks[static_cast<size_t>(index)];
     const int64_t count = splits(block), local = unit - first_unit_[static_cast<size_t>(index)];
     const int64_t head = local / count, split = local % count;
-    char* attention;
-    float *own, *unused;
-    layout(Carver(scratch(thread)), &attention, &own, &unused);
     float* partials = m.partials + (unit - split) * chunk_;
-    attend(block, head, first_split(block.position) + split, partials + split * chunk_, attention, own);
+    attend(block, head, first_split(block.position) + split, partials + split * chunk_, memory);
     const int32_t arrived =
         m.arrivals[index * spec_.kv_heads + head].fetch_add(1, std::memory_order_acq_rel) + 1;
     if (arrived == count) combine(block, head, partials);
   }
 
-  void attend(const Block& block, int64_t head, int64_t split, float* chunk, char* memory, float* own) const {
+  // With one row per slot, the row is appended by its last split.
+  void attend(const Block& block, int64_t head, int64_t split, float* chunk, Memory& memory) const {
+    if (m.batch.one_row_per_slot && split == end_split(block.position) - 1)
+      append(block.row, head, memory.head);
+    prepare(block, head, memory);
     const Partial out = partial(chunk, block);
-    const AttentionShape shape{in_.heads, in_.scale, in_.softcap, in_.sinks};
-    int64_t stride = 0;
-    const float* q = queries(block, head, split, own, &stride);
-    m.kernels->attention_split(cache(), shape, q, stride, block.rows, block.slot, head, block.position, split,
-                               out.m, out.l, out.acc, memory);
+    m.kernels->attention_split(cache(), shape(), block.rows, block.slot, head, block.position, split, out.m,
+                               out.l, out.acc, memory.attention);
   }
 
-  // The block's queries of one kv head; with one row per slot they are made here, and the row is appended by
-  // its last split.
-  const float* queries(const Block& block, int64_t head, int64_t split, float* own, int64_t* stride) const {
+  AttentionShape shape() const { return {in_.heads, in_.scale, in_.softcap, in_.sinks}; }
+
+  void prepare(const Block& block, int64_t head, Memory& memory) const {
+    if (memory.prepared == &block && memory.prepared_head == head) return;
+    memory.prepared = &block;
+    memory.prepared_head = head;
+    int64_t stride = 0;
+    const float* q = queries(block, head, memory.head, &stride);
+    m.kernels->attention_prepare(cache(), shape(), q, stride, block.rows, memory.attention);
+  }
+
+  // The block's queries of one kv head; with one row per slot they are normed and rotated here.
+  const float* queries(const Block& block, int64_t head, float* own, int64_t* stride) const {
     const int64_t column = head * group_ * spec_.k_dim;
-    if (m.batch.one_row_per_slot && split == end_split(block.position) - 1)
-      append(block.row, head, own + group_ * spec_.k_dim);
     const Rows q = m.rows(in_.q);
     *stride = bare_queries() ? q.stride : in_.q.width;
     if (bare_queries()) return q.row(block.row) + column;

@@ -212,11 +212,11 @@ Buffer<float> attend(const Kernels& kernels, const Context& c, int64_t slot, int
   Buffer<uint8_t> scratch(static_cast<int64_t>(kernels.attention_scratch_bytes(group, c.cache.k.dim, v_dim)));
   const int64_t ldq = c.shape.heads * c.cache.k.dim;
   for (int64_t head = 0; head < c.cache.kv_heads; head++) {
-    for (int64_t split = 0; split < splits; split++) {
-      kernels.attention_split(c.cache, c.shape, c.q.data() + first * ldq + head * group * c.cache.k.dim, ldq,
-                              rows, slot, head, first, split, m.data() + split * queries,
-                              l.data() + split * queries, acc.data() + split * queries * v_dim,
+    kernels.attention_prepare(c.cache, c.shape, c.q.data() + first * ldq + head * group * c.cache.k.dim, ldq, rows,
                               scratch.data());
+    for (int64_t split = 0; split < splits; split++) {
+      kernels.attention_split(c.cache, c.shape, rows, slot, head, first, split, m.data() + split * queries,
+                              l.data() + split * queries, acc.data() + split * queries * v_dim, scratch.data());
     }
     for (int64_t i = 0; i < queries; i++) {
       const int64_t h = head * group + i % group;
