@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,13 +27,16 @@ from gristmill.runtime.artifact import (
     open_artifact,
     parse_json,
 )
-from gristmill.runtime.decoding.generate import Prompt, Stream, generate_all
+from gristmill.runtime.decoding.generate import AsyncDriver, AsyncStream, Prompt, Stream, generate_all
 from gristmill.runtime.decoding.options import GenerationOptions, refuse_unknown
+from gristmill.runtime.decoding.scheduler import Scheduler, Statistics
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.footprint import refuse_malformed, refuse_too_large, smallest_ring
 from gristmill.runtime.program import Program
 from gristmill.runtime.slots import Slots
 from gristmill.runtime.tokenizer import Tokenizer
+
+MAX_WAITING = 4096
 
 
 class Executor(Protocol):
@@ -63,6 +67,7 @@ def load(
     max_slots: int | None = None,
     hugepages: bool = False,
     pin: bool = False,
+    max_waiting: int | None = None,
     **unknown: Any,
 ) -> Session:
     """Opens the artifact in directory `path`.
@@ -72,10 +77,11 @@ def load(
     what the artifact was compiled for, at most what its model can address. max_slots: sequences at once,
     default 8 unless compiled otherwise. hugepages: copy the weights into huge pages instead of mapping the
     file, which takes time at the start and memory that no other process shares, and spares misses of the
-    address translation. pin: all threads but the caller's stay on processors of their own. Raises
-    GristmillError for a damaged artifact and for what this machine or model cannot do.
+    address translation. pin: all threads but the caller's stay on processors of their own. max_waiting:
+    sequences that may wait for a slot before more are refused, default 4096. Raises GristmillError for a
+    damaged artifact and for what this machine or model cannot do.
     """
-    known = ("device", "threads", "max_len", "max_slots", "hugepages", "pin")
+    known = ("device", "threads", "max_len", "max_slots", "hugepages", "pin", "max_waiting")
     refuse_unknown(unknown, known, "load")
     if device not in ("cpu", "cuda"):
         raise GristmillError(f"device {device!r} is not supported, expected 'cpu' or 'cuda'")
@@ -88,11 +94,12 @@ def load(
     limits = program.limits
     max_len = _within("max_len", max_len, limits.max_len, limits.max_position)
     max_slots = _within("max_slots", max_slots, limits.max_slots, 65536)
+    max_waiting = _within("max_waiting", max_waiting, MAX_WAITING, 2**31 - 1)
     if device == "cuda":
         from gristmill.runtime.cuda import open_executor
 
         opened = open_executor(program, artifact.weights_path, max_len, max_slots)
-        return Session(artifact, program, opened)
+        return Session(artifact, program, opened, max_waiting=max_waiting)
     cores = min(machine.usable_cpus(), native().default_threads())
     threads = _within("threads", threads, cores, 1024)
     weights = artifact.weights_path
@@ -106,7 +113,7 @@ def load(
         huge_pages=hugepages,
         pinned=pin,
     )
-    return Session(artifact, program, executor)
+    return Session(artifact, program, executor, max_waiting=max_waiting)
 
 
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -129,18 +136,23 @@ class Session:
         program: Program,
         executor: Executor,
         tokenizer: Tokenizer | None = None,
+        max_waiting: int = MAX_WAITING,
     ):
         self.artifact, self.program, self.executor = artifact, program, executor
         self._given_tokenizer = tokenizer
         self._lock = threading.Lock()
         ring = smallest_ring(program, executor.max_len)
         self._slots = Slots(executor.max_slots, executor.max_len, ring, program.limits.max_tokens)
+        self._scheduler = Scheduler(self, max_waiting)
+        self._async_driver = AsyncDriver(self)
         _sessions.add(self)
 
     def _after_fork(self) -> None:
         """A thread of the parent may have held the lock; it is not in this process."""
         self._lock = threading.Lock()
         self._slots.after_fork()
+        self._scheduler.after_fork()
+        self._async_driver.after_fork()
 
     @property
     def max_len(self) -> int:
@@ -173,6 +185,11 @@ class Session:
             "kv_bytes": executor.kv_bytes,
             "arena_bytes": executor.arena_bytes,
         }
+
+    @property
+    def statistics(self) -> Statistics:
+        """What this session has generated, and how: requests, tokens, reused prefixes, speculation, waits."""
+        return replace(self._scheduler.statistics)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -233,13 +250,17 @@ class Session:
         """Continues `prompt`: text or token ids gives a Generation, a list of those gives a list of
         Generations.
 
-        A list runs as one batch over the slots, in turn where there are more prompts than slots. Options: see
-        GenerationOptions. Raises GristmillError for an empty or too long prompt and for unknown options.
+        All run as one batch over the slots, together with what other threads generate; prompts beyond the
+        slots wait in turn. on_text: called with a prompt's number and each new piece of its text. Options:
+        see GenerationOptions. Raises GristmillError for an empty or too long prompt and for unknown options.
         """
+        on_text = options.pop("on_text", None)
+        if not (on_text is None or callable(on_text)):
+            raise GristmillError(f"on_text is {on_text!r}, expected a function of a number and a text")
         chosen = GenerationOptions.of(**options)
         if _is_batch(prompt):
-            return generate_all(self, [Prompt(self._prompt_ids(one), chosen) for one in prompt])
-        return generate_all(self, [Prompt(self._prompt_ids(prompt), chosen)])[0]
+            return generate_all(self, [Prompt(self._prompt_ids(one), chosen) for one in prompt], on_text)
+        return generate_all(self, [Prompt(self._prompt_ids(prompt), chosen)], on_text)[0]
 
     def stream(self, prompt: str | Sequence[int], **options: Any) -> Stream:
         """Continues one prompt and yields its text in pieces that never split a character or a stop string.
@@ -247,6 +268,10 @@ class Session:
         The stream returned has the attribute `result`, the Generation so far, and `close()` ends it early.
         """
         return Stream(self, Prompt(self._prompt_ids(prompt), GenerationOptions.of(**options)))
+
+    def astream(self, prompt: str | Sequence[int], **options: Any) -> AsyncStream:
+        """`stream` for `async for`, and `aclose()` for `close()`; many run side by side."""
+        return AsyncStream(self, Prompt(self._prompt_ids(prompt), GenerationOptions.of(**options)))
 
     def _prompt_ids(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
@@ -283,6 +308,16 @@ class Session:
             logits = self.executor.forward(tokens, positions, slots, rows)
             self._slots.advance(ids, first, ends)
         return logits
+
+    def _copy_slot(self, source: int, target: int, length: int, kept: Sequence[int]) -> bool:
+        """Gives `target`, which the caller took, the first rows of `source`: of a sequence on its way, or of
+        a free slot that still keeps `kept`; False where it does not any more."""
+        with self._lock:
+            if kept and self._slots.kept(source) is not kept:
+                return False
+            self.executor.copy_slot(source, target, length)
+            self._slots.copied(source, target, length)
+        return True
 
     def _check_batch(
         self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray

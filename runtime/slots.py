@@ -2,12 +2,14 @@
 lengths live here.
 
 A row may append at the end of its slot or roll it back by naming an earlier position. Gaps, duplicates and
-positions past the end are refused, so no sequence ever reads another's rows.
+positions past the end are refused, so no sequence ever reads another's rows. A slot given back may say what
+tokens its rows are of: a sequence that begins with the same ones can then start behind them.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -28,32 +30,82 @@ class Slots:
         self._ring, self._reach = ring, reach
         self._holders: dict[int, int] = {}  # slot -> thread that took it
         self._forwarded: set[int] = set()  # Session.forward may use or has used them
+        self._kept: dict[int, Sequence[int]] = {}  # free slot -> the tokens of its rows, latest last
         self._freed = threading.Condition()
 
-    def take(self, wait: bool = True, lend: bool = False) -> int | None:
+    def take(
+        self,
+        wait: bool = True,
+        lend: bool = False,
+        owner: int | None = None,
+        stuck: Callable[[], Collection[int]] = tuple,
+        spare: int = -1,
+    ) -> int | None:
         """An empty slot, to be given back with `give_back`; waits for one, or returns None if not to wait.
 
-        lend: `Session.forward` may use it. Raises GristmillError where waiting cannot end, since no other
-        thread holds a slot.
+        lend: `Session.forward` may use it. owner: the thread it is for, default this one. spare: the last
+        slot to be taken for what it keeps. Raises GristmillError where waiting cannot end: no thread but this
+        one and those that are `stuck` holds a slot.
         """
+        me = threading.get_ident()
         with self._freed:
-            while (slot := self._free_slot()) is None:
+            while (slot := self._free_slot(spare)) is None:
                 if not wait:
                     return None
-                self._refuse_deadlock()
-                self._freed.wait(timeout=1.0)
-            self._holders[slot] = threading.get_ident()
+                self._refuse_deadlock({me, *stuck()})
+                self._freed.wait(timeout=0.2)
+            self._holders[slot] = me if owner is None else owner
+            self._forget(slot)
             if lend:
                 self._forwarded.add(slot)
             return slot
 
-    def give_back(self, slot: int) -> None:
-        """Frees a slot that `take` gave, and forgets its sequence."""
+    def give_back(self, slot: int, tokens: Sequence[int] = ()) -> None:
+        """Frees a slot that `take` gave; its sequence is forgotten but for `tokens`, those of its first
+        rows."""
         with self._freed:
             del self._holders[slot]
             self._forwarded.discard(slot)
-            self.lengths[slot] = self._highest[slot] = 0
+            highest = self._highest[slot]
+            self._forget(slot)
+            if len(tokens):
+                self._kept[slot], self._highest[slot] = tokens, highest
             self._freed.notify()
+
+    def longest_kept(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """The free slot that shares the most first rows with `tokens`, and how many; -1 and 0 where none
+        does."""
+        best = (-1, 0)
+        with self._freed:
+            for slot, kept in self._kept.items():
+                length = self.reachable(slot, common_prefix(kept, tokens))
+                best = (slot, length) if length > best[1] else best
+        return best
+
+    def reachable(self, slot: int, length: int) -> int:
+        """`length`, or 0 where a slot's ring lacks rows that a sequence of that length attends to."""
+        return length if length >= self._highest[slot] - self._reach or not self._overwritten(slot) else 0
+
+    def take_kept(self, slot: int, length: int, owner: int) -> bool:
+        """Takes a free slot with its first `length` rows; False where another took it meanwhile."""
+        with self._freed:
+            if self._kept.pop(slot, None) is None:
+                return False
+            self._holders[slot], self.lengths[slot] = owner, length
+            return True
+
+    def kept(self, slot: int) -> Sequence[int]:
+        """The tokens whose rows a free slot keeps."""
+        return self._kept.get(slot, ())
+
+    def free(self) -> int:
+        """How many slots are free."""
+        return self.max_slots - len(self._holders.keys() | self._forwarded)
+
+    def copied(self, source: int, target: int, length: int) -> None:
+        """Notes that `target`, just taken, got the first `length` rows of `source`."""
+        self.lengths[target] = length
+        self._highest[target] = self._highest[source] if self._overwritten(source) else length
 
     def after_fork(self) -> None:
         """In a child process: threads that held slots or the lock are not here; what they held is free."""
@@ -68,7 +120,7 @@ class Slots:
         with self._freed:
             self._refuse_held(np.array([slot]))
             self._forwarded.discard(slot)
-            self.lengths[slot] = self._highest[slot] = 0
+            self._forget(slot)
             self._freed.notify()
 
     def check(
@@ -100,6 +152,8 @@ class Slots:
             with self._freed:
                 self._refuse_held(ids)
                 self._forwarded.update(ids.tolist())
+                for slot in self._kept.keys() & set(ids.tolist()):
+                    self._forget(slot)
         return ids, first, ends
 
     def advance(self, ids: np.ndarray, first: np.ndarray, ends: np.ndarray) -> None:
@@ -114,23 +168,31 @@ class Slots:
                     f"slot {slot} holds {self.lengths[slot]} positions, got position {position}: a gap; "
                     f"continue at {self.lengths[slot]} or before"
                 )
-            overwritten = self._ring and self._highest[slot] > self._ring
-            if overwritten and 0 < position < self._highest[slot] - self._reach:
+            if self._overwritten(slot) and 0 < position < self._highest[slot] - self._reach:
                 raise GristmillError(
                     f"slot {slot} cannot roll back from {self._highest[slot]} to {position}: "
                     "its sliding window has moved on; start it again at position 0"
                 )
 
-    def _free_slot(self) -> int | None:
-        """The highest free slot: callers of `forward` tend to count from 0."""
-        slots = reversed(range(self.max_slots))
-        return next((s for s in slots if s not in self._holders and s not in self._forwarded), None)
+    def _overwritten(self, slot: int) -> bool:
+        return bool(self._ring and self._highest[slot] > self._ring)
 
-    def _refuse_deadlock(self) -> None:
-        others = [holder for holder in self._holders.values() if holder != threading.get_ident()]
-        if not others:
+    def _forget(self, slot: int) -> None:
+        self._kept.pop(slot, None)
+        self.lengths[slot] = self._highest[slot] = 0
+
+    def _free_slot(self, spare: int) -> int | None:
+        """The highest free slot, since callers of `forward` tend to count from 0; one that keeps nothing,
+        else the one that has kept it longest."""
+        for slot in reversed(range(self.max_slots)):
+            if slot not in self._holders and slot not in self._forwarded and slot not in self._kept:
+                return slot
+        return next((slot for slot in self._kept if slot != spare), spare if spare in self._kept else None)
+
+    def _refuse_deadlock(self, waiting: Collection[int]) -> None:
+        if all(holder in waiting for holder in self._holders.values()):
             raise GristmillError(
-                f"all {self.max_slots} slots are in use; end open streams, reset slots used by forward, "
+                f"all {self.max_slots} slots are in use; leave session.slot(), reset slots used by forward, "
                 "or load with a larger max_slots"
             )
 
@@ -138,6 +200,15 @@ class Slots:
         taken = set(slots.tolist()) & self._holders.keys() - self._forwarded
         if taken:
             raise GristmillError(f"slot {min(taken)} is generating now; use another one, or session.slot()")
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """The number of first entries that are equal."""
+    most = min(len(a), len(b))
+    if a[:most] == b[:most]:
+        return most
+    differing = np.flatnonzero(np.asarray(a[:most]) != np.asarray(b[:most]))
+    return int(differing[0]) if len(differing) else most
 
 
 def _refuse_outside(name: str, values: np.ndarray, limit: int, remedy: str) -> None:

@@ -123,17 +123,19 @@ def test_slots_of_forward_and_of_generate_do_not_meet() -> None:
     session = fake_session(max_slots=2)
     session.forward([1], [0], [0])
     stream = session.stream("ab", max_new_tokens=5)
-    next(stream)
+    first = next(stream)
     with pytest.raises(GristmillError, match="generating"):
         session.forward([1], [0], [1])
-    with pytest.raises(GristmillError, match="in use"):
-        session.generate("x")
     with pytest.raises(GristmillError, match="slot 2"):
         session.reset(2)
+    session.generate("x", max_new_tokens=2)  # waits for the stream's slot, whose text it brings to its end
+    assert stream.result.finish_reason == "length"
+    session.forward([1], [0], [1])
+    with pytest.raises(GristmillError, match="in use"):
+        session.generate("x")
     session.reset(0)
     session.generate("x", max_new_tokens=2)
-    stream.close()
-    session.forward([1], [0], [1])
+    assert "".join([first, *stream]) == stream.result.text
 
 
 # ---- generate ----------------------------------------------------------------------------------------

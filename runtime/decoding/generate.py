@@ -1,197 +1,69 @@
-"""The generation loop: rows of several sequences in one forward, prompt chunks and single tokens alike.
-
-A sequence is the list of its tokens and the number of them that are in the cache. Whatever is missing is its
-next chunk; when the last token goes in, its logits come out and the next token is chosen. Prefill and decode
-are the same step.
-"""
+"""Generation for callers: prompts in, results or streams of text out; the scheduler does the work."""
 
 from __future__ import annotations
 
-import secrets
+import asyncio
+import threading
 import time
-from collections import deque
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from gristmill.runtime.decoding.options import GenerationOptions
-from gristmill.runtime.decoding.sampling import Workspace, choose
-from gristmill.runtime.decoding.stops import StopStrings
-from gristmill.runtime.errors import GristmillError
-from gristmill.runtime.tokenizer import StreamDecoder
+from gristmill.runtime.decoding.sequence import Generation, Prompt, Sequence
 
 if TYPE_CHECKING:
     from gristmill.runtime.session import Session
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """What one sequence begins with and how it goes on."""
-
-    ids: list[int]
-    options: GenerationOptions
+__all__ = ["AsyncStream", "Generation", "Prompt", "Stream", "generate_all"]
 
 
-@dataclass
-class Generation:
-    """One continued prompt. finish_reason: "stop" (end of sequence or a stop string) or "length"; None while
-    it runs.
-
-    token_ids: every new token, the ending one included; text: what they say, without stop string and special
-    tokens. ttft_s: from the call to the first token. decode_tok_s: tokens per second after the first one (0
-    if there was only one).
-    """
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    prompt_tokens: int = 0
-    ttft_s: float = 0.0
-    decode_tok_s: float = 0.0
-    seed: int = 0
-
-
-class Running:
-    """A sequence on its way: its tokens, how many of them the cache holds, and its text."""
-
-    def __init__(self, session: Session, prompt: Prompt, started: float):
-        self.options = prompt.options
-        seed = prompt.options.seed if prompt.options.seed is not None else secrets.randbits(63)
-        self.result = Generation(prompt_tokens=len(prompt.ids), seed=seed)
-        self.tokens = list(prompt.ids)
-        self.cached = 0
-        self.slot = -1
-        self._started = started
-        self._eos = frozenset() if prompt.options.ignore_eos else session.eos_ids
-        self._limit = min(prompt.options.max_new_tokens, session.max_len - len(prompt.ids) + 1)
-        self._decoder = _decoder(session, prompt)
-        self._stops = StopStrings(prompt.options.stop)
-        self._seen = (
-            np.unique(np.array(prompt.ids))
-            if prompt.options.repetition_penalty != 1.0
-            else np.empty(0, np.int64)
-        )
-        self._workspace: Workspace | None = None
-        self._first_at = started
-
-    @property
-    def missing(self) -> int:
-        """Tokens that the cache does not hold yet."""
-        return len(self.tokens) - self.cached
-
-    def advance(self, logits: np.ndarray) -> str:
-        """Chooses the token that follows from `logits` [V] and returns the text that it makes certain."""
-        if self._workspace is None and self.options.temperature > 0:
-            self._workspace = Workspace(logits.size)
-        position = len(self.tokens) - 1
-        token = choose(logits, self.options, self._seen, self.result.seed, 0, position, self._workspace)
-        self.tokens.append(token)
-        self.result.token_ids.append(token)
-        if self.options.repetition_penalty != 1.0 and token not in self._seen:
-            self._seen = np.append(self._seen, token)
-        self._time()
-        piece = self._stops.push(self._decoder.push(token)) if self._decoder else ""
-        piece += self._finish(token)
-        self.result.text += piece
-        return piece
-
-    def _finish(self, token: int) -> str:
-        """Sets finish_reason if this was the last token; the text that was held back until now."""
-        count = len(self.result.token_ids)
-        if self._stops.stopped or token in self._eos:
-            self.result.finish_reason = "stop"
-        elif count >= self._limit:
-            self.result.finish_reason = "length"
-        if self.result.finish_reason is None:
-            return ""
-        rest = self._stops.push(self._decoder.flush()) + self._stops.flush() if self._decoder else ""
-        if self._stops.stopped:
-            self.result.finish_reason = "stop"
-        return rest
-
-    def _time(self) -> None:
-        now = time.perf_counter()
-        count = len(self.result.token_ids)
-        if count == 1:
-            self._first_at = now
-            self.result.ttft_s = now - self._started
-        else:
-            self.result.decode_tok_s = (count - 1) / max(now - self._first_at, 1e-9)
-
-
-def _decoder(session: Session, prompt: Prompt) -> StreamDecoder | None:
-    if session.has_tokenizer:
-        return StreamDecoder(session.tokenizer, prompt.ids, prompt.options.skip_special_tokens)
-    if prompt.options.stop:
-        raise GristmillError(
-            "stop strings need a tokenizer, which this artifact does not hold; leave out stop"
-        )
-    return None
-
-
-def step(session: Session, running: list[Running]) -> Iterator[tuple[Running, str]]:
-    """One forward for all of `running`; yields those that got a token, with their new text."""
-    batch = plan(running, session.max_tokens)
-    counts = [count for _, count in batch]
-    tokens = np.concatenate([np.array(s.tokens[s.cached : s.cached + n], np.int32) for s, n in batch])
-    positions = np.concatenate([np.arange(s.cached, s.cached + n, dtype=np.int32) for s, n in batch])
-    slots = np.repeat(np.array([s.slot for s, _ in batch], np.int32), counts)
-    lasts = np.cumsum(counts) - 1
-    ready = [(s, int(last)) for (s, n), last in zip(batch, lasts, strict=True) if n == s.missing]
-    logits = session._run(tokens, positions, slots, np.array([last for _, last in ready], np.int32))
-    for sequence, count in batch:
-        sequence.cached += count
-    for (sequence, _), row in zip(ready, logits, strict=True):
-        yield sequence, sequence.advance(row)
-
-
-def plan(running: list[Running], max_tokens: int) -> list[tuple[Running, int]]:
-    """How many tokens of which sequence go next: those that only decode first, then prompts."""
-    batch = []
-    for sequence in sorted(running, key=lambda s: s.missing > 1):
-        count = min(sequence.missing, max_tokens)
-        if count:
-            batch.append((sequence, count))
-            max_tokens -= count
-    return batch
-
-
-def generate_all(session: Session, prompts: list[Prompt]) -> list[Generation]:
-    """Runs all prompts as one batch, each in a slot of its own; a freed slot goes to the next prompt."""
+def generate_all(
+    session: Session, prompts: list[Prompt], on_text: Callable[[int, str], None] | None = None
+) -> list[Generation]:
+    """Runs all prompts side by side. on_text: called in this thread with a prompt's number and new text of
+    it; what it raises ends all of them. Raises the first error of any."""
     started = time.perf_counter()
-    sequences = [Running(session, prompt, started) for prompt in prompts]
-    waiting, running = deque(sequences), list[Running]()
+    sequences = [Sequence(session, prompt, started) for prompt in prompts]
+    scheduler = session._scheduler
     try:
-        while waiting or running:
-            _admit(session, waiting, running)
-            for _ in step(session, running):
-                pass
-            for done in [s for s in running if s.result.finish_reason]:
-                running.remove(done)
-                session._slots.give_back(done.slot)
+        scheduler.submit(sequences)
+        while not all(sequence.done for sequence in sequences):
+            if on_text:
+                scheduler.run_until(
+                    lambda: any(s.pieces for s in sequences) or all(s.done for s in sequences)
+                )
+                _tell(sequences, on_text)
+            else:
+                scheduler.run_until(lambda: all(s.done for s in sequences) or any(s.error for s in sequences))
+                _raise_first(sequences)
+        if on_text:
+            _tell(sequences, on_text)
     finally:
-        for sequence in running:
-            session._slots.give_back(sequence.slot)
+        scheduler.cancel([sequence for sequence in sequences if not sequence.done])
+    _raise_first(sequences)
     return [sequence.result for sequence in sequences]
 
 
-def _admit(session: Session, waiting: deque[Running], running: list[Running]) -> None:
-    while waiting:
-        slot = session._slots.take(wait=not running)
-        if slot is None:
-            return
-        waiting[0].slot = slot
-        running.append(waiting.popleft())
+def _tell(sequences: list[Sequence], on_text: Callable[[int, str], None]) -> None:
+    for number, sequence in enumerate(sequences):
+        while sequence.pieces:
+            on_text(number, sequence.pieces.popleft())
+
+
+def _raise_first(sequences: list[Sequence]) -> None:
+    for sequence in sequences:
+        if sequence.error is not None:
+            raise sequence.error
 
 
 class Stream:
-    """The text of one sequence as it comes; `result` is the Generation so far."""
+    """The text of one sequence as it comes; `result` is the Generation so far. As a context manager it ends
+    with the block."""
 
     def __init__(self, session: Session, prompt: Prompt):
-        self._session = session
-        self._sequence = Running(session, prompt, time.perf_counter())
+        self._scheduler = session._scheduler
+        self._sequence = Sequence(session, prompt, time.perf_counter())
         self.result = self._sequence.result
         self._pieces = self._run()
 
@@ -201,19 +73,105 @@ class Stream:
     def __next__(self) -> str:
         return next(self._pieces)
 
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Ends the generation where it stands."""
         self._pieces.close()
 
     def _run(self) -> Generator[str, None, None]:
-        sequence, slots = self._sequence, self._session._slots
-        slot = slots.take()
-        assert slot is not None
-        sequence.slot = slot
+        sequence = self._sequence
+        sequence.owner = threading.get_ident()
+        self._scheduler.submit([sequence])
         try:
-            while sequence.result.finish_reason is None:
-                for _, piece in step(self._session, [sequence]):
-                    if piece:
-                        yield piece
+            while not (sequence.done and not sequence.pieces):
+                self._scheduler.run_until(lambda: bool(sequence.pieces) or sequence.done)
+                while sequence.pieces:
+                    yield sequence.pieces.popleft()
+            _raise_first([sequence])
         finally:
-            slots.give_back(slot)
+            if not sequence.done:
+                self._scheduler.cancel([sequence])
+
+
+class AsyncStream:
+    """A Stream for `async for`: a thread drives the session while asynchronous generations run, all of them
+    in one batch."""
+
+    def __init__(self, session: Session, prompt: Prompt):
+        self._driver = session._async_driver
+        self._scheduler = session._scheduler
+        self._sequence = Sequence(session, prompt, time.perf_counter())
+        self.result = self._sequence.result
+        self._pieces = self._run()
+
+    def __aiter__(self) -> AsyncStream:
+        return self
+
+    async def __anext__(self) -> str:
+        return await self._pieces.__anext__()
+
+    async def aclose(self) -> None:
+        """Ends the generation where it stands."""
+        await self._pieces.aclose()
+
+    async def _run(self) -> AsyncGenerator[str, None]:
+        sequence, loop, news = self._sequence, asyncio.get_running_loop(), asyncio.Event()
+
+        def notify() -> None:
+            with suppress(RuntimeError):  # the loop was closed with the stream open
+                loop.call_soon_threadsafe(news.set)
+
+        sequence.notify = notify
+        self._scheduler.submit([sequence])
+        self._driver.drive(sequence)
+        try:
+            while not (sequence.done and not sequence.pieces):
+                await news.wait()
+                news.clear()
+                while sequence.pieces:
+                    yield sequence.pieces.popleft()
+            _raise_first([sequence])
+        finally:
+            if not sequence.done:
+                self._scheduler.cancel([sequence])
+
+
+class AsyncDriver:
+    """The thread that drives while asynchronous sequences run; it ends when they have ended."""
+
+    def __init__(self, session: Session):
+        self._scheduler = session._scheduler
+        self._lock = threading.Lock()
+        self._sequences: list[Sequence] = []
+        self._thread: threading.Thread | None = None
+
+    def drive(self, sequence: Sequence) -> None:
+        """Starts the thread where none runs."""
+        with self._lock:
+            self._sequences.append(sequence)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="gristmill-async", daemon=True)
+                self._thread.start()
+
+    def after_fork(self) -> None:
+        """In a child process: the thread is not here, nor what it drove."""
+        self._lock, self._sequences, self._thread = threading.Lock(), [], None
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._sequences = [sequence for sequence in self._sequences if not sequence.done]
+                if not self._sequences:
+                    self._thread = None
+                    return
+                current = self._sequences
+            self._scheduler.run_until(partial(_any_done, current))
+
+
+def _any_done(sequences: list[Sequence]) -> bool:
+    return any(sequence.done for sequence in sequences)

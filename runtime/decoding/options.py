@@ -19,7 +19,9 @@ class GenerationOptions:
     one.
 
     Nothing is taken from the model's generation_config.json but the end-of-sequence ids; they end a text
-    unless ignore_eos is set.
+    unless ignore_eos is set. lookup: propose tokens that followed the last few ones earlier in the text,
+    which changes the speed and not the text; None: where a row's logits do not depend on the rows beside it.
+    timeout_s: seconds from the call after which the text ends where it is.
     """
 
     max_new_tokens: int = 256
@@ -31,6 +33,8 @@ class GenerationOptions:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    lookup: bool | None = None
+    timeout_s: float | None = None
 
     @staticmethod
     def of(**values: Any) -> GenerationOptions:
@@ -54,6 +58,8 @@ class GenerationOptions:
         _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf)
         if self.repetition_penalty == 0:
             raise GristmillError("repetition_penalty is 0, expected a number above 0 (1 is off)")
+        if self.timeout_s is not None:
+            _number("timeout_s", self.timeout_s, 0.0, math.inf)
         if self.seed is not None:
             _integer("seed", self.seed, 0, MAX_SEED)
         if not all(isinstance(text, str) and text for text in self.stop):

@@ -1,0 +1,46 @@
+"""What a step costs by its rows, measured as it goes, and how many tokens are worth proposing.
+
+k proposals of which each is right with probability a, as long as those before it are, bring
+(1 - a^(k + 1)) / (1 - a) tokens (Leviathan et al., arXiv 2211.17192, equation 1) for the time of k + 1 rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+LENGTHS = (1, 2, 3, 5, 7)  # of proposals; up to 4 rows and up to 8 are steps of the kernels' cost
+PRIOR = 0.03  # that a row more is taken to cost before it was measured, as a share of one row alone
+WEIGHT = 0.2  # of a new time in the running mean
+
+
+class Pace:
+    """Seconds of steps by their number of rows."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+
+    def note(self, rows: int, seconds: float) -> None:
+        before = self._seconds.get(rows)
+        if before is None:
+            self._seconds[rows] = seconds
+        else:  # a step that something else delayed says little
+            self._seconds[rows] = before + WEIGHT * (min(seconds, 2 * before) - before)
+
+    def worth(self, acceptance: float, most: int, lengths: Iterable[int] = LENGTHS) -> int:
+        """The number of proposals up to `most` that brings the most tokens per second; 0: none does."""
+        best, best_rate = 0, 1 / self._cost(1)
+        for length in lengths:
+            rate = expected_tokens(length, acceptance) / self._cost(length + 1)
+            if length <= most and rate > best_rate:
+                best, best_rate = length, rate
+        return best
+
+    def _cost(self, rows: int) -> float:
+        if rows in self._seconds:
+            return self._seconds[rows]
+        return self._seconds.get(1, 1.0) * (1 + PRIOR * (rows - 1))
+
+
+def expected_tokens(proposals: int, acceptance: float) -> float:
+    """Tokens that a step with so many proposals brings."""
+    return float(sum(acceptance**i for i in range(proposals + 1)))

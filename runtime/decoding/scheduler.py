@@ -1,0 +1,340 @@
+"""All generations of a session as one batch: continuous batching with chunked prefill.
+
+A step is one forward: of every running sequence the next tokens that the cache lacks, those that decode
+first, prompts in the order they came. A freed slot goes to the sequence that has waited longest. There is no
+thread of its own: of the callers that wait for tokens one drives, that is runs steps for all, until it has
+what it waits for; then it hands over to the next.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gristmill.runtime.decoding.pace import Pace
+from gristmill.runtime.decoding.sequence import Sequence
+from gristmill.runtime.errors import GristmillError
+from gristmill.runtime.slots import common_prefix
+
+if TYPE_CHECKING:
+    from gristmill.runtime.session import Session
+
+PROMPT_ROWS = 128  # of prompts in a step in which others decode: those wait for it
+MOST_ROWS_WITH_DRAFTS = 8  # more rows of decoding cost so much that no token is proposed
+WORTH_COPYING = 16  # rows of another slot: fewer are computed anew
+WORTH_WAITING = 64  # rows that another prompt is computing now
+
+
+@dataclass
+class Statistics:
+    """What a session has done so far. drafted, accepted: tokens proposed by speculation, and those of them
+    that were right; reused_tokens: of prompts, taken over from other sequences; longest_wait_s: for a
+    slot."""
+
+    requests: int = 0
+    finished: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    generated_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    steps: int = 0
+    longest_wait_s: float = 0.0
+
+
+@dataclass
+class Chunk:
+    """What one sequence has in a step: tokens that the cache lacks, and behind the last one drafted ones."""
+
+    sequence: Sequence
+    tokens: list[int]
+    drafted: list[int] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return len(self.tokens) + len(self.drafted)
+
+    @property
+    def wanted(self) -> int:
+        """Rows whose logits are asked for, the last ones."""
+        return 1 + len(self.drafted) if len(self.tokens) == self.sequence.missing else 0
+
+
+@dataclass(eq=False)
+class _Waiter:
+    ready: Callable[[], bool]
+    thread: int = field(default_factory=threading.get_ident)
+    event: threading.Event = field(default_factory=threading.Event)
+    drives: bool = False
+
+
+class Scheduler:
+    """See the module. max_waiting: sequences without a slot, beyond which more are refused."""
+
+    def __init__(self, session: Session, max_waiting: int):
+        self._session, self._max_waiting = session, max_waiting
+        self._lock = threading.Lock()
+        self._driving = False
+        self._waiters: list[_Waiter] = []
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._pace = Pace()
+        self.statistics = Statistics()
+
+    def submit(self, sequences: Iterable[Sequence]) -> None:
+        """Puts sequences behind those that wait. Raises GristmillError where those are too many already."""
+        sequences = list(sequences)
+        with self._lock:
+            if len(self._waiting) >= self._max_waiting:
+                raise GristmillError(
+                    f"{len(self._waiting)} sequences wait for a slot, max_waiting is {self._max_waiting}; "
+                    "try again later, or load with more max_slots or max_waiting"
+                )
+            self._waiting.extend(sequences)
+            self.statistics.requests += len(sequences)
+
+    def cancel(self, sequences: Iterable[Sequence]) -> None:
+        """Ends those that are not done, and frees their slots: at once, or after the step that is under
+        way."""
+        for sequence in sequences:
+            sequence.cancelled = True
+        with self._lock:
+            if self._driving:
+                return
+            self._driving = True
+        try:
+            self._sweep()
+        finally:
+            self._hand_over()
+
+    def run_until(self, ready: Callable[[], bool]) -> None:
+        """Returns when `ready`, which a step of this or of another thread brings about."""
+        if ready() or not self._take_the_reins(ready):
+            return
+        try:
+            while not ready():
+                self._step()
+                self._wake_the_ready()
+        finally:
+            self._hand_over()
+
+    def after_fork(self) -> None:
+        """In a child process: sequences of threads that are not here are gone."""
+        self._lock, self._driving, self._waiters = threading.Lock(), False, []
+        me = threading.get_ident()
+        self._waiting = deque(s for s in self._waiting if s.owner == me)
+        self._running = [s for s in self._running if s.owner == me]
+
+    # ---- who drives ----
+
+    def _take_the_reins(self, ready: Callable[[], bool]) -> bool:
+        """Waits until `ready`, then returns False, or until this thread is to drive."""
+        with self._lock:
+            if not self._driving:
+                self._driving = True
+                return True
+            waiter = _Waiter(ready)
+            self._waiters.append(waiter)
+        try:
+            waiter.event.wait()
+        except BaseException:
+            with self._lock:
+                if waiter in self._waiters:
+                    self._waiters.remove(waiter)
+            if waiter.drives:
+                self._hand_over()
+            raise
+        return waiter.drives
+
+    def _wake_the_ready(self) -> None:
+        if not self._waiters:
+            return
+        with self._lock:
+            for waiter in [w for w in self._waiters if w.ready()]:
+                self._waiters.remove(waiter)
+                waiter.event.set()
+
+    def _hand_over(self) -> None:
+        self._wake_the_ready()
+        with self._lock:
+            self._driving = bool(self._waiters)
+            if self._waiters:
+                waiter = self._waiters.pop(0)
+                waiter.drives = True
+                waiter.event.set()
+
+    # ---- a step ----
+
+    def _step(self) -> None:
+        self._sweep()
+        self._admit()
+        chunks = self._plan()
+        if chunks:
+            self._forward(chunks)
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Lets go of what is done, cancelled or out of time."""
+        now = time.perf_counter()
+        for sequence in [*self._running, *self._waiting]:
+            timeout = sequence.options.timeout_s
+            if sequence.cancelled:
+                sequence.end("cancelled")
+            elif timeout is not None and now - sequence.started > timeout:
+                sequence.end("timeout")
+            if sequence.done:
+                self._let_go(sequence)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        if sequence in self._running:
+            self._running.remove(sequence)
+            kept = sequence.tokens[: sequence.cached] if sequence.error is None else []
+            self._session._slots.give_back(sequence.slot, kept)
+        else:
+            self._waiting.remove(sequence)
+        self.statistics.finished += 1
+        self.statistics.generated_tokens += len(sequence.result.token_ids)
+        if sequence.notify:
+            sequence.notify()
+
+    def _admit(self) -> None:
+        """Gives slots to those that wait, unless another prompt is about to compute what they begin with."""
+        for sequence in list(self._waiting):
+            if self._running and not self._session._slots.free():
+                return
+            if self._computed_now(sequence):
+                continue
+            try:
+                if not self._place(sequence):
+                    return
+            except GristmillError as error:  # no slot will ever be free
+                sequence.fail(error)
+                self._let_go(sequence)
+                continue
+            self._waiting.remove(sequence)
+            self._running.append(sequence)
+            self._count(sequence)
+
+    def _count(self, sequence: Sequence) -> None:
+        statistics = self.statistics
+        statistics.longest_wait_s = max(statistics.longest_wait_s, time.perf_counter() - sequence.started)
+        statistics.prompt_tokens += sequence.result.prompt_tokens
+        statistics.reused_tokens += sequence.result.reused_tokens
+
+    def _computed_now(self, sequence: Sequence) -> bool:
+        """Whether a running sequence has yet to compute many rows that this one needs too."""
+        for other in self._running:
+            end = min(len(sequence.tokens) - 1, other.result.prompt_tokens)
+            least = other.cached + WORTH_WAITING
+            if end >= least and common_prefix(other.tokens[:end], sequence.tokens[:end]) >= least:
+                return True
+        return False
+
+    def _place(self, sequence: Sequence) -> bool:
+        """Finds a slot, with as many of the prompt's rows as another sequence has left."""
+        slots, wanted = self._session._slots, sequence.tokens[:-1]
+        source, length = slots.longest_kept(wanted)
+        kept = slots.kept(source)
+        for other in self._running:
+            shared = slots.reachable(other.slot, common_prefix(other.tokens[: other.cached], wanted))
+            if shared > length:
+                source, length, kept = other.slot, shared, ()
+        whole = kept and (length == len(kept) or slots.free() == 1)  # nothing else is lost by going on there
+        if whole and slots.take_kept(source, length, sequence.owner):
+            sequence.slot = source
+        else:
+            slot = slots.take(not self._running, False, sequence.owner, self._stuck, source)
+            if slot is None:
+                return False
+            sequence.slot = slot
+            if length < WORTH_COPYING or not self._session._copy_slot(source, slot, length, kept):
+                return True
+        sequence.cached = sequence.result.reused_tokens = length
+        return True
+
+    def _stuck(self) -> list[int]:
+        """Threads that wait for the one that drives."""
+        with self._lock:
+            return [waiter.thread for waiter in self._waiters]
+
+    def _plan(self) -> list[Chunk]:
+        """The next tokens of all: those that only decode first, then prompts, as far as the rows reach."""
+        decoding = [s for s in self._running if s.missing == 1]
+        left = self._session.max_tokens
+        chunks = [Chunk(s, s.tokens[-1:]) for s in decoding[:left]]
+        left -= len(chunks)
+        if chunks:
+            left = min(left, PROMPT_ROWS)
+        for sequence in self._running:
+            if sequence.missing > 1 and left > 0:
+                tokens = sequence.tokens[sequence.cached : sequence.cached + left]
+                chunks.append(Chunk(sequence, tokens))
+                left -= len(tokens)
+        if len(chunks) == len(decoding):
+            self._draft(chunks)
+        return chunks
+
+    def _draft(self, chunks: list[Chunk]) -> None:
+        """Adds proposals to sequences that all decode."""
+        most = (MOST_ROWS_WITH_DRAFTS - len(chunks)) // max(len(chunks), 1)
+        most = min(most, self._session.max_tokens // max(len(chunks), 1) - 1)
+        for chunk in chunks:
+            lookup = chunk.sequence.lookup
+            if lookup is None:
+                continue
+            length = self._pace.worth(lookup.acceptance, min(most, chunk.sequence.left - 1))
+            chunk.drafted = lookup.propose(length)
+
+    def _forward(self, chunks: list[Chunk]) -> None:
+        """Runs the chunks, and each sequence takes in what its logits say; an error is of those it
+        concerns."""
+        began = time.perf_counter()
+        try:
+            logits = self._run(chunks)
+        except Exception as error:
+            for chunk in chunks:
+                chunk.sequence.fail(error)
+            return
+        self.statistics.steps += 1
+        if all(chunk.wanted for chunk in chunks) and len(chunks) == 1:
+            self._pace.note(chunks[0].rows, time.perf_counter() - began)
+        ends = np.cumsum([chunk.wanted for chunk in chunks]).tolist()
+        for chunk, end in zip(chunks, ends, strict=True):
+            self._take_in(chunk, logits[end - chunk.wanted : end])
+
+    def _run(self, chunks: list[Chunk]) -> np.ndarray:
+        counts = [chunk.rows for chunk in chunks]
+        tokens = np.concatenate([np.array(c.tokens + c.drafted, np.int32) for c in chunks])
+        starts = np.repeat(np.array([c.sequence.cached for c in chunks], np.int32), counts)
+        ends = np.cumsum(counts)
+        within = np.arange(len(tokens), dtype=np.int32) - np.repeat(ends - counts, counts).astype(np.int32)
+        slots = np.repeat(np.array([c.sequence.slot for c in chunks], np.int32), counts)
+        rows = [
+            np.arange(end - c.wanted, end, dtype=np.int32)
+            for c, end in zip(chunks, ends.tolist(), strict=True)
+        ]
+        return self._session._run(tokens, starts + within, slots, np.concatenate(rows))
+
+    def _take_in(self, chunk: Chunk, logits: np.ndarray) -> None:
+        sequence = chunk.sequence
+        if not chunk.wanted:
+            sequence.cached += len(chunk.tokens)
+            return
+        try:
+            accepted = sequence.verify(logits, chunk.drafted)
+        except Exception as error:
+            sequence.fail(error)
+            return
+        sequence.cached += len(chunk.tokens) + accepted
+        if chunk.drafted and sequence.lookup:
+            sequence.lookup.learn(len(chunk.drafted), accepted)
+            self.statistics.drafted += len(chunk.drafted)
+            self.statistics.accepted += accepted
+        if sequence.notify and not sequence.done:
+            sequence.notify()

@@ -1,0 +1,169 @@
+"""One sequence on its way: its tokens, how many of them the cache holds, and the text they make."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gristmill.runtime.decoding.lookup import Lookup
+from gristmill.runtime.decoding.options import GenerationOptions
+from gristmill.runtime.decoding.sampling import Workspace, choose
+from gristmill.runtime.decoding.stops import StopStrings
+from gristmill.runtime.errors import GristmillError
+from gristmill.runtime.tokenizer import StreamDecoder
+
+if TYPE_CHECKING:
+    from gristmill.runtime.session import Session
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one sequence begins with and how it goes on; sequence: its number among the samples of a
+    prompt."""
+
+    ids: list[int]
+    options: GenerationOptions
+    seed: int | None = None
+    sequence: int = 0
+
+
+@dataclass
+class Generation:
+    """One continued prompt. finish_reason: "stop" (end of sequence or a stop string), "length", "timeout" or
+    "cancelled"; None while it runs.
+
+    token_ids: every new token, the ending one included; text: what they say, without stop string and special
+    tokens. ttft_s: from the call to the first token. decode_tok_s: tokens per second after the first one (0
+    if there was only one). reused_tokens: of the prompt, whose keys and values another sequence had left.
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    ttft_s: float = 0.0
+    decode_tok_s: float = 0.0
+    seed: int = 0
+
+
+class Sequence:
+    """A prompt and what follows it. Whatever of its tokens is not in the cache is its next chunk; when the
+    last one goes in, its logits come out and the next token is chosen: prefill and decode are the same
+    step."""
+
+    def __init__(self, session: Session, prompt: Prompt, started: float):
+        options = self.options = prompt.options
+        given = prompt.seed if prompt.seed is not None else options.seed
+        seed = given if given is not None else secrets.randbits(63)
+        self.result = Generation(prompt_tokens=len(prompt.ids), seed=seed)
+        self.tokens = list(prompt.ids)
+        self.cached = 0
+        self.slot = -1
+        self.owner = threading.get_ident()
+        self.error: BaseException | None = None
+        self.cancelled = False
+        self.pieces: deque[str] = deque()  # text that nobody has taken yet
+        self.notify: Callable[[], None] | None = None  # called after each new piece and at the end
+        looks_up = getattr(session.executor, "rows_agree", True) if options.lookup is None else options.lookup
+        self.lookup = Lookup(self.tokens) if looks_up else None
+        self.started = started
+        self._number = prompt.sequence
+        self._eos = frozenset() if options.ignore_eos else session.eos_ids
+        self._limit = min(options.max_new_tokens, session.max_len - len(prompt.ids) + 1)
+        self._decoder = _decoder(session, prompt)
+        self._stops = StopStrings(options.stop)
+        self._seen = (
+            np.unique(np.array(prompt.ids)) if options.repetition_penalty != 1.0 else np.empty(0, np.int64)
+        )
+        self._workspace: Workspace | None = None
+        self._first_at = started
+
+    @property
+    def missing(self) -> int:
+        """Tokens that the cache does not hold yet."""
+        return len(self.tokens) - self.cached
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still come."""
+        return self._limit - len(self.result.token_ids)
+
+    @property
+    def done(self) -> bool:
+        return self.result.finish_reason is not None or self.error is not None
+
+    def end(self, reason: str) -> None:
+        """Ends it where it stands; the text held back until now comes out."""
+        if self.done:
+            return
+        self.result.finish_reason = reason
+        if self._decoder:
+            self._say(self._stops.push(self._decoder.flush()) + self._stops.flush())
+
+    def fail(self, error: BaseException) -> None:
+        self.error = error
+
+    def verify(self, logits: np.ndarray, drafted: list[int]) -> int:
+        """Takes in the tokens that follow from `logits` [1 + drafted, V]: row i is the one after i drafted
+        tokens, which counts as long as those are the tokens that were chosen. Returns how many were."""
+        for accepted, row in enumerate(logits):
+            token = self._choose(row)
+            self._append(token)
+            if self.done or accepted == len(drafted) or token != drafted[accepted]:
+                return accepted
+        raise AssertionError("there is a row more than drafted tokens")
+
+    def _choose(self, logits: np.ndarray) -> int:
+        if self._workspace is None and self.options.temperature > 0:
+            self._workspace = Workspace(logits.size)
+        return choose(
+            logits, self.options, self._seen, self.result.seed, self._number, len(self.tokens) - 1,
+            self._workspace,
+        )  # fmt: skip
+
+    def _append(self, token: int) -> None:
+        self.tokens.append(token)
+        self.result.token_ids.append(token)
+        if self.options.repetition_penalty != 1.0 and token not in self._seen:
+            self._seen = np.append(self._seen, token)
+        self._time()
+        if self._decoder:
+            self._say(self._stops.push(self._decoder.push(token)))
+        if self._stops.stopped or token in self._eos:
+            self.end("stop")
+        elif self.left <= 0:
+            self.end("length")
+            if self._stops.stopped:
+                self.result.finish_reason = "stop"
+
+    def _say(self, piece: str) -> None:
+        if piece:
+            self.result.text += piece
+            self.pieces.append(piece)
+
+    def _time(self) -> None:
+        now = time.perf_counter()
+        count = len(self.result.token_ids)
+        if count == 1:
+            self._first_at = now
+            self.result.ttft_s = now - self.started
+        else:
+            self.result.decode_tok_s = (count - 1) / max(now - self._first_at, 1e-9)
+
+
+def _decoder(session: Session, prompt: Prompt) -> StreamDecoder | None:
+    if session.has_tokenizer:
+        return StreamDecoder(session.tokenizer, prompt.ids, prompt.options.skip_special_tokens)
+    if prompt.options.stop:
+        raise GristmillError(
+            "stop strings need a tokenizer, which this artifact does not hold; leave out stop"
+        )
+    return None
