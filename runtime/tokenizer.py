@@ -57,6 +57,10 @@ class Tokenizer:
         """The number of ids, added tokens included; the model's vocabulary may be wider."""
         return int(self.backend.get_vocab_size(with_added_tokens=True))
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token and its id."""
+        return dict(self.backend.get_vocab(with_added_tokens=True))
+
     @property
     def special_tokens(self) -> dict[str, str]:
         """Named special tokens as text: bos_token, eos_token, ..."""

@@ -357,10 +357,10 @@ def test_wrong_proposals_pause_for_longer_each_time() -> None:
     for _ in range(300):
         if lookup.propose(3):
             proposed += 1
-            lookup.learn(3, 0)
-    assert proposed < 12 and lookup.acceptance < 0.2
-    lookup.learn(3, 3)
-    assert lookup.acceptance > 0.3
+            lookup.acceptance.learn(3, 0)
+    assert proposed < 12 and lookup.acceptance.share < 0.2
+    lookup.acceptance.learn(3, 3)
+    assert lookup.acceptance.share > 0.3
 
 
 def test_the_length_of_proposals_follows_what_rows_cost() -> None:
@@ -371,6 +371,42 @@ def test_the_length_of_proposals_follows_what_rows_cost() -> None:
         for _ in range(30):
             pace.note(rows, seconds)
     assert pace.worth(0.8, 7) == 3 and pace.worth(0.02, 7) == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "seed": 3}])
+@pytest.mark.parametrize("same", [True, False])
+def test_a_draft_changes_the_steps_and_not_the_text(options: dict[str, Any], same: bool) -> None:
+    prompts = ["abcdefg", "x" * 50, "", "something else"]
+    expected = parrot().generate(prompts, max_new_tokens=60, lookup=False, **options)
+    session, draft = parrot(), parrot()
+    if not same:
+        draft = fake_session(max_len=400, max_tokens=7)
+    session.draft_with(draft)
+    for _ in range(2):  # the second time over prefixes that are there already
+        found = session.generate(prompts, max_new_tokens=60, lookup=False, **options)
+        assert [g.token_ids for g in found] == [g.token_ids for g in expected]
+    statistics = session.statistics
+    assert statistics.drafted and (statistics.accepted == statistics.drafted) == same
+    one = parrot()
+    one.draft_with(parrot())
+    one.generate("abcdefg", max_new_tokens=60, lookup=False)
+    assert one.statistics.steps < 20, "up to seven proposals, all right"
+
+
+def test_drafts_that_cannot_be(tmp_path: Path) -> None:
+    session = fake_session(max_len=40)
+    with pytest.raises(GristmillError, match="tokens are not the model's"):
+        session.draft_with(fake_session(vocabulary=300, tokenizer=False))
+    with pytest.raises(GristmillError, match="max_len 30 and 3 slots, expected 40"):
+        session.draft_with(fake_session(max_len=30))
+    artifact = tiny_artifact(tmp_path / "a")
+    prompt = [5, 6, 7]
+    plain = gristmill.load(artifact).generate(prompt, max_new_tokens=20, lookup=False)
+    drafted = gristmill.load(artifact, draft=artifact)
+    assert drafted.generate(prompt, max_new_tokens=20, lookup=False).token_ids == plain.token_ids
+    assert drafted.statistics.accepted > 0
+    with pytest.raises(GristmillError, match="nothing.grist"):
+        gristmill.load(artifact, draft=tmp_path / "nothing.grist")
 
 
 # ---- asynchronous ------------------------------------------------------------------------------------

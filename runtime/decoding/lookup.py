@@ -9,8 +9,9 @@ depend on seed, sequence and position alone, so the text is that without specula
 
 from __future__ import annotations
 
+from gristmill.runtime.decoding.pace import Acceptance
+
 NGRAMS = (3, 2)  # the longest first
-MOST_PAUSE = 64  # tokens without proposals after many wrong ones
 
 
 class Lookup:
@@ -20,33 +21,18 @@ class Lookup:
         self._tokens = tokens
         self._after: list[dict[tuple[int, ...], int]] = [{} for _ in NGRAMS]  # where each n-gram last ended
         self._indexed = 0
-        self._pause, self._next_pause = 0, 1
-        self.acceptance = 0.6  # of a proposed token behind accepted ones, a running mean
+        self.acceptance = Acceptance()
 
     def propose(self, most: int) -> list[int]:
         """Up to `most` tokens that may follow."""
         self._index()
-        if self._pause > 0:
-            self._pause -= 1
-            return []
-        if most < 1:
+        if self.acceptance.paused() or most < 1:
             return []
         for size, after in zip(NGRAMS, self._after, strict=True):
             found = after.get(tuple(self._tokens[-size:]))
             if found is not None:
                 return self._tokens[found : found + most]
         return []
-
-    def learn(self, proposed: int, accepted: int) -> None:
-        """Notes how many proposed tokens were right: after wrong ones, proposals pause for longer each
-        time."""
-        judged = min(accepted + 1, proposed)
-        for i in range(judged):
-            self.acceptance += 0.15 * ((i < accepted) - self.acceptance)
-        if accepted:
-            self._next_pause = 1
-        else:
-            self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, MOST_PAUSE)
 
     def _index(self) -> None:
         """Takes in all n-grams but the one at the very end, which has no token after it."""

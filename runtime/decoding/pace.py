@@ -6,11 +6,33 @@ k proposals of which each is right with probability a, as long as those before i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 LENGTHS = (1, 2, 3, 5, 7)  # of proposals; up to 4 rows and up to 8 are steps of the kernels' cost
 PRIOR = 0.03  # that a row more is taken to cost before it was measured, as a share of one row alone
 WEIGHT = 0.2  # of a new time in the running mean
+LEARNT = 0.15  # of a new verdict on a proposal
+MOST_PAUSE = 64  # tokens without proposals after many wrong ones
+
+
+class Acceptance:
+    """How often proposals are right: after wrong ones they pause, for longer each time."""
+
+    def __init__(self) -> None:
+        self.share = 0.6  # of a proposed token behind accepted ones, a running mean
+        self._pause, self._next_pause = 0, 1
+
+    def paused(self) -> bool:
+        """Asked once for each token."""
+        self._pause = max(self._pause - 1, -1)
+        return self._pause >= 0
+
+    def learn(self, proposed: int, accepted: int) -> None:
+        """Of so many proposed tokens the first `accepted` ones were right."""
+        for i in range(min(accepted + 1, proposed)):
+            self.share += LEARNT * ((i < accepted) - self.share)
+        if accepted:
+            self._pause, self._next_pause = 0, 1
+        else:
+            self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, MOST_PAUSE)
 
 
 class Pace:
@@ -26,11 +48,12 @@ class Pace:
         else:  # a step that something else delayed says little
             self._seconds[rows] = before + WEIGHT * (min(seconds, 2 * before) - before)
 
-    def worth(self, acceptance: float, most: int, lengths: Iterable[int] = LENGTHS) -> int:
-        """The number of proposals up to `most` that brings the most tokens per second; 0: none does."""
+    def worth(self, acceptance: float, most: int, each: float = 0.0) -> int:
+        """The number of proposals up to `most` that brings the most tokens per second; 0: none does. each:
+        seconds that making one takes."""
         best, best_rate = 0, 1 / self._cost(1)
-        for length in lengths:
-            rate = expected_tokens(length, acceptance) / self._cost(length + 1)
+        for length in LENGTHS:
+            rate = expected_tokens(length, acceptance) / (self._cost(length + 1) + length * each)
             if length <= most and rate > best_rate:
                 best, best_rate = length, rate
         return best

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gristmill.runtime.decoding.pace import Pace
+from gristmill.runtime.decoding.draft import Draft
+from gristmill.runtime.decoding.pace import Acceptance, Pace
 from gristmill.runtime.decoding.sequence import Sequence
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.slots import common_prefix
@@ -55,6 +56,7 @@ class Chunk:
     sequence: Sequence
     tokens: list[int]
     drafted: list[int] = field(default_factory=list)
+    judge: Acceptance | None = None  # of those
 
     @property
     def rows(self) -> int:
@@ -85,6 +87,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._pace = Pace()
+        self.draft: Draft | None = None  # proposes tokens, see Session
         self.statistics = Statistics()
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
@@ -277,19 +280,26 @@ class Scheduler:
                 chunks.append(Chunk(sequence, tokens))
                 left -= len(tokens)
         if len(chunks) == len(decoding):
-            self._draft(chunks)
+            self._propose(chunks)
         return chunks
 
-    def _draft(self, chunks: list[Chunk]) -> None:
-        """Adds proposals to sequences that all decode."""
-        most = (MOST_ROWS_WITH_DRAFTS - len(chunks)) // max(len(chunks), 1)
-        most = min(most, self._session.max_tokens // max(len(chunks), 1) - 1)
+    def _propose(self, chunks: list[Chunk]) -> None:
+        """Adds proposals to sequences that all decode: what followed earlier in the text, else a draft's."""
+        most = min(MOST_ROWS_WITH_DRAFTS, self._session.max_tokens) // max(len(chunks), 1) - 1
+        asked = []
         for chunk in chunks:
-            lookup = chunk.sequence.lookup
-            if lookup is None:
-                continue
-            length = self._pace.worth(lookup.acceptance, min(most, chunk.sequence.left - 1))
-            chunk.drafted = lookup.propose(length)
+            sequence, room = chunk.sequence, min(most, chunk.sequence.left - 1)
+            if sequence.lookup is not None:
+                length = self._pace.worth(sequence.lookup.acceptance.share, room)
+                chunk.drafted = sequence.lookup.propose(length)
+                chunk.judge = sequence.lookup.acceptance
+            if not chunk.drafted and self.draft is not None and not sequence.draft_acceptance.paused():
+                chunk.judge = sequence.draft_acceptance
+                asked.append((chunk, self._pace.worth(chunk.judge.share, room, self.draft.seconds)))
+        if self.draft is not None and asked:
+            found = self.draft.propose([(chunk.sequence, length) for chunk, length in asked])
+            for (chunk, _), drafted in zip(asked, found, strict=True):
+                chunk.drafted = drafted
 
     def _forward(self, chunks: list[Chunk]) -> None:
         """Runs the chunks, and each sequence takes in what its logits say; an error is of those it
@@ -332,8 +342,8 @@ class Scheduler:
             sequence.fail(error)
             return
         sequence.cached += len(chunk.tokens) + accepted
-        if chunk.drafted and sequence.lookup:
-            sequence.lookup.learn(len(chunk.drafted), accepted)
+        if chunk.drafted and chunk.judge is not None:
+            chunk.judge.learn(len(chunk.drafted), accepted)
             self.statistics.drafted += len(chunk.drafted)
             self.statistics.accepted += accepted
         if sequence.notify and not sequence.done:

@@ -14,6 +14,7 @@ import numpy as np
 
 from gristmill.runtime.decoding.lookup import Lookup
 from gristmill.runtime.decoding.options import GenerationOptions
+from gristmill.runtime.decoding.pace import Acceptance
 from gristmill.runtime.decoding.sampling import Workspace, choose
 from gristmill.runtime.decoding.stops import StopStrings
 from gristmill.runtime.errors import GristmillError
@@ -74,6 +75,7 @@ class Sequence:
         self.notify: Callable[[], None] | None = None  # called after each new piece and at the end
         looks_up = getattr(session.executor, "rows_agree", True) if options.lookup is None else options.lookup
         self.lookup = Lookup(self.tokens) if looks_up else None
+        self.draft_acceptance = Acceptance()
         self.started = started
         self._number = prompt.sequence
         self._eos = frozenset() if options.ignore_eos else session.eos_ids
@@ -121,12 +123,16 @@ class Sequence:
                 return accepted
         raise AssertionError("there is a row more than drafted tokens")
 
-    def _choose(self, logits: np.ndarray) -> int:
+    def guess(self, logits: np.ndarray, ahead: int) -> int:
+        """The token that would be chosen from `logits` [V] of another model `ahead` tokens from here."""
+        return self._choose(logits, ahead)
+
+    def _choose(self, logits: np.ndarray, ahead: int = 0) -> int:
         if self._workspace is None and self.options.temperature > 0:
             self._workspace = Workspace(logits.size)
         return choose(
-            logits, self.options, self._seen, self.result.seed, self._number, len(self.tokens) - 1,
-            self._workspace,
+            logits, self.options, self._seen, self.result.seed, self._number,
+            len(self.tokens) - 1 + ahead, self._workspace,
         )  # fmt: skip
 
     def _append(self, token: int) -> None:
