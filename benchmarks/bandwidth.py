@@ -1,7 +1,8 @@
 """How fast this machine reads memory: the roof of decoding.
 
-    python benchmarks/bandwidth.py --threads 2
+python benchmarks/bandwidth.py --threads 2
 """
+
 from __future__ import annotations
 
 import os

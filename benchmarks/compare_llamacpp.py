@@ -9,6 +9,7 @@ mean of both streams) are medians over the rounds. Only the weights are counted 
     peer/bin/python benchmarks/llamacpp_peer.py convert bench/hf bench/gguf q4_0
     python benchmarks/compare_llamacpp.py bench/int4 bench/gguf/q4_0.gguf --peer-python peer/bin/python
 """
+
 from __future__ import annotations
 
 import os
@@ -25,8 +26,16 @@ import gristmill
 from gristmill.runtime.bench import BenchOptions, measure_round
 
 HERE = Path(__file__).parent
-COLUMNS = ["round", "stream_gb_s", "decode_tok_s", "decode_gb_s", "prefill_tok_s", "peer_decode_tok_s",
-           "peer_decode_gb_s", "peer_prefill_tok_s"]
+COLUMNS = [
+    "round",
+    "stream_gb_s",
+    "decode_tok_s",
+    "decode_gb_s",
+    "prefill_tok_s",
+    "peer_decode_tok_s",
+    "peer_decode_gb_s",
+    "peer_prefill_tok_s",
+]
 
 
 def llama_cpp(python: str, gguf: Path, threads: int, length: int, cache: str = "f16") -> Peer:
@@ -39,29 +48,38 @@ def one_round(session: gristmill.Session, peer: Peer, options: BenchOptions, num
     decode, prefill, before = measure_round(session, options)
     after = read_gb_s(session.threads)
     theirs = peer.measure(options.prompt, options.context, options.tokens)
-    return {"round": number, "stream_gb_s": (before + after) / 2,
-            "decode_tok_s": decode, "prefill_tok_s": prefill,
-            "decode_gb_s": decode * session.executor.weight_bytes_per_token / 1e9,
-            "peer_decode_tok_s": theirs["decode_tok_s"], "peer_prefill_tok_s": theirs["prefill_tok_s"],
-            "peer_decode_gb_s": theirs["decode_tok_s"] * peer.about["read_bytes_per_token"] / 1e9}
+    return {
+        "round": number,
+        "stream_gb_s": (before + after) / 2,
+        "decode_tok_s": decode,
+        "prefill_tok_s": prefill,
+        "decode_gb_s": decode * session.executor.weight_bytes_per_token / 1e9,
+        "peer_decode_tok_s": theirs["decode_tok_s"],
+        "peer_prefill_tok_s": theirs["prefill_tok_s"],
+        "peer_decode_gb_s": theirs["decode_tok_s"] * peer.about["read_bytes_per_token"] / 1e9,
+    }
 
 
 def summary(rounds: list[dict[str, float]]) -> str:
     """One line of medians."""
+
     def ratio(top: str, bottom: str) -> float:
         return median(row[top] / row[bottom] for row in rounds)
 
     middle = {name: median(row[name] for row in rounds) for name in COLUMNS}
-    return (f"decode {middle['decode_tok_s']:.1f} against {middle['peer_decode_tok_s']:.1f} tok/s "
-            f"({ratio('decode_tok_s', 'peer_decode_tok_s'):.2f}x), {middle['decode_gb_s']:.1f} GB/s, "
-            f"{ratio('decode_gb_s', 'stream_gb_s'):.0%} of the read stream of {middle['stream_gb_s']:.1f} "
-            f"(llama.cpp {ratio('peer_decode_gb_s', 'stream_gb_s'):.0%}); prefill "
-            f"{middle['prefill_tok_s']:.0f} against {middle['peer_prefill_tok_s']:.0f} tok/s "
-            f"({ratio('prefill_tok_s', 'peer_prefill_tok_s'):.2f}x)")
+    return (
+        f"decode {middle['decode_tok_s']:.1f} against {middle['peer_decode_tok_s']:.1f} tok/s "
+        f"({ratio('decode_tok_s', 'peer_decode_tok_s'):.2f}x), {middle['decode_gb_s']:.1f} GB/s, "
+        f"{ratio('decode_gb_s', 'stream_gb_s'):.0%} of the read stream of {middle['stream_gb_s']:.1f} "
+        f"(llama.cpp {ratio('peer_decode_gb_s', 'stream_gb_s'):.0%}); prefill "
+        f"{middle['prefill_tok_s']:.0f} against {middle['peer_prefill_tok_s']:.0f} tok/s "
+        f"({ratio('prefill_tok_s', 'peer_prefill_tok_s'):.2f}x)"
+    )
 
 
-def compare(artifact: Path, gguf: Path, python: str, threads: int, options: BenchOptions) -> tuple[
-        list[dict[str, float]], str]:
+def compare(
+    artifact: Path, gguf: Path, python: str, threads: int, options: BenchOptions
+) -> tuple[list[dict[str, float]], str]:
     """(the rounds after one that warms up, the peer's version)"""
     length = max(options.prompt, options.context + options.tokens) + 64
     session = gristmill.load(artifact, threads=threads, max_slots=1, max_len=length)
@@ -84,8 +102,18 @@ def compare(artifact: Path, gguf: Path, python: str, threads: int, options: Benc
 @click.option("--context", default=16, show_default=True)
 @click.option("--name", help="Of the model, for the name of the results file; default: that of the artifact.")
 @click.option("--results", type=click.Path(path_type=Path), default=HERE / "results")
-def main(artifact: Path, gguf: Path, peer_python: str, threads: int, results: Path, name: str | None,
-         rounds: int, prompt: int, tokens: int, context: int) -> None:
+def main(
+    artifact: Path,
+    gguf: Path,
+    peer_python: str,
+    threads: int,
+    results: Path,
+    name: str | None,
+    rounds: int,
+    prompt: int,
+    tokens: int,
+    context: int,
+) -> None:
     options = BenchOptions(prompt, tokens, context, rounds, threads)
     load = os.getloadavg()[0]
     measured, version = compare(artifact, gguf, peer_python, threads, options)

@@ -88,8 +88,14 @@ def compare(
 
 @click.command(help=__doc__)
 @click.argument("artifact", type=click.Path(path_type=Path, exists=True))
-@click.option("--peer", "peers", multiple=True, required=True, metavar="KIND PYTHON MODEL",
-              type=(click.Choice(["llama.cpp", *ENGINES]), str, click.Path(path_type=Path, exists=True)))
+@click.option(
+    "--peer",
+    "peers",
+    multiple=True,
+    required=True,
+    metavar="KIND PYTHON MODEL",
+    type=(click.Choice(["llama.cpp", *ENGINES]), str, click.Path(path_type=Path, exists=True)),
+)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--prompt", default=512, show_default=True)

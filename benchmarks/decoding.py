@@ -116,8 +116,11 @@ def main(artifact: Path, tokens: int, rounds: int, threads: int | None, out: Pat
         rows.append({"work": name, "tok_s": median(speeds), "ratio": ratio})
         click.echo(f"{name:22s} {median(speeds):8.1f} tok/s  {ratio:5.2f} x")
     if out:
-        about = {"artifact": artifact.name, "threads": session.threads, "cpu": cpu_model(), "rounds": rounds}
-        write_results(out, rows, about)
+        about = [
+            f"gristmill {gristmill.__version__} ({artifact.name}), {session.threads} threads, {cpu_model()}",
+            f"{tokens} tokens, medians of {rounds} rounds, ratios within a round",
+        ]
+        write_results(out, ("work", "tok_s", "ratio"), rows, about)
 
 
 if __name__ == "__main__":

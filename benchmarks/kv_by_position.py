@@ -7,6 +7,7 @@ of 32 tokens.
     python benchmarks/kv_by_position.py examples/py7m TEXT --tokens 60000
     python benchmarks/kv_by_position.py MODEL TEXT --format f16 --format int8/int4 --format "int4/f16 rotated"
 """
+
 from __future__ import annotations
 
 import re
@@ -22,8 +23,21 @@ from gristmill.compiler.statistics import Blocks, bootstrap_mean
 from gristmill.runtime.evaluation import read_text, text_windows, window_nll
 from gristmill.runtime.session import Session
 
-FORMATS = ("f16", "int8", "fp8", "int4", "int4 rotated", "int4/f16", "int4/f16 rotated", "f16/int4",
-           "fp8/f16", "f16/fp8", "int8/int4", "int8 rotated", "fp8 rotated")
+FORMATS = (
+    "f16",
+    "int8",
+    "fp8",
+    "int4",
+    "int4 rotated",
+    "int4/f16",
+    "int4/f16 rotated",
+    "f16/int4",
+    "fp8/f16",
+    "f16/fp8",
+    "int8/int4",
+    "int8 rotated",
+    "fp8 rotated",
+)
 EDGES = (0, 64, 256, 512, 1024, 2048, 4096)
 Scores = list[NDArray[np.float64]]  # nll of each window's tokens
 

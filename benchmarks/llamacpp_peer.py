@@ -8,6 +8,7 @@
 `serve` answers requests on stdin, see peer_process.py.
 Token ids go in directly, so that the GGUF carries a placeholder vocabulary.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -27,9 +28,17 @@ FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q3_k_m": 12, "q4_k_m": 15, "q6_k": 18}
 CACHE_TYPES = {"f16": 1, "q8_0": 8}
 DTYPES = {"F16": np.float16, "F32": np.float32, "BF16": np.uint16}
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-INSIDE = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-          "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-          "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+INSIDE = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 CONTROL, BYTE, NORMAL = 3, 6, 1  # kinds of token in a GGUF
 
 
@@ -38,7 +47,7 @@ def tensors(directory: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
     for path in sorted(directory.glob("*.safetensors")):
         data = np.memmap(path, np.uint8, "r")
         size = int.from_bytes(data[:8].tobytes(), "little")
-        header = json.loads(data[8:8 + size].tobytes())
+        header = json.loads(data[8 : 8 + size].tobytes())
         for name, info in header.items():
             if name != "__metadata__":
                 begin, end = (8 + size + offset for offset in info["data_offsets"])
@@ -141,7 +150,7 @@ def measure(model: Any, prompt: int, context: int, tokens: int) -> dict[str, flo
     model.eval(ids[:prompt])
     prefill_s = time.perf_counter() - begin
     model.reset()
-    model.eval(ids[:max(context, 1)])
+    model.eval(ids[: max(context, 1)])
     begin = time.perf_counter()
     for i in range(tokens):
         model.eval([ids[i % len(ids)]])
@@ -169,11 +178,22 @@ def serve(path: Path, threads: int, length: int, cache: str = "f16") -> None:
     """A quantized cache needs flash attention, and gets it."""
     import llama_cpp
 
-    model = llama_cpp.Llama(str(path), n_ctx=length, n_threads=threads, n_threads_batch=threads, n_batch=512,
-                            type_k=CACHE_TYPES[cache], type_v=CACHE_TYPES[cache], flash_attn=cache != "f16",
-                            verbose=False)
-    ready = {"read_bytes_per_token": read_bytes_per_token(path), "file_bytes": path.stat().st_size,
-             "version": f"llama-cpp-python {llama_cpp.__version__}"}
+    model = llama_cpp.Llama(
+        str(path),
+        n_ctx=length,
+        n_threads=threads,
+        n_threads_batch=threads,
+        n_batch=512,
+        type_k=CACHE_TYPES[cache],
+        type_v=CACHE_TYPES[cache],
+        flash_attn=cache != "f16",
+        verbose=False,
+    )
+    ready = {
+        "read_bytes_per_token": read_bytes_per_token(path),
+        "file_bytes": path.stat().st_size,
+        "version": f"llama-cpp-python {llama_cpp.__version__}",
+    }
     peer_process.serve(ready, functools.partial(measure, model))
 
 

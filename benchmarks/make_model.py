@@ -7,6 +7,7 @@ a few megabytes at a time are in memory.
 
     python benchmarks/make_model.py tinyllama-1.1b OUT
 """
+
 from __future__ import annotations
 
 import json
@@ -21,37 +22,98 @@ from numpy.typing import NDArray
 SHARD_BYTES = 2_000_000_000
 DEVIATION = 0.02
 
-LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False,
-         "mlp_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
-         "pretraining_tp": 1, "rms_norm_eps": 1e-5, "use_cache": True, "torch_dtype": "bfloat16"}
-LLAMA3 = {**LLAMA, "vocab_size": 128256, "max_position_embeddings": 131072, "rope_theta": 500000.0,
-          "bos_token_id": 128000, "eos_token_id": 128001}
-ROPE3 = {"high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
-         "rope_type": "llama3"}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-5,
+    "use_cache": True,
+    "torch_dtype": "bfloat16",
+}
+LLAMA3 = {
+    **LLAMA,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+ROPE3 = {
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tinyllama-1.1b": {
-        **LLAMA, "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
-        "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048,
-        "rope_theta": 10000.0, "rope_scaling": None, "tie_word_embeddings": False, "bos_token_id": 1,
-        "eos_token_id": 2},
+        **LLAMA,
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "llama-3.2-1b": {
-        **LLAMA3, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
-        "rope_scaling": {**ROPE3, "factor": 32.0}},
+        **LLAMA3,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "head_dim": 64,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+        "rope_scaling": {**ROPE3, "factor": 32.0},
+    },
     "llama-3.1-8b": {
-        **LLAMA3, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
-        "rope_scaling": {**ROPE3, "factor": 8.0}},
+        **LLAMA3,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+        "rope_scaling": {**ROPE3, "factor": 8.0},
+    },
     "qwen3-0.6b": {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False,
-        "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-6,
-        "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-        "max_position_embeddings": 40960, "max_window_layers": 28, "sliding_window": None,
-        "use_sliding_window": False, "rope_theta": 1000000, "rope_scaling": None,
-        "tie_word_embeddings": True, "use_cache": True, "torch_dtype": "bfloat16",
-        "bos_token_id": 151643, "eos_token_id": 151645},
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 28,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "rope_theta": 1000000,
+        "rope_scaling": None,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+    },
 }
 # for contexts longer than the published model's
 SHAPES["tinyllama-1.1b-8k"] = {**SHAPES["tinyllama-1.1b"], "max_position_embeddings": 8192}
@@ -154,9 +216,12 @@ def write_tokenizer(config: dict[str, Any], out: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(piece, special=True) for piece in ends.values()])
     tokenizer.save(str(out / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": ends[config["bos_token_id"]],
-                "eos_token": ends[config["eos_token_id"]],
-                "model_max_length": config["max_position_embeddings"]}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": ends[config["bos_token_id"]],
+        "eos_token": ends[config["eos_token_id"]],
+        "model_max_length": config["max_position_embeddings"],
+    }
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
 

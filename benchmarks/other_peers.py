@@ -89,9 +89,7 @@ def onnxruntime_genai(model: Path, threads: int) -> Generate:
     import onnxruntime_genai as library
 
     config = library.Config(str(model))
-    config.overlay(
-        json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}})
-    )
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
     loaded = library.Model(config)
 
     def generate(ids: list[int], count: int) -> list[float]:
@@ -137,9 +135,7 @@ def measure(generate: Generate, prompt: int, context: int, tokens: int) -> dict[
 @click.option("--tokens", default=32, show_default=True)
 @click.option("--context", default=16, show_default=True)
 @click.option("--serve", "serving", is_flag=True, help="Answer requests on stdin instead.")
-def main(
-    peer: str, model: Path, threads: int, prompt: int, tokens: int, context: int, serving: bool
-) -> None:
+def main(peer: str, model: Path, threads: int, prompt: int, tokens: int, context: int, serving: bool) -> None:
     package, load = ENGINES[peer]
     about = {"peer": peer, "version": f"{package} {version(package)}"}
     ask = functools.partial(measure, load(model, threads))

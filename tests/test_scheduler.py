@@ -14,7 +14,7 @@ from tiny import FakeExecutor, batches, fake_session, tiny_artifact
 
 import gristmill
 from gristmill.runtime.decoding.lookup import Lookup
-from gristmill.runtime.decoding.pace import Pace, expected_tokens
+from gristmill.runtime.decoding.pace import Acceptance, Pace, expected_tokens
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.slots import Slots, common_prefix
 
@@ -351,16 +351,17 @@ def test_lookup_proposes_what_followed() -> None:
     assert lookup.propose(4) == []
 
 
-def test_wrong_proposals_pause_for_longer_each_time() -> None:
-    tokens = [1, 2, 3] * 100
-    lookup, proposed = Lookup(tokens), 0
-    for _ in range(300):
-        if lookup.propose(3):
-            proposed += 1
-            lookup.acceptance.learn(3, 0)
-    assert proposed < 12 and lookup.acceptance.share < 0.2
-    lookup.acceptance.learn(3, 3)
-    assert lookup.acceptance.share > 0.3
+def test_proposals_that_are_mostly_wrong_become_rare() -> None:
+    acceptance, pace = Acceptance(), Pace()
+    lengths = []
+    for _ in range(600):
+        lengths.append(acceptance.length(pace, 7))
+        if lengths[-1]:
+            acceptance.learn(lengths[-1], 0)
+    assert lengths[0] > 1 and sum(lengths[100:]) < 12 and acceptance.share < 0.05
+    for _ in range(3):
+        acceptance.learn(3, 3)
+    assert acceptance.length(pace, 7) > 1
 
 
 def test_the_length_of_proposals_follows_what_rows_cost() -> None:

@@ -26,7 +26,7 @@ class Lookup:
     def propose(self, most: int) -> list[int]:
         """Up to `most` tokens that may follow."""
         self._index()
-        if self.acceptance.paused() or most < 1:
+        if most < 1:
             return []
         for size, after in zip(NGRAMS, self._after, strict=True):
             found = after.get(tuple(self._tokens[-size:]))

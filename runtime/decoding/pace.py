@@ -9,30 +9,33 @@ from __future__ import annotations
 LENGTHS = (1, 2, 3, 5, 7)  # of proposals; up to 4 rows and up to 8 are steps of the kernels' cost
 PRIOR = 0.03  # that a row more is taken to cost before it was measured, as a share of one row alone
 WEIGHT = 0.2  # of a new time in the running mean
-LEARNT = 0.15  # of a new verdict on a proposal
-MOST_PAUSE = 64  # tokens without proposals after many wrong ones
+LEARNT = 0.1  # of a new verdict on a proposal
+FIRST_INTERVAL, MOST_INTERVAL = 4, 64  # tokens between proposals that are tried although not worth it
 
 
 class Acceptance:
-    """How often proposals are right: after wrong ones they pause, for longer each time."""
+    """How often proposals are right. Where so few are that none is worth its time, one is tried now and then,
+    more rarely each time."""
 
     def __init__(self) -> None:
         self.share = 0.6  # of a proposed token behind accepted ones, a running mean
-        self._pause, self._next_pause = 0, 1
+        self._since, self._interval = 0, FIRST_INTERVAL
 
-    def paused(self) -> bool:
-        """Asked once for each token."""
-        self._pause = max(self._pause - 1, -1)
-        return self._pause >= 0
+    def length(self, pace: Pace, most: int, each: float = 0.0) -> int:
+        """How many tokens to propose, up to `most`; asked once for each token. each: seconds of making
+        one."""
+        worth = pace.worth(self.share, most, each)
+        if worth or most < 1:
+            return worth
+        self._since += 1
+        return int(self._since >= self._interval)
 
     def learn(self, proposed: int, accepted: int) -> None:
         """Of so many proposed tokens the first `accepted` ones were right."""
         for i in range(min(accepted + 1, proposed)):
             self.share += LEARNT * ((i < accepted) - self.share)
-        if accepted:
-            self._pause, self._next_pause = 0, 1
-        else:
-            self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, MOST_PAUSE)
+        self._since = 0
+        self._interval = FIRST_INTERVAL if accepted else min(2 * self._interval, MOST_INTERVAL)
 
 
 class Pace:

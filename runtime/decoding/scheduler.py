@@ -290,12 +290,11 @@ class Scheduler:
         for chunk in chunks:
             sequence, room = chunk.sequence, min(most, chunk.sequence.left - 1)
             if sequence.lookup is not None:
-                length = self._pace.worth(sequence.lookup.acceptance.share, room)
-                chunk.drafted = sequence.lookup.propose(length)
                 chunk.judge = sequence.lookup.acceptance
-            if not chunk.drafted and self.draft is not None and not sequence.draft_acceptance.paused():
+                chunk.drafted = sequence.lookup.propose(chunk.judge.length(self._pace, room))
+            if not chunk.drafted and self.draft is not None:
                 chunk.judge = sequence.draft_acceptance
-                asked.append((chunk, self._pace.worth(chunk.judge.share, room, self.draft.seconds)))
+                asked.append((chunk, chunk.judge.length(self._pace, room, self.draft.seconds)))
         if self.draft is not None and asked:
             found = self.draft.propose([(chunk.sequence, length) for chunk, length in asked])
             for (chunk, _), drafted in zip(asked, found, strict=True):
