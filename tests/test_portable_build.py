@@ -81,8 +81,8 @@ def test_the_search_for_x86_finds_it(source: str) -> None:
 
 def test_the_portable_build_chooses_its_only_kernels(tmp_path: Path) -> None:
     library = tmp_path / "portable.so"
-    flags = [*FLAGS, *HEADERS, "-fvisibility=default", "-DGRISTMILL_PORTABLE", "-O0", "-shared", "-Wl,-z,defs"]
-    run([*native_compiler(), *flags, *KERNELS, "runtime/cpu/pool.cpp", "-o", str(library)])
+    flags = [*FLAGS, *HEADERS, "-O0", "-DGRISTMILL_PORTABLE", "-fvisibility=default", "-shared"]
+    run([*native_compiler(), *flags, "-Wl,-z,defs", *KERNELS, "runtime/cpu/pool.cpp", "-o", str(library)])
     find = getattr(ctypes.CDLL(str(library)), FIND_KERNELS)
     find.restype = ctypes.POINTER(ctypes.c_char_p)  # a Kernels begins with its name
     assert find(b"auto")[0] == b"portable"
