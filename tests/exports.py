@@ -1,4 +1,4 @@
-"""One export for all models of a process that are built alike: exporting is most of a small model's compile."""
+"""One export for all models of a process that are built alike: most of a small compile is its export."""
 
 from __future__ import annotations
 
