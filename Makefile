@@ -11,7 +11,7 @@ NATIVE := $(filter %.cpp %.h %.inc,$(FILES))
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 EDITABLE := --no-build-isolation --config-settings editable_mode=strict --editable
 
-.PHONY: compile run test test-gpu check sanitize bench report wheel clean install force
+.PHONY: compile run test test-gpu test-aarch64 check sanitize bench report wheel clean install force
 
 compile: install
 	$(BIN)/gristmill compile $(MODEL) -o $(OUT) --force $(ARGS)
@@ -21,16 +21,20 @@ run: install
 	$(BIN)/gristmill run $(OUT) --prompt "$(PROMPT)" $(ARGS)
 
 test: .venv/.dev
-	$(BIN)/pytest -n 2 tests $(ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal tests $(ARGS)
 
 # On an NVIDIA GPU, where the same tests otherwise run in Triton's interpreter; torch must be built for CUDA.
 test-gpu: .venv/.dev
 	TRITON_INTERPRET=0 $(BIN)/pytest tests/kernels/test_triton_linear.py tests/test_cuda_executor.py $(ARGS)
 
+# What needs no Python, in an emulator where this machine is another: see tests/cpp/aarch64.
+test-aarch64:
+	tests/cpp/aarch64 $(ARGS)
+
 check: .venv/.dev
 	$(BIN)/ruff check . && $(BIN)/mypy build/__editable__*/gristmill setup.py tests benchmarks examples
 
-sanitize: install
+sanitize:
 	tests/cpp/sanitize $(ARGS)
 
 bench: install

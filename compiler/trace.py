@@ -46,26 +46,13 @@ def trace(config: Any, checkpoint: Checkpoint | QuantizedCheckpoint, max_len: in
 
     Raises GristmillError when the model cannot be traced or the checkpoint lacks one of its weights.
     """
-    masks: list[Any] = []
-    _register(masks)
     model = _build(config)
     limit = _freeze_ropes(model, max_len)
-    program = _export(model)
+    program, masks = _export(model)
     _refuse_masks(masks, program)
     traced = _lift(program, model, config, checkpoint)
     traced.max_position = limit
     return traced
-
-
-def _register(masks: list[Any]) -> None:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    def no_mask(*args: Any, mask_function: Any = None, **kwargs: Any) -> None:
-        masks.append(mask_function)
-
-    AttentionInterface.register(NAME, _attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, no_mask)
 
 
 def _attention(
@@ -91,9 +78,10 @@ def _build(config: Any) -> torch.nn.Module:
     transformers writes into configs, hence the deep copy.
     """
     import transformers
-    from transformers import AutoModelForCausalLM
+    from transformers import AttentionInterface, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    AttentionInterface.register(NAME, _attention)
     transformers.logging.set_verbosity_error()
     config = copy.deepcopy(config)
     config.dtype = torch.float32
@@ -152,7 +140,16 @@ def _freeze_longrope(module: Any, max_len: int) -> int | None:
     return None
 
 
-def _export(model: torch.nn.Module) -> torch.export.ExportedProgram:
+def _export(model: torch.nn.Module) -> tuple[torch.export.ExportedProgram, list[Any]]:
+    """The model's graph, and the mask functions that it asked for and did not get."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    masks: list[Any] = []
+
+    def no_mask(*args: Any, mask_function: Any = None, **kwargs: Any) -> None:
+        masks.append(mask_function)
+
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, no_mask)
     rows = torch.export.Dim("T", min=2, max=1 << 20)
     example = (torch.ones(1, EXAMPLE_ROWS, dtype=torch.long), torch.arange(EXAMPLE_ROWS)[None])
     shapes = {"tokens": {1: rows}, "positions": {1: rows}}
@@ -160,7 +157,7 @@ def _export(model: torch.nn.Module) -> torch.export.ExportedProgram:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             exported = torch.export.export(_Wrapper(model), example, dynamic_shapes=shapes, strict=False)
-            return exported.run_decompositions({})
+            return exported.run_decompositions({}), masks
     except GristmillError:
         raise
     except Exception as error:  # the exporter raises whatever the model's code raises

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: no library's thr
 
 # Triton reads this when it is imported, and torch may import it in any test. 0 runs the kernels on a device.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exports_are_remembered() -> Iterator[None]:
+    """Where any test imported the tracer (and so torch, which takes seconds)."""
+    tracing = sys.modules.get("gristmill.compiler.trace")
+    if tracing is None:
+        yield
+        return
+    from exports import remembered
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracing, "_export", remembered(tracing._export))
+        yield
 
 
 @pytest.fixture(scope="session")

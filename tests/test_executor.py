@@ -15,6 +15,7 @@ from programs import Array, Format, Llama, Program, llama
 
 from gristmill.runtime.cpu import _native
 from gristmill.runtime.errors import GristmillError
+from gristmill.runtime.machine import resident_bytes
 
 FLOAT_TOLERANCE = 2e-5  # of the largest logit, f32 against f64 through two layers
 INTEGER_TOLERANCE = 2e-2  # an activation rounded the other way moves by 1/127 of its group's largest
@@ -103,6 +104,18 @@ def assert_close(got: Array, expected: Array, tolerance: float) -> None:
     assert error.max() <= tolerance, (
         f"largest {error.max():.2e} at {worst}, mean {error.mean():.2e}, tolerance {tolerance:.0e}"
     )
+
+
+def test_caches_are_not_touched_before_their_positions_are_used(tmp_path: Path) -> None:
+    """So that the thread that writes a page is the first to touch it."""
+    program = llama(Llama(cache="f32", max_position=1 << 16))
+    before = resident_bytes()
+    executor = make(program, tmp_path, max_len=1 << 16, max_slots=8)
+    made = resident_bytes()
+    run(executor, tokens_for(program, 32), slot=7)
+    assert executor.kv_bytes > 128 << 20
+    assert made - before < 8 << 20
+    assert resident_bytes() - made < 8 << 20
 
 
 @pytest.mark.parametrize("case", ["order", "kv_mixed"])

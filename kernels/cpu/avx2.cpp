@@ -1,7 +1,9 @@
 // Kernels for AVX2 with FMA and F16C. Everything from here on is compiled for that instruction set, whatever
 // the flags, and lives in an anonymous namespace, so that no inline function of it can stand in for another
 // file's.
-#if defined(__x86_64__)
+#include "target.h"
+
+#if defined(GRISTMILL_X86)
 #include <immintrin.h>
 
 #include <algorithm>

@@ -1,7 +1,9 @@
 // Kernels for AVX-512 (F, BW, DQ, VL). Everything from here on is compiled for that instruction set, whatever
 // the flags, and lives in an anonymous namespace, so that no inline function of it can stand in for another
 // file's.
-#if defined(__x86_64__)
+#include "target.h"
+
+#if defined(GRISTMILL_X86)
 // GCC's own headers start from a register "undefined on purpose" and then warn about it (GCC bug 105593)
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"

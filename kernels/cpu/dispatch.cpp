@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "target.h"
 
 namespace gristmill {
 namespace {
@@ -16,7 +17,7 @@ struct Available {
 
 Available detect() {
   Available found;
-#if defined(__x86_64__)
+#if defined(GRISTMILL_X86)
   __builtin_cpu_init();
   // __builtin_cpu_supports also asks whether the operating system saves the wide registers
   const bool avx2 =

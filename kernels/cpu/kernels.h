@@ -210,6 +210,7 @@ const Kernels* const* available_kernels(int* count);
 const Kernels* find_kernels(const char* name);  // "auto" = best; null when unknown or not executable here
 
 extern const Kernels portable_kernels;
+// Of a build that has them, see target.h:
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;  // AVX-512 F/BW/DQ/VL without VNNI
 extern const Kernels avx512vnni_kernels;

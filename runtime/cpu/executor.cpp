@@ -148,7 +148,10 @@ size_t Executor::lay_out_scratch(Carver carver) {
   size_t bytes = 0;
   for (const auto& step : steps_) bytes = std::max(bytes, step->scratch_bytes());
   machine_.scratch.assign(static_cast<size_t>(threads()), nullptr);
-  for (char*& scratch : machine_.scratch) scratch = carver.take<char>(static_cast<int64_t>(bytes));
+  for (char*& scratch : machine_.scratch) {
+    carver.begin_page();
+    scratch = carver.take<char>(static_cast<int64_t>(bytes));
+  }
   return carver.used();
 }
 

@@ -14,6 +14,7 @@
 #include <set>
 #include <string>
 
+#include "../../kernels/cpu/target.h"
 #include "error.h"
 
 namespace gristmill {
@@ -27,7 +28,7 @@ int64_t next_of(uint64_t word) { return static_cast<int64_t>(word >> 16 & kMostU
 int64_t units_of(uint64_t word) { return static_cast<int64_t>(word & kMostUnits); }
 
 void pause() {
-#if defined(__x86_64__)
+#if defined(GRISTMILL_X86)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
   asm volatile("yield");

@@ -1,4 +1,5 @@
-// Anonymous zero pages: reserved at once, touched when used.
+// Anonymous zero pages: reserved at once, touched when used. So a page lies in the memory of the processor whose
+// thread writes it first: an arena's row, a cache's tile, a thread's scratch.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,6 +10,9 @@
 #endif
 
 namespace gristmill {
+
+uint64_t page_bytes();
+uint64_t physical_memory();
 
 class Region {
  public:
@@ -47,6 +51,8 @@ class Carver {
     if (fence_) forbid(base_ + at + bytes, used_ - at - bytes);
     return reinterpret_cast<T*>(base_ + at);
   }
+  // The next piece begins a page: nobody else's first touch decides which memory it lies in.
+  void begin_page() { used_ = (used_ + page_bytes() - 1) / page_bytes() * page_bytes(); }
   size_t used() const { return used_; }
 
  private:
@@ -61,7 +67,5 @@ class Carver {
   size_t fence_;
   size_t used_ = 0;
 };
-
-uint64_t physical_memory();
 
 }  // namespace gristmill

@@ -76,7 +76,7 @@ def test_windows_of_masks_and_attention_agree(window, message):
     from transformers.masking_utils import sliding_window_causal_mask_function
 
     config = config_of("mistral", sliding_window=5, num_hidden_layers=1)
-    program = tracing._export(tracing._build(config))
+    program, _ = tracing._export(tracing._build(config))
     masks = [sliding_window_causal_mask_function(window)]
     if message is None:
         tracing._refuse_masks(masks, program)
@@ -89,7 +89,7 @@ def test_a_mask_function_from_elsewhere_is_refused():
     from transformers.masking_utils import and_masks, causal_mask_function
 
     config = config_of("llama", num_hidden_layers=1)
-    program = tracing._export(tracing._build(config))
+    program, _ = tracing._export(tracing._build(config))
     with pytest.raises(GristmillError, match="'own_mask' is not supported"):
         tracing._refuse_masks([and_masks(causal_mask_function, own_mask(3))], program)
 
