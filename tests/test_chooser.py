@@ -383,7 +383,12 @@ def test_ends_wait_for_min_new_tokens() -> None:
 def test_logprobs_are_of_the_logits_as_they_came(count: int, size: int) -> None:
     scores = logits_of(count, size)
     expected = torch.log_softmax(torch.from_numpy(scores), 0)
-    options = {"temperature": 0.5, "top_k": 9, "repetition_penalty": 1.5, "logit_bias": {4: 3.0}}
+    options: dict[str, Any] = {
+        "temperature": 0.5,
+        "top_k": 9,
+        "repetition_penalty": 1.5,
+        "logit_bias": {4: 3.0},
+    }
     made = chooser_of([4, 4, 1], 1, size, logprobs=count, **options)
     plain = chooser_of([4, 4, 1], 1, size, **options)
     for position in range(20):
@@ -407,7 +412,12 @@ def test_greedy_gives_one_id() -> None:
 
 def test_rows_chosen_ahead_equal_rows_chosen_one_by_one() -> None:
     """Speculation chooses on a row before it knows that the next counts: choosing leaves no trace."""
-    options = {"temperature": 1.0, "no_repeat_ngram": 2, "frequency_penalty": 1.0, "repetition_penalty": 1.1}
+    options: dict[str, Any] = {
+        "temperature": 1.0,
+        "no_repeat_ngram": 2,
+        "frequency_penalty": 1.0,
+        "repetition_penalty": 1.1,
+    }
     one, ahead = chooser_of(TEXT, PROMPT, **options), chooser_of(TEXT, PROMPT, **options)
     for position in range(30):
         scores = logits_of(position)
@@ -415,13 +425,16 @@ def test_rows_chosen_ahead_equal_rows_chosen_one_by_one() -> None:
             ahead.choose(logits_of(100 + other), position + other)
         token = one.choose(scores, position).token
         assert ahead.choose(scores, position).token == token
-        one.accept(token), ahead.accept(token)
+        for made in (one, ahead):
+            made.accept(token)
 
 
 @pytest.mark.parametrize("name", ["stop_ids", "logit_bias"])
 def test_ids_that_the_model_lacks(name: str) -> None:
     with pytest.raises(GristmillError, match=f"{name} names token {V}, expected .* from 0 to {V - 1}"):
-        chooser_of(**{name: {V: 1.0} if name == "logit_bias" else [3, V]})
+        Chooser(
+            GenerationOptions.of(**{name: {V: 1.0} if name == "logit_bias" else [3, V]}), [], 0, 0, EOS, V
+        )
 
 
 def test_prompt_ids_beyond_the_logits_are_no_mistake() -> None:

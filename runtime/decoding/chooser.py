@@ -28,6 +28,8 @@ from gristmill.runtime.decoding.sampling import (
 )
 from gristmill.runtime.errors import GristmillError
 
+HIGHEST = np.array([-np.inf, np.inf], np.float32)  # of a masked logit; looked up, it costs no branch
+
 
 class Choice(NamedTuple):
     """A token, its log-probability, and the most likely ids with theirs, the likeliest first.
@@ -143,7 +145,8 @@ class Chooser:
         if too_short:
             scores[self._end_ids] = -np.inf
         if mask is not None:
-            np.copyto(scores, -np.inf, where=~mask)
+            assert mask.shape == logits.shape, f"a mask of {mask.shape} for logits of {logits.shape}"
+            np.minimum(scores, HIGHEST.take(mask.view(np.uint8)), out=scores)
         best = int(np.argmax(scores))
         if not np.isfinite(scores[best]):
             self._refuse(float(scores[best]))
