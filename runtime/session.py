@@ -90,7 +90,13 @@ def load(
         raise GristmillError(f"device {device!r} is not supported, expected 'cpu' or 'cuda'")
     if device == "cuda" and (threads is not None or hugepages or pin):
         raise GristmillError("threads, hugepages and pin are for device 'cpu'; leave them out with 'cuda'")
-    how = {"threads": threads, "max_len": max_len, "max_slots": max_slots, "hugepages": hugepages, "pin": pin}
+    how: dict[str, Any] = {
+        "threads": threads,
+        "max_len": max_len,
+        "max_slots": max_slots,
+        "hugepages": hugepages,
+        "pin": pin,
+    }
     session = _open(path, device, max_waiting, **how)
     if draft is not None:
         how.update(max_len=session.max_len, max_slots=session.max_slots)

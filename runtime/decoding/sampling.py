@@ -51,11 +51,15 @@ def choose(
 
 
 def penalize_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
-    """CTRL's penalty (arXiv 1909.05858): positive logits of seen tokens divided, negative multiplied."""
-    scores = logits[seen]
+    """A copy of `logits` with CTRL's penalty on the ids `seen`."""
     out = logits.copy()
-    out[seen] = np.where(scores < 0, scores * np.float32(penalty), scores / np.float32(penalty))
+    out[seen] = penalize(logits[seen], penalty)
     return out
+
+
+def penalize(scores: np.ndarray, penalty: float) -> np.ndarray:
+    """CTRL's penalty (arXiv 1909.05858): positive logits of seen tokens divided, negative multiplied."""
+    return np.where(scores < 0, scores * np.float32(penalty), scores / np.float32(penalty))
 
 
 def candidates(
@@ -99,6 +103,38 @@ def nucleus(scores: np.ndarray, top_p: float, buffer: np.ndarray | None = None) 
     before = np.cumsum(weights[top], dtype=np.float64) - weights[top]  # mass of all that are more likely
     keep = int(np.count_nonzero(before < top_p * total))
     return np.sort(top[: max(keep, 1)])
+
+
+def typical(scores: np.ndarray, mass: float) -> np.ndarray:
+    """Ascending indices of what is locally typical (arXiv 2202.00666): the entries whose surprise is nearest
+    to the entropy, until they reach `mass`; equals of the last one stay in, as in transformers.
+
+    surprise - entropy = (log total - shifted) - (log total - mean): the logarithm cancels, and with it the
+    rounding that it would bring.
+    """
+    weights = _weights(scores, None)
+    total = float(weights.sum())
+    shifted = np.maximum(scores - scores.max(), np.float32(-1000))  # no weight there: 0 times a number
+    mean = float(np.dot(weights, shifted)) / total
+    nearness = -np.abs(shifted - np.float32(mean))
+    nearness[weights == 0] = -np.inf
+    near = None
+    if scores.size > FIRST_CANDIDATES:
+        near = np.flatnonzero(nearness >= kth_largest(nearness, FIRST_CANDIDATES))
+        if weights[near].sum(dtype=np.float64) < mass * total:
+            near = None
+    if near is None:
+        near = np.flatnonzero(weights)
+    order = near[np.argsort(-nearness[near], kind="stable")]
+    reached = np.cumsum(weights[order], dtype=np.float64) >= mass * total
+    last = order[int(np.argmax(reached)) if reached[-1] else -1]
+    return np.flatnonzero(nearness >= nearness[last])
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """Probabilities [n] f64 from scores [n] f32, by the weights that `draw` uses."""
+    weights = _weights(scores, None).astype(np.float64)
+    return weights / weights.sum()
 
 
 def draw(scores: np.ndarray, point: float, buffer: np.ndarray | None = None) -> int:
