@@ -92,11 +92,9 @@ def main(config: Path, device: str, mode: str | None, backend: str, context: int
             json.loads(config.read_text()), torch.device(device), context + WARM_UPS + tokens, **options
         )
         made.decode_tok_s(context, tokens)
-        about = {
-            "version": f"torch {torch.__version__}, {mode or backend}", "seconds": time.perf_counter() - begin,
-        }  # fmt: skip
+        version, seconds = f"torch {torch.__version__}, {mode or backend}", time.perf_counter() - begin
         serve(
-            about,
+            {"version": version, "seconds": seconds},
             lambda prompt, context, tokens: {"decode_tok_s": made.decode_tok_s(context, tokens)},
         )
 

@@ -5,6 +5,7 @@ On the CPU the same runs in Triton's interpreter, without graphs: replaying is l
 
 from __future__ import annotations
 
+import gc
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -64,12 +65,14 @@ class Decoder:
         opened = open_artifact(artifact)
         self.program = with_max_tokens(Program.from_json(opened.json(PROGRAM)), max_tokens)
         weights = opened.weights_path
+        gc.collect()  # the decoder before this one
         if device.type == "cuda":
             torch.cuda.empty_cache()
             free = torch.cuda.mem_get_info(device)[0]
             refuse_too_large(self.program, max_len, max_slots, weights.stat().st_size, free)
         self.executor = executors.CudaExecutor(self.program, weights, device, max_len, max_slots)
         self._rows = 0
+        self._held: dict[int, tuple[Ids, Ids, Ids, Ids]] = {}  # ids, positions, slots, rows of a step
 
     def forward(self, ids: Ids, start: int = 0, slot: int = 0, logits: int = 1) -> NDArray[np.float32]:
         """Takes in ids of one sequence from a position on; the logits of the last ``logits`` of them."""
@@ -88,14 +91,18 @@ class Decoder:
         return found
 
     def hold(self, rows: int, context: int) -> None:
-        """``rows`` sequences with ``context`` positions each; `replay` and `launch` decode their next ones."""
+        """``rows`` sequences of ``context`` positions; `replay` and `launch` decode their next ones."""
         ids = random_ids(rows * (context + 1), self.executor.vocabulary).reshape(rows, -1)
         for slot in range(rows):
             self.forward(ids[slot, :-1], slot=slot, logits=0)
         slots = np.arange(rows, dtype=np.int32)
-        self._step = (ids[:, -1].copy(), np.full(rows, context, np.int32), slots, slots)
-        self.executor.forward(*self._step)
+        self._held[rows] = (ids[:, -1].copy(), np.full(rows, context, np.int32), slots, slots)
+        self.use(rows)
+
+    def use(self, rows: int) -> None:
+        """From here on the step is that of as many sequences, which were held before."""
         self._rows = rows
+        self.step()
 
     @property
     def has_graph(self) -> bool:
@@ -114,7 +121,7 @@ class Decoder:
 
     def step(self) -> NDArray[np.float32]:
         """The step as a session runs it: ids go to the device, logits come back."""
-        return np.asarray(self.executor.forward(*self._step))
+        return np.asarray(self.executor.forward(*self._held[self._rows]))
 
     def logits(self) -> Tensor:
         """A copy of what the last step left, [rows, vocabulary] on the device."""
@@ -235,9 +242,9 @@ class _Operations(TorchDispatchMode):
 
 @dataclass
 class Launches:
-    """What a stretch of code launched: names of Triton kernels with what was compiled, other operations."""
+    """What was launched: Triton kernels by name, grid, and what was compiled; operations of torch's."""
 
-    kernels: list[tuple[str, Any]]
+    kernels: list[tuple[str, tuple[int, ...], Any]]
     operations: int = 0
 
     @property
@@ -259,7 +266,7 @@ def counted() -> Iterator[Launches]:
         def recorded(self: Any, *args: Any, **options: Any) -> Any:
             with torch.utils._python_dispatch._disable_current_modes():
                 kernel = run(self, *args, **options)
-            found.kernels.append((getattr(self, "__name__", str(self)), kernel))
+            found.kernels.append((self.__name__, tuple(options["grid"]), kernel))
             return kernel
 
         return recorded

@@ -10,11 +10,12 @@ import json
 import os
 from collections.abc import Callable, Iterator
 
+from make_model import SHAPES
+from random_artifact import RandomModel
+
 from gpu.adapter import meta_launcher, steps
 from gpu.paper import DEVICES, label
 from gristmill.compiler.options import CompileOptions
-from make_model import SHAPES
-from random_artifact import RandomModel
 
 MAX_LEN = 4096
 

@@ -1,4 +1,4 @@
-"""Whether the kernels' numbers are right: a model of few layers beside transformers' own, on the same weights.
+"""Whether the kernels' numbers are right: one layer beside transformers' own, on the same weights.
 
 The reference shares nothing with the kernels: transformers' model in f32 on the device, its weights decoded
 from the artifact's file by the quantizer's code.
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from random_artifact import RandomModel
 from safetensors import safe_open
 from torch import Tensor
 
@@ -20,7 +21,6 @@ from gristmill.compiler.options import CompileOptions
 from gristmill.quant import pack, rtn
 from gristmill.quant.scheme import Scheme
 from gristmill.runtime.program import FLOAT_BYTES, Segment
-from random_artifact import RandomModel
 
 F32 = NDArray[np.float32]
 # Of the largest logit. One row multiplies f32 activations; its keys and values are rounded to f16. More rows
@@ -75,16 +75,14 @@ def decoder_logits(decoder: Decoder, ids: Ids, prompt: int) -> tuple[F32, F32]:
 
 
 def errors(
-    config: dict[str, Any], options: CompileOptions, folder: Path, prompt: int, steps: int,
-    device: torch.device,
+    model: RandomModel, options: CompileOptions, folder: Path, prompt: int, steps: int, device: torch.device
 ) -> tuple[float, float]:  # fmt: skip
     """Of a prompt's rows together and of single rows after it, each against the reference."""
-    model = RandomModel(f"{config['num_hidden_layers']}-layer", config)
     path = model.write_all(folder, [options]).popitem()[1]
     count = prompt + steps
     decoder = Decoder(path, device, max_len=count, max_slots=1, max_tokens=prompt)
-    ids = random_ids(count, config["vocab_size"])
+    ids = random_ids(count, model.config["vocab_size"])
     many, single = decoder_logits(decoder, ids, prompt)
-    reference = reference_model(decoder, path / "weights.safetensors", config, device)
+    reference = reference_model(decoder, path / "weights.safetensors", model.config, device)
     expected = reference_logits(reference, ids, device)
     return error(many, expected[:prompt]), error(single, expected[prompt:])

@@ -1,4 +1,4 @@
-"""What can be said without a GPU: bytes, floors, instructions, occupancy, and the share of the roof they allow.
+"""What can be said without a GPU: bytes, floors, instructions, occupancy, and the share they allow.
 
     time of an instruction = max(bytes / read stream, weights * instructions per weight / issue rate) + a gap
 
@@ -26,7 +26,7 @@ from rich.table import Table
 
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.profile import Forward, kind_of, work
-from gristmill.runtime.program import Program
+from gristmill.runtime.program import Program, Segment
 
 COMPILER = Path(__file__).resolve().parents[2] / "tests" / "kernels" / "compile_sm90.py"
 
@@ -58,10 +58,15 @@ DEVICES = {
     "h200": Device("H200", 4.8e12, 132, 1.98e9, 989e12),
 }
 
-# Instructions of a lane for each weight of a product with one row: those of the loop in the PTX that Triton
-# 3.6 makes for sm_90 of kernels/triton/linear_decode.py with the table's configs, by the weights that a lane
-# takes in one turn. `bench_gpu.py --paper --compile` counts them again.
-INSTRUCTIONS = {"f32": 0.0, "bf16": 0.0, "f16": 0.0, "int8": 0.0, "fp8": 0.0, "int4": 0.0, "int3": 0.0, "int2": 0.0}
+# Instructions of a lane for each weight of a product with one row of f32 activations: those of the loop that
+# ptxas makes for sm_90a of kernels/triton/linear_decode.py (Triton 3.6, the table's configs), divided by the
+# weights that a lane takes in a turn. By format, and whether a row has several scales. "bench_gpu.py --paper
+# --compile" counts them again.
+INSTRUCTIONS = {
+    ("f32", False): 3.81, ("bf16", False): 5.63, ("f16", False): 5.09, ("fp8", False): 5.14,
+    ("int8", False): 6.66, ("int8", True): 7.94, ("int4", True): 6.13, ("int3", True): 9.19,
+    ("int2", True): 5.29,
+}  # fmt: skip
 # Of the read stream that a kernel which only reads reaches: an assumption until a run has measured it.
 REACHED = 0.92
 # Between two kernels of a graph that depend on each other, seconds: an assumption as well.
@@ -177,6 +182,12 @@ class Cost:
         return max(self.bytes / bandwidth, issue) + self.kernels * GAP
 
 
+def instructions_of(segment: Segment) -> float:
+    """Of a lane for each weight; where one scale is not counted, as with several."""
+    several, one = (segment.format, True), (segment.format, False)
+    return INSTRUCTIONS[several if segment.group or one not in INSTRUCTIONS else one]
+
+
 def costs(program: Program, context: int, kernels: dict[str, int]) -> list[Cost]:
     """Of decoding one row. kernels: launches of one instruction by its kind, 1 where it is not known."""
     found: dict[str, Cost] = {}
@@ -188,7 +199,7 @@ def costs(program: Program, context: int, kernels: dict[str, int]) -> list[Cost]
         cost.kernels += kernels.get(name, 1)
         for segment in program.weights.get(i.weight or "", []) if i.op == "linear" else []:
             cost.weights += segment.n * segment.k
-            cost.lane_instructions += segment.n * segment.k * INSTRUCTIONS[segment.format]
+            cost.lane_instructions += segment.n * segment.k * instructions_of(segment)
     return list(found.values())
 
 
@@ -254,6 +265,41 @@ def kernels_table(compiled: Iterable[Compiled], device: Device) -> Table:
     return table
 
 
+def costs_table(name: str, found: Iterable[Cost], device: Device) -> Table:
+    """Where a token's time goes on paper."""
+    table = Table(title=f"{name} on {device.name}, on paper", title_justify="left")
+    for column in ("kind", "times", "MB", "floor us", "issue us", "kernels", "predicted us"):
+        table.add_column(column, justify="left" if column == "kind" else "right")
+    stream = REACHED * device.bandwidth
+    for cost in sorted(found, key=lambda cost: -cost.seconds(device, stream)):
+        table.add_row(
+            cost.name, str(cost.count), f"{cost.bytes / 1e6:.1f}", f"{1e6 * cost.bytes / stream:.1f}",
+            f"{1e6 * cost.lane_instructions / device.issue_rate:.1f}", str(cost.kernels),
+            f"{1e6 * cost.seconds(device, stream):.1f}",
+        )  # fmt: skip
+    return table
+
+
+def loops_table(name: str, program: Program, compiled: Iterable[Compiled]) -> Table:
+    """Instructions per weight, counted in what ptxas makes of the kernels, beside the table's."""
+    from gpu.adapter import weights_of_lane
+
+    by_label = {k.label: k for k in compiled if k.kernel == "decode_kernel"}
+    table = Table(title=f"{name}: instructions of a lane per weight", title_justify="left")
+    for column in ("kind", "counted", "in the table"):
+        table.add_column(column, justify="left" if column == "kind" else "right")
+    seen = set()
+    for i in program.instructions:
+        kind = kind_of(program, i)
+        kernel = by_label.get(label(name, kind))
+        if kernel is not None and kind not in seen:
+            seen.add(kind)
+            segments = program.weights[i.weight or ""]
+            counted = loop_instructions(kernel.ptx) / weights_of_lane(segments)
+            table.add_row(kind, f"{counted:.2f}", f"{instructions_of(segments[0]):.2f}")
+    return table
+
+
 def show(table: Table) -> None:
     Console(width=130).print(table)
 
@@ -264,6 +310,12 @@ def kernels_by_kind(compiled: Iterable[Compiled]) -> dict[str, int]:
     for kernel in compiled:
         found[kernel.label] = found.get(kernel.label, 0) + 1
     return found
+
+
+def of_format(counts: dict[str, int], name: str) -> dict[str, int]:
+    """Launches by kind, of the program of one format."""
+    start = label(name, "")
+    return {key.removeprefix(start): count for key, count in counts.items() if key.startswith(start)}
 
 
 def label(name: str, kind: str) -> str:

@@ -66,10 +66,18 @@ class Row:
 
 
 class Results:
-    """Prints a row and appends it to the file, whose first lines say what was measured on what."""
+    """Prints a row and appends it to the file, whose first lines say what was measured on what.
 
-    def __init__(self, path: Path, about: Sequence[str], device: str) -> None:
-        self.path, self.device, self.rows = path, device, list[Row]()
+    append: go on with a file that is there; judged: targets are for this device, and not for a dry run.
+    """
+
+    def __init__(
+        self, path: Path, about: Sequence[str], device: str, append: bool = False, judged: bool = True
+    ) -> None:
+        self.path, self.device, self.judged, self.rows = path, device, judged, list[Row]()
+        if append:
+            self.rows = read_rows(path)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
             file.writelines(f"# {line}\n" for line in about)
@@ -84,7 +92,7 @@ class Results:
         """``passed``: of a check, which has no target in the table."""
         target = TARGETS.get((name, measure))
         met = passed
-        if target is not None and target.only_on in self.device:
+        if target is not None and self.judged and target.only_on in self.device:
             met = value >= target.value
         row = Row(section, name, measure, value, unit, target.value if target else None, met, note)
         self.rows.append(row)
@@ -118,3 +126,15 @@ class Results:
         failed = ", ".join(f"{row.format} {row.measure}" for row in self.failed_checks)
         table.caption = f"{len(checks)} checks of numbers: " + (f"FAILED: {failed}" if failed else "passed")
         Console(width=110).print(table)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file that `Results` wrote."""
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    return [
+        Row(
+            r["section"], r["format"], r["measure"], float(r["value"]), r["unit"],
+            float(r["target"]) if r["target"] else None, {"yes": True, "NO": False}.get(r["met"]), r["note"],
+        )
+        for r in csv.DictReader(lines)
+    ]  # fmt: skip
