@@ -53,11 +53,11 @@ class Sizes:
 # For a dry run: more than four rows in a prompt and its chunks, for fewer take the interpreter long.
 TINY = Sizes(
     context=5, batch=2, prompt=16, chunk=8, long_context=40, long_layers=1, rounds=1, replays=1, launches=1,
-    prompts=1, peer_tokens=2, check_prompt=5, check_steps=1, check_vocabulary=48, roof_bytes=1 << 16,
+    prompts=1, peer_tokens=2, check_prompt=5, check_steps=1, check_vocabulary=32, roof_bytes=1 << 16,
     readers=(Reader(1024, 4, 4),), matmuls=((64, 64, 64),), peer_options=("--backend", "eager"),
 )  # fmt: skip
 DRY_SHAPE = {
-    **SHAPES["tinyllama-1.1b"], "vocab_size": 48, "hidden_size": 32, "intermediate_size": 48,
+    **SHAPES["tinyllama-1.1b"], "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16,
     "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
     "max_position_embeddings": 512,
 }  # fmt: skip
@@ -80,11 +80,16 @@ class Bench:
     results: Results
     clock: Clock
     deadline: float
-    writer: subprocess.Popen[str] | None = field(default=None, repr=False)
+    writer: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     @property
     def device(self) -> torch.device:
         return self.clock.device
+
+    @property
+    def log(self) -> Path:
+        """What the process that writes artifacts says."""
+        return self.folder / f"{self.shape}.log"
 
     @property
     def left(self) -> float:
@@ -122,16 +127,16 @@ class Bench:
             return
         command = [sys.executable, str(BENCHMARKS / "random_artifact.py"), self.shape, str(self.folder)]
         command += ["--weights", ",".join(self.formats)]
-        self.writer = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.log.open("w") as log:
+            self.writer = subprocess.Popen(command, stdout=log, stderr=log)
 
     def artifact(self, name: str) -> Path:
         """The artifact of a format, once it is complete. Raises GristmillError where it cannot be written."""
         path = self.folder / f"{self.shape}-{format_name(options_of(name))}"
         while not path.exists():
             if self.writer is None or self.writer.poll() is not None:
-                said = self.writer.stderr.read()[-1000:] if self.writer and self.writer.stderr else ""
+                said = self.log.read_text()[-1000:] if self.log.exists() else ""
                 raise GristmillError(f"{path} was not written\n{said}")
             if self.left < 0:
                 raise GristmillError(f"{path} is not complete yet, and the time is over")

@@ -16,7 +16,7 @@ from peer_process import Peer
 from random_artifact import RandomModel
 
 from gpu import numerics, paper
-from gpu.adapter import Decoder, LongAttention, counted, random_ids
+from gpu.adapter import Decoder, Launches, LongAttention, counted, random_ids
 from gpu.bench import BENCHMARKS, Bench, options_of
 from gpu.results import ATTENTION, BATCH, FASTER, FIRST, PEER, SHARE, TOKENS
 from gpu.roofs import Run
@@ -100,10 +100,49 @@ def decode(bench: Bench, decoder: Decoder, name: str) -> None:
     add(name, name, "decode, launched eagerly", 1 / launched, "tok/s")
     add(name, name, "decode, graph times eager", launched / replayed, "")
     add(name, name, "decode, with ids in and logits out", 1 / stepped, "tok/s", "host's clock")
-    with counted() as launches:
-        decoder.launch()
-    operations = f"{launches.operations} of torch's" if launches.operations else ""
-    add(name, name, "kernels per token", launches.count, "", operations)
+    predicted(bench, decoder, name)
+
+
+def predicted(bench: Bench, decoder: Decoder, name: str) -> None:
+    """Beside what was measured: what paper said, with the kernels that each kind of instruction launches."""
+    by_kind = launches_by_kind(decoder)
+    kinds = [step.kind for step in decoder.steps()]
+    operations = sum(by_kind[kind].operations for kind in kinds)
+    note = f"{operations} of torch's" if operations else ""
+    count = sum(by_kind[kind].count for kind in kinds)
+    bench.results.add(name, name, "kernels per token", count, "", note)
+    device = bench.paper_device
+    counts = {kind: launches.count for kind, launches in by_kind.items()}
+    costs = paper.costs(decoder.program, bench.sizes.context, counts)
+    p = paper.predict(name, costs, device)
+    note = f"{p.share:.0%} of {paper.REACHED:.0%} of the data sheet of {device.name}"
+    bench.results.add(name, name, "decode, predicted on paper", 1 / p.seconds, "tok/s", note)
+    if bench.clock.on_gpu:
+        occupancy(bench, by_kind, name)
+
+
+def launches_by_kind(decoder: Decoder) -> dict[str, Launches]:
+    """What one instruction of each kind launches."""
+    found: dict[str, Launches] = {}
+    for step in decoder.steps():
+        if step.kind not in found:
+            with counted() as found[step.kind]:
+                step.run()
+    return found
+
+
+def occupancy(bench: Bench, by_kind: dict[str, Launches], name: str) -> None:
+    """Of the kernels that ran, from what the driver says of them."""
+    device = bench.paper_device
+    for kind, launches in by_kind.items():
+        for kernel, grid, loaded in launches.kernels:
+            k = paper.Compiled(
+                kind, kernel, grid, loaded.metadata.num_warps, loaded.metadata.shared, loaded.n_regs,
+                4 * loaded.n_spills,
+            )  # fmt: skip
+            note = f"{k.registers} registers, {k.shared_bytes} B shared, {k.spill_bytes} B spilled"
+            note += f", {k.waves(device):.1f} waves"
+            bench.results.add("occupancy", name, f"{kind}: {kernel}", k.occupancy(device), "", note)
 
 
 def check_graph(bench: Bench, decoder: Decoder, name: str, rows: int) -> None:
@@ -173,28 +212,6 @@ def profile(bench: Bench, decoder: Decoder, name: str) -> None:
         note = f"{count} times, {total / whole:.1%} of all, {size / total / roof:.0%} of the roof"
         bench.results.add("profile", name, kind, 1e6 * total, "us", note)
     bench.results.add("profile", name, "sum", 1e6 * whole, "us", "with the time of an event for each")
-    if bench.clock.on_gpu:
-        occupancy(bench, decoder, name)
-
-
-def occupancy(bench: Bench, decoder: Decoder, name: str) -> None:
-    """Of the kernels that ran, from what the driver says of them."""
-    device, seen = bench.paper_device, set()
-    for step in decoder.steps():
-        if step.kind in seen:
-            continue
-        seen.add(step.kind)
-        with counted() as launches:
-            step.run()
-        for kernel, grid, loaded in launches.kernels:
-            metadata = loaded.metadata
-            found = paper.Compiled(
-                step.kind, kernel, grid, metadata.num_warps, metadata.shared, loaded.n_regs, loaded.n_spills
-            )
-            note = f"{found.registers} registers, {found.shared_bytes} B shared, {found.spill_bytes} spilled"
-            note += f", {found.waves(device):.1f} waves"
-            share = found.occupancy(device)
-            bench.results.add("occupancy", name, f"{step.kind}: {kernel}", share, "", note)
 
 
 def attention(bench: Bench, names: tuple[str, ...] = LONG_CACHES) -> None:
