@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gpu.paper import ROPES
 from gristmill.compiler.memory import plan_arena
 from gristmill.kernels.triton import linear_configs
 from gristmill.kernels.triton.attention import allocate_partials, attend, tiling
@@ -154,7 +155,7 @@ def steps(launcher: Launcher, rows: int) -> list[Step]:
         return lambda: getattr(launcher, f"_{instruction.op}")(index, instruction)
 
     found = [Step(kind_of(program, i), i, of(n, i)) for n, i in enumerate(program.instructions)]
-    return [Step("rope tables", None, begin), *found]
+    return [Step(ROPES, None, begin), *found]
 
 
 def random_ids(count: int, vocabulary: int) -> Ids:

@@ -166,6 +166,9 @@ def longest_loop(sass: str) -> int:
 # ---- what a program costs
 
 
+ROPES = "rope tables"  # what a step launches before its instructions
+
+
 @dataclass
 class Cost:
     """One kind of instruction in a step: bytes read, weights multiplied, lane instructions for them."""
@@ -190,7 +193,7 @@ def instructions_of(segment: Segment) -> float:
 
 def costs(program: Program, context: int, kernels: dict[str, int]) -> list[Cost]:
     """Of decoding one row. kernels: launches of one instruction by its kind, 1 where it is not known."""
-    found: dict[str, Cost] = {}
+    found = {ROPES: Cost(ROPES, len(program.ropes), kernels=len(program.ropes))}
     for i in program.instructions:
         name = kind_of(program, i)
         cost = found.setdefault(name, Cost(name))
