@@ -124,7 +124,8 @@ class Results:
             table.add_row(name, measure, measured, least, met)
         checks = [row for row in self.rows if row.target is None and row.met is not None]
         failed = ", ".join(f"{row.format} {row.measure}" for row in self.failed_checks)
-        table.caption = f"{len(checks)} checks of numbers: " + (f"FAILED: {failed}" if failed else "passed")
+        said = f"FAILED: {failed}" if failed else "passed"
+        table.caption = f"{len(checks)} checks of numbers: {said}" if checks else "no numbers were checked"
         Console(width=110).print(table)
 
 
