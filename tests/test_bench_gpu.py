@@ -97,7 +97,7 @@ triton = pytest.mark.skipif(
 def run(folder: Path, *arguments: str) -> tuple[int, str, dict[str, dict[str, Any]]]:
     """Exit code, output, and rows by "format measure"."""
     pytest.importorskip("triton", reason="needs triton, which exists for Linux on x86-64")
-    folders = ["--work", str(folder / "work"), "--results", str(folder)]
+    folders = ["--work", str(folder / "work"), "--results", str(folder), "--budget", "3000"]
     result = CliRunner().invoke(bench_gpu.main, [*folders, *arguments], catch_exceptions=False)
     rows = {}
     for path in folder.glob("gpu-*.csv"):

@@ -124,6 +124,10 @@ class Decoder:
         """The step as a session runs it: ids go to the device, logits come back."""
         return np.asarray(self.executor.forward(*self._held[self._rows]))
 
+    def forget(self) -> None:
+        """Puts NaN where the next step leaves its logits: what is read there afterwards is that step's."""
+        self.executor._values.logits[: self._rows].fill_(float("nan"))
+
     def logits(self) -> Tensor:
         """A copy of what the last step left, [rows, vocabulary] on the device."""
         return self.executor._values.logits[: self._rows].clone()
