@@ -11,7 +11,7 @@ NATIVE := $(filter %.cpp %.h %.inc,$(FILES))
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 EDITABLE := --no-build-isolation --config-settings editable_mode=strict --editable
 
-.PHONY: compile run test test-gpu test-aarch64 check sanitize bench report wheel clean install force
+.PHONY: compile run test test-gpu test-aarch64 check sanitize bench bench-gpu report wheel clean install force
 
 compile: install
 	$(BIN)/gristmill compile $(MODEL) -o $(OUT) --force $(ARGS)
@@ -39,6 +39,14 @@ sanitize:
 
 bench: install
 	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+# On an NVIDIA GPU, by the packages that are there: a virtual environment's, else PYTHON's. Nothing is installed or
+# built; links give the folders their names. ARGS=--dry-run tries it without a GPU.
+bench-gpu: build/links
+	PYTHONPATH=$(CURDIR)/build/links $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/bench_gpu.py $(ARGS)
+
+build/links: force
+	@mkdir -p $@/gristmill && ln -sfn $(wildcard $(CURDIR)/gristmill/*.py) $(patsubst %,$(CURDIR)/%,$(filter-out gristmill,$(FOLDERS))) $@/gristmill/
 
 report: install
 	$(BIN)/gristmill inspect $(OUT) && $(BIN)/gristmill bench $(OUT)
