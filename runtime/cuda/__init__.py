@@ -25,9 +25,11 @@ def open_executor(program: Program, weights: Path, max_len: int, max_slots: int)
         raise GristmillError(
             f"device 'cuda' needs torch and triton ({error}); pip install gristmill[cuda]"
         ) from error
-    from gristmill.runtime.cuda.device import open_device, refuse_too_large
+    from gristmill.runtime.cuda.device import open_device, refuse_out_of_memory, refuse_too_large
     from gristmill.runtime.cuda.executor import CudaExecutor
 
     device = open_device()
     refuse_too_large(program, max_len, max_slots, weights.stat().st_size, torch.cuda.mem_get_info(device)[0])
-    return CudaExecutor(program, weights, device, max_len, max_slots)
+    remedy = "load with a smaller max_len or max_slots, or end what else uses the GPU"
+    with refuse_out_of_memory(device, f"loading {max_slots} slots of {max_len}", remedy):
+        return CudaExecutor(program, weights, device, max_len, max_slots)
