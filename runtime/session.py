@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -268,6 +268,18 @@ class Session:
         chosen = np.arange(len(arrays[0]), dtype=np.int32) if rows is None else _int32("rows", rows)
         return self._run(arrays[0], arrays[1], arrays[2], chosen, held=False)
 
+    def tune(self, max_rows: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Times how products of up to `max_rows` rows are cut best on this device, and keeps that for the
+        user's sessions that are opened later; yields each product and its config. Raises GristmillError on a
+        CPU, whose kernels need none.
+        """
+        own = getattr(self.executor, "tune", None)
+        if own is None:
+            raise GristmillError("a session on the CPU has nothing to tune; load with device='cuda'")
+        with self._lock:
+            for product, config in own(max_rows):
+                yield product, asdict(config)
+
     def reset(self, slot: int) -> None:
         """Forgets the sequence that `forward` put into `slot`."""
         with self._lock:
@@ -343,8 +355,8 @@ class Session:
     def _draw(
         self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray, draws: Draws
     ) -> np.ndarray:
-        """`_run`, but what comes back are tokens [R] int32 drawn from the rows' logits, -1 where these are not
-        finite; for an executor that `draws_tokens`."""
+        """`_run` with an executor that `draws_tokens`: what comes back are tokens [R] int32, -1 where a row's
+        logits are not finite."""
         sample = cast(DrawingExecutor, self.executor).sample
         return self._execute(partial(sample, draws=draws), tokens, positions, slots, rows, held=True)
 

@@ -22,6 +22,7 @@ from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.program import Program
 from gristmill.runtime.session import Session
 
+SEED = 5
 GREEDY = GenerationOptions()
 MIXED = [
     GenerationOptions(temperature=0.9, top_k=7, top_p=0.8),
@@ -31,16 +32,16 @@ MIXED = [
 ]
 
 
-def draws(options: list[GenerationOptions], positions: list[int], seed: int = 5) -> Draws:
-    return Draws.of(options, [seed + n for n in range(len(options))], positions)
+def draws(options: list[GenerationOptions], positions: list[int]) -> Draws:
+    return Draws.of(options, [SEED + n for n in range(len(options))], positions)
 
 
 def chosen(
-    logits: Array, options: list[GenerationOptions], seen: list[list[int]], positions: list[int], seed: int = 5
+    logits: Array, options: list[GenerationOptions], seen: list[list[int]], positions: list[int]
 ) -> list[int]:
     """What the CPU takes from the same logits."""
     return [
-        choose(row, o, np.unique(np.array(tokens)), seed + n, 0, at)
+        choose(row, o, np.unique(np.array(tokens)), SEED + n, 0, at)
         for n, (row, o, tokens, at) in enumerate(zip(logits, options, seen, positions, strict=True))
     ]
 

@@ -43,6 +43,7 @@ from gristmill.runtime.cuda import weights as cuda_weights
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.program import Program
 
+
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_interpreter_of_programs(case: str, tmp_path: Path) -> None:
     """Prefill in chunks, one padded, and decode; the window is passed."""
@@ -155,10 +156,10 @@ def test_running_out_of_memory_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     for failure, needed in zip(failures, ["needed 2.50 GiB more", "needed more than there is"]):
         with monkeypatch.context() as patch:
             patch.setattr(executor._launcher, "begin", raising(failure))
-            with pytest.raises(GristmillError, match=f"in a batch of 2 rows: {needed}, free 1.50 GiB; give f"):
+            with pytest.raises(GristmillError, match=f"in a batch of 2 rows: {needed}, free 1.50 GiB; give"):
                 run(executor, tokens)
         with (
-            pytest.raises(GristmillError, match=f"memory loading 3 slots: {needed}, free 1.50 GiB; load less"),
+            pytest.raises(GristmillError, match=f"memory loading 3 slots: {needed}, free 1.50 GiB; load"),
             cuda_device.refuse_out_of_memory(DEVICE, "loading 3 slots", "load less"),
         ):
             raise failure

@@ -43,7 +43,8 @@ def _clear_kernel(penalty, seen, vocabulary, BLOCK: tl.constexpr):
 
 @triton.jit
 def _mark_kernel(
-    history, rows, positions, slots, penalty, seen, stride, vocabulary, STEP: tl.constexpr, BLOCK: tl.constexpr
+    history, rows, positions, slots, penalty, seen, stride, vocabulary,
+    STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64)
     if tl.load(penalty + r) != 1.0:

@@ -93,14 +93,15 @@ def refuse_too_large(program: Program, max_len: int, max_slots: int, weight_byte
     if needed <= free:
         return
     said = f"device 'cuda': needed {_gib(needed)} GiB with {max_slots} slots of {max_len}, free {_gib(free)}"
-    fitting = [
-        f"{name}={most}"
-        for name, most in (
-            ("max_len", _most(max_len, lambda n: needed_bytes(program, n, max_slots, weight_bytes) <= free)),
-            ("max_slots", _most(max_slots, lambda n: needed_bytes(program, max_len, n, weight_bytes) <= free)),
-        )
-        if most
-    ]
+
+    def fits(length: int, slots: int) -> bool:
+        return needed_bytes(program, length, slots, weight_bytes) <= free
+
+    most = {
+        "max_len": _most(max_len, lambda n: fits(n, max_slots)),
+        "max_slots": _most(max_slots, lambda n: fits(max_len, n)),
+    }
+    fitting = [f"{name}={count}" for name, count in most.items() if count]
     if fitting:
         raise GristmillError(f"{said}; load with {' or '.join(fitting)}, which fits")
     raise GristmillError(f"{said}, and no max_len or max_slots alone fits; use a GPU with more memory")
@@ -122,7 +123,9 @@ def refuse_out_of_memory(device: torch.device, doing: str, remedy: str) -> Itera
         torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(device)[0]
     needed = f"needed {asked[1]} more" if asked else "needed more than there is"
-    raise GristmillError(f"device 'cuda' ran out of memory {doing}: {needed}, free {_gib(free)} GiB; {remedy}") from None
+    raise GristmillError(
+        f"device 'cuda' ran out of memory {doing}: {needed}, free {_gib(free)} GiB; {remedy}"
+    ) from None
 
 
 def _most(limit: int, fits: Callable[[int], bool]) -> int:

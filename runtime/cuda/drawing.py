@@ -47,7 +47,8 @@ class Drawing:
 
     def record(self, count: int) -> None:
         """Launches what remembers the tokens of a batch of ``count`` rows."""
-        record(*(self._batch.ids(name, count) for name in ("tokens", "positions", "slots")), self._history)
+        tokens, positions, slots = (self._batch.ids(n, count) for n in ("tokens", "positions", "slots"))
+        record(tokens, positions, slots, self._history)
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         self._history[target, :length].copy_(self._history[source, :length])

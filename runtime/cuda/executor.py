@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,18 +14,23 @@ from torch import Tensor
 
 from gristmill.kernels.triton.attention import blocks_of
 from gristmill.kernels.triton.cache import allocate, copy_slot
+from gristmill.kernels.triton.linear_configs import Config
 from gristmill.runtime.cuda.buffers import Batch, Values
 from gristmill.runtime.cuda.device import captured_rows, few_rows, kv_bytes, refuse_out_of_memory
 from gristmill.runtime.cuda.drawing import MAX_VOCABULARY, Drawing, drawing_bytes
+from gristmill.runtime.cuda.graphs import captured
 from gristmill.runtime.cuda.launch import Launcher, Taken
-from gristmill.runtime.cuda.tuning import Tuned
+from gristmill.runtime.cuda.tuning import Timer, Tuned, tune_all, works
 from gristmill.runtime.cuda.weights import Weights
 from gristmill.runtime.decoding.draws import Draws
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.footprint import kv_rows
 from gristmill.runtime.program import Program
 
-WARM_UPS = 3  # runs before a capture: kernels are compiled and loaded then
+if TYPE_CHECKING:
+    from gristmill.runtime.cuda.probe import CudaProbe
+    from gristmill.runtime.session import Session
+
 PROCESSORS_OF_CPU = 4  # what the interpreter pretends to have; kept small, for it runs one after the other
 
 
@@ -33,21 +38,6 @@ def buckets(max_tokens: int) -> list[int]:
     """Numbers of rows that are run: powers of two, and max_tokens."""
     powers = [1 << n for n in range(max_tokens.bit_length()) if 1 << n < max_tokens]
     return [*powers, max_tokens]
-
-
-def _captured(launch: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
-    """What ``launch`` launches, after warming up on another stream, as a graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UPS):
-            launch()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        launch()
-    return graph
 
 
 class CudaExecutor:
@@ -64,6 +54,7 @@ class CudaExecutor:
     ) -> None:
         self.max_tokens, self.vocabulary = program.limits.max_tokens, program.vocabulary
         self.max_len, self.max_slots, self.device = max_len, max_slots, device
+        self._program = program
         self._buckets = buckets(self.max_tokens)
         self._few_rows = few_rows(max_slots, self.max_tokens)
         self._weights = Weights(program, weights, device)
@@ -78,11 +69,11 @@ class CudaExecutor:
         self._batch = Batch(self.max_tokens, max_slots, device)
         self.draws_tokens = self.vocabulary <= MAX_VOCABULARY
         self._drawing = Drawing(self._batch, self._values.logits, max_len, max_slots)
-        processors = PROCESSORS_OF_CPU
+        self.processors = PROCESSORS_OF_CPU
         if device.type == "cuda":
-            processors = torch.cuda.get_device_properties(device).multi_processor_count
+            self.processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._launcher = Launcher(
-            program, self._weights, self._caches, self._values, self._batch, self._buckets, processors,
+            program, self._weights, self._caches, self._values, self._batch, self._buckets, self.processors,
             self._few_rows, Tuned.read(device),
         )  # fmt: skip
         self._blocks = {
@@ -96,6 +87,7 @@ class CudaExecutor:
         self.weight_bytes = self._weights.bytes
         self.weight_bytes_per_token = self._weights.bytes_per_token(program)
         self._shortest_ring = min((cache.ring for cache in self._caches), default=max_len)
+        self._last: tuple[int, int, dict[int, Tensor] | None] = (0, 0, None)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._draw_graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         if device.type == "cuda":
@@ -159,13 +151,13 @@ class CudaExecutor:
         remedy = "give fewer rows at once, or load with a smaller max_len or max_slots"
         with self._current(), refuse_out_of_memory(self.device, f"in a batch of {len(tokens)} rows", remedy):
             self._batch.fill({"tokens": tokens, "positions": positions, "slots": slots, "rows": rows})
+            self._last = (count, wanted, None if alone else self._cut(len(tokens)))
             if alone and wanted == count and count in self._graphs:
                 self._graphs[count].replay()
                 take(0, count)
             else:
                 self._drawing.record(count)
-                blocks = None if alone else self._cut(len(tokens))
-                self._launcher.run(count, wanted, blocks, take, len(rows))
+                self._launcher.run(*self._last, take, len(rows))
             if self.device.type == "cuda":  # nothing may be under way when the ids are filled again
                 torch.cuda.current_stream().synchronize()
 
@@ -179,6 +171,41 @@ class CudaExecutor:
             with self._current():
                 copy_slot(self._caches, source, target, length)
                 self._drawing.copy_slot(source, target, length)
+
+    def relaunch(self, instructions: Sequence[int]) -> Callable[[], None]:
+        """What launches some instructions of the last batch once more, to be timed; values are spoilt by it,
+        and of rows of logits there are as many as are computed at once."""
+        rows, wanted, blocks = self._last
+        wanted = min(wanted, len(self._values.logits))
+
+        def launch() -> None:
+            with self._current():
+                for index in instructions:
+                    self._launcher.launch(index)
+
+        with self._current():
+            self._launcher.begin(rows, wanted, blocks)
+        return launch
+
+    def probe(self, session: Session) -> CudaProbe:
+        """What measures this device, for `gristmill bench`."""
+        from gristmill.runtime.cuda.probe import CudaProbe
+
+        return CudaProbe(self, session)
+
+    def tune(self, max_rows: int | None = None, time: Timer | None = None) -> Iterator[tuple[str, Config]]:
+        """Times the candidates for every product of the program in its buckets of up to ``max_rows`` rows.
+
+        The winners are stored for the executors that are made from now on; yields what was timed and the
+        config that won, as they come. time: of a call, None: on the device. Raises GristmillError where they
+        cannot be stored and where memory ends.
+        """
+        chosen = [rows for rows in self._buckets if max_rows is None or rows <= max_rows]
+        wanted = works(self._program, self._weights.matrices, chosen, len(self._values.logits))
+        remedy = "load with a smaller max_len"
+        with self._current(), refuse_out_of_memory(self.device, "tuning", remedy):
+            for work, config in tune_all(wanted, self.device, time):
+                yield work.key, config
 
     def _bucket(self, rows: int) -> int:
         return next(bucket for bucket in [0, *self._buckets] if rows <= bucket)
@@ -203,10 +230,10 @@ class CudaExecutor:
         for count in reversed([bucket for bucket in self._buckets if bucket <= most]):
             self._batch.fill({"rows": np.arange(count, dtype=np.int32)})
             self._drawing.fill(Draws.greedy(0))
-            self._graphs[count] = _captured(partial(self._launch_batch, count), pool)
+            self._graphs[count] = captured(partial(self._launch_batch, count), pool)
             for greedy in (True, False) if self.draws_tokens else ():
                 launch = partial(self._drawing.launch, 0, count, greedy)
-                self._draw_graphs[count, greedy] = _captured(launch, pool)
+                self._draw_graphs[count, greedy] = captured(launch, pool)
 
     def _launch_batch(self, count: int) -> None:
         self._drawing.record(count)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gristmill.runtime.decoding.draws import Draws
-from gristmill.runtime.decoding.greedy import refuse_not_finite
+from gristmill.runtime.decoding.greedy import most_likely, refuse_not_finite
 
 if TYPE_CHECKING:
     from gristmill.runtime.decoding.generate import Running
@@ -36,6 +36,14 @@ def next_tokens(
         [len(sequence.tokens) - 1 for sequence in ready],
     )
     return map(_drawn, session._draw(tokens, positions, slots, rows, draws))
+
+
+def most_likely_token(session: Session, token: int, position: int, slot: int) -> int:
+    """Runs one row of a slot that the caller took, and gives the token that follows."""
+    tokens, positions, slots, rows = (np.full(1, n, np.int32) for n in (token, position, slot, 0))
+    if draws_tokens(session):
+        return _drawn(session._draw(tokens, positions, slots, rows, Draws.greedy(1))[0])
+    return most_likely(session._run(tokens, positions, slots, rows)[0])
 
 
 def draws_tokens(session: Session) -> bool:
