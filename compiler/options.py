@@ -50,8 +50,8 @@ class CompileOptions:
     the cache; kv_k, kv_v: of its keys, of its values; kv_rotate: rotate queries and keys so that no column of
     a key stands out. max_len, max_slots, max_tokens: positions per slot, sequences, and rows of one forward
     that the artifact is planned for. text: file of held text for the gate; gate_tokens: how many of its
-    tokens; max_ppl_increase (0.02 or "2%") and max_kl (nats): what the gate lets pass; device: "cpu" or "cuda",
-    where it runs the artifact. rotate: turn the residual stream by a Hadamard matrix, or refuse.
+    tokens; max_ppl_increase (0.02 or "2%") and max_kl (nats): what the gate lets pass; device: where it runs
+    the artifact, cpu or cuda. rotate: turn the residual stream by a Hadamard matrix, or refuse.
 
     method: how integers are chosen, see quant.methods. calibration: a text file, a JSONL file or a hub data
     set, None for Python's own library; samples, sample_length: how much of it, in tokens. resume: go on with

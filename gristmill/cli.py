@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from typing import Any, NoReturn
 
 import click
@@ -277,7 +278,7 @@ def bench(artifact: str, as_json: bool, **options: Any) -> None:
 @cli.command(no_args_is_help=True)
 @_ARTIFACT
 @click.option("--max-rows", type=int, help="The largest batch to tune for; default: any.")
-@click.option("--device", type=click.Choice(["cuda"]), default="cuda", show_default=True, help="What to tune.")
+@click.option("--device", type=click.Choice(["cuda"]), default="cuda", help="What to tune; cuda alone.")
 @_JSON
 def tune(artifact: str, max_rows: int | None, device: str, as_json: bool) -> None:
     """Time the ways to cut an artifact's products on this GPU, and keep the fastest.
@@ -310,6 +311,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def run_command(arguments: list[str] | None = None) -> int:
     """The exit code of `gristmill ARGUMENTS`; errors are one line on stderr."""
+    warnings.showwarning = _show_warning
     try:
         result = cli.main(arguments, prog_name="gristmill", standalone_mode=False)
         sys.stdout.flush()
@@ -345,6 +347,10 @@ def _report(error: Exception) -> int:
         text = f"{type(error).__name__}: {error} (a defect of gristmill; --traceback shows where)"
     click.echo("error: " + " ".join(text.split()), err=True)
     return 1
+
+
+def _show_warning(message: Warning | str, *where: Any) -> None:
+    note(f"warning: {message}")
 
 
 def _forget_stdout() -> None:
