@@ -50,9 +50,8 @@ class Launcher:
         for index, i in enumerate(program.instructions):
             for rows in buckets:
                 if i.op == "linear":
-                    if i.out.value == LOGITS and rows > len(values.logits):
-                        continue  # computed in pieces
-                    size = max(size, self._plan(index, i, rows))
+                    piece = min(rows, len(values.logits)) if i.out.value == LOGITS else rows
+                    size = max(size, self._plan(index, i, piece))
                 elif i.op == "attention":
                     floats = max(floats, self._tile(index, i, rows))
                     queries = max(queries, rows * i.attribute("heads") * caches[i.attribute("cache")].k.dim)
