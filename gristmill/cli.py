@@ -349,7 +349,11 @@ def _report(error: Exception) -> int:
     return 1
 
 
-def _show_warning(message: Warning | str, *where: Any) -> None:
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None,
+    line: str | None = None,
+) -> None:  # fmt: skip
+    """One line, without the place in the code that it comes from."""
     note(f"warning: {message}")
 
 

@@ -47,7 +47,12 @@ def test_kinds_are_timed_alone_beside_their_roofs(tmp_path: Path) -> None:
     launched: list[int] = []
     executor: Any = session.executor
     launch = executor._launcher.launch
-    executor._launcher.launch = lambda index: (launched.append(index), launch(index))
+
+    def counted(index: int) -> None:
+        launched.append(index)
+        launch(index)
+
+    executor._launcher.launch = counted
 
     def seconds(run: Any, repeats: int) -> float:
         launched.clear()
@@ -72,9 +77,13 @@ def test_a_round_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     probe = CudaProbe(executor, session, SIZES)
     roofs = probe.roofs(2.0)
     assert roofs.stream == 2e9 and roofs.floats == roofs.integers > 0
-    drawn = []
-    sample = executor.sample
-    monkeypatch.setattr(executor, "sample", lambda *given, draws: drawn.append(1) or sample(*given, draws))
+    drawn, sample = [], executor.sample
+
+    def counted(*batch: Any, draws: Any) -> Any:
+        drawn.append(len(draws))
+        return sample(*batch, draws)
+
+    monkeypatch.setattr(executor, "sample", counted)
     options = BenchOptions(prompt=3, tokens=1, context=2, rounds=1)
     assert all(figure > 0 for figure in measure_round(session, options, probe))
-    assert len(drawn) == 2, "tokens are drawn there: one to warm up, one that counts"
+    assert drawn == [1, 1], "tokens are drawn there: one to warm up, one that counts"

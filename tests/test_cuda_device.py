@@ -52,7 +52,8 @@ def test_graphs_equal_launches(slots: int, tmp_path: Path) -> None:
         tokens, order = tokens_for(program, count), np.arange(count, dtype=np.int32)
         batch = (tokens, ints([0] * count), order[::-1].copy(), order)
         options = [
-            GenerationOptions(temperature=n % 3, top_k=n % 5, repetition_penalty=1 + n % 2) for n in range(count)
+            GenerationOptions(temperature=n % 3, top_k=n % 5, repetition_penalty=1 + n % 2)
+            for n in range(count)
         ]
         for draws in (Draws.greedy(count), Draws.of(options, [7] * count, [0] * count)):
             executor._graphs, executor._draw_graphs = graphs, draw_graphs

@@ -102,7 +102,7 @@ def test_a_session_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     made = Program.from_json(program.json)
     prompts: list[list[int]] = [[3, 1, 4], [1, 5], [9, 2, 6, 5]]
     how = {"max_new_tokens": 2, "temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 4}
-    plain = Session(None, made, OnTheHost(executor))  # type: ignore[arg-type]
+    plain = Session(None, made, OnTheHost(executor))
     sampled = [one.token_ids for one in plain.generate(prompts, **how)]
 
     monkeypatch.setattr(executor, "forward", None)

@@ -71,7 +71,7 @@ def test_winners_are_kept_and_planned_with(tmp_path: Path, cache: Path) -> None:
 
 def test_an_interrupted_run_keeps_what_it_had(tmp_path: Path) -> None:
     executor, clock = make(llama(CASES["f32"]), tmp_path), Clock()
-    tuned = executor.tune(1, clock)
+    tuned: Any = executor.tune(1, clock)
     first, _ = next(tuned)
     tuned.close()
     assert list(tuning.Tuned.read(DEVICE).found) == [first]
