@@ -116,9 +116,9 @@ def test_a_session_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for _ in stream:
         pass
     assert stream.result.token_ids == sampled[1]
-    left = session.stream(prompts[2], max_new_tokens=30)
-    left.close()
-    assert [session._slots.take(wait=False) for _ in range(3)] == [1, 0, None]
+    with session.stream(prompts[2], max_new_tokens=30) as left:
+        assert not left.result.token_ids
+    assert not session._slots._holders
 
 
 def test_a_session_refuses_logits_that_are_not_finite(tmp_path: Path) -> None:
@@ -128,7 +128,21 @@ def test_a_session_refuses_logits_that_are_not_finite(tmp_path: Path) -> None:
     alone = (ints([1]), ints([0]), ints([0]), ints([0]))
     assert executor.sample(*alone, draws([GREEDY], [0])).tolist() == [-1]
     session = Session(None, Program.from_json(program.json), executor)
+    how: dict[str, Any]
     for how in ({}, {"temperature": 1.0, "seed": 1}):
         with pytest.raises(GristmillError, match="not finite as a logit: damaged weights"):
             session.generate([1, 2], max_new_tokens=2, **how)
-    assert session._slots.take(wait=False) is not None, "the slot is free again"
+    assert not session._slots._holders, "its slot is free again"
+
+
+def test_speculated_rows_are_drawn_as_one_by_one(tmp_path: Path) -> None:
+    """Tokens that are looked up are judged by draws of several rows of a slot at once; a penalty is for those
+    before each."""
+    program = llama(CASES["f32"])
+    session = Session(None, Program.from_json(program.json), make(program, tmp_path))
+    prompt = [3, 1, 4, 1, 5] * 2 + [3, 1]
+    how = {"max_new_tokens": 3, "temperature": 0.01, "repetition_penalty": 0.05, "seed": 1}
+    plain = session.generate(prompt, lookup=False, **how).token_ids
+    before = session.statistics.drafted
+    assert session.generate(prompt, lookup=True, **how).token_ids == plain
+    assert session.statistics.drafted > before

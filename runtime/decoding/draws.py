@@ -29,14 +29,18 @@ class Draws:
     penalty: np.ndarray
 
     @staticmethod
-    def of(options: Sequence[GenerationOptions], seeds: Sequence[int], positions: Sequence[int]) -> Draws:
-        """Rows of sequence 0 under their options; a row's seed counts where its temperature is not 0."""
+    def of(
+        options: Sequence[GenerationOptions], seeds: Sequence[int], positions: Sequence[int],
+        sequences: Sequence[int] | None = None,
+    ) -> Draws:  # fmt: skip
+        """Rows under their options, of sequence 0 unless given; a row's seed counts where its temperature is
+        not 0."""
         return Draws(
             np.array([o.temperature for o in options], np.float32),
             np.array([o.top_k for o in options], np.int32),
             np.array([o.top_p for o in options], np.float32),
             np.array(seeds, np.uint64),
-            np.zeros(len(options), np.uint64),
+            np.array([0] * len(options) if sequences is None else sequences, np.uint64),
             np.array(positions, np.int32),
             np.array([o.repetition_penalty for o in options], np.float32),
         )

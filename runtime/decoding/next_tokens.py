@@ -1,8 +1,8 @@
-"""The tokens that follow a batch: drawn by the executor where it can, else here from the logits it gives."""
+"""What follows a batch: tokens drawn by the executor where it can, else the logits to choose from here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,38 +11,40 @@ from gristmill.runtime.decoding.draws import Draws
 from gristmill.runtime.decoding.greedy import most_likely, refuse_not_finite
 
 if TYPE_CHECKING:
-    from gristmill.runtime.decoding.generate import Running
+    from gristmill.runtime.decoding.sequence import Sequence
     from gristmill.runtime.session import Session
 
 
-def next_tokens(
+def run(
     session: Session,
     tokens: np.ndarray,
     positions: np.ndarray,
     slots: np.ndarray,
     rows: np.ndarray,
-    ready: Sequence[Running],
-) -> Iterator[int]:
-    """Runs the batch and gives the next token of each of ``ready``, whose last rows are ``rows``.
+    wanted: Iterable[tuple[Sequence, int]],
+) -> np.ndarray:
+    """Runs the batch: logits [R, V] f32 of ``rows``, or the tokens [R] i32 that the executor drew from them,
+    -1 where they are not finite.
 
-    Raises GristmillError at the token whose logits are not finite; the batch has run by then.
+    wanted: of every sequence in turn how many of the rows are its last ones, each a token further on.
     """
-    if not ready or not draws_tokens(session):
-        logits = session._run(tokens, positions, slots, rows)
-        return (sequence.choose(row) for sequence, row in zip(ready, logits, strict=True))
+    if not len(rows) or not draws_tokens(session):
+        return session._run(tokens, positions, slots, rows)
+    each = [(sequence, ahead) for sequence, count in wanted for ahead in range(count)]
     draws = Draws.of(
-        [sequence.options for sequence in ready],
-        [sequence.result.seed for sequence in ready],
-        [len(sequence.tokens) - 1 for sequence in ready],
+        [sequence.options for sequence, _ in each],
+        [sequence.result.seed for sequence, _ in each],
+        [len(sequence.tokens) - 1 + ahead for sequence, ahead in each],
+        [sequence.number for sequence, _ in each],
     )
-    return map(_drawn, session._draw(tokens, positions, slots, rows, draws))
+    return session._draw(tokens, positions, slots, rows, draws)
 
 
 def most_likely_token(session: Session, token: int, position: int, slot: int) -> int:
     """Runs one row of a slot that the caller took, and gives the token that follows."""
     tokens, positions, slots, rows = (np.full(1, n, np.int32) for n in (token, position, slot, 0))
     if draws_tokens(session):
-        return _drawn(session._draw(tokens, positions, slots, rows, Draws.greedy(1))[0])
+        return drawn(session._draw(tokens, positions, slots, rows, Draws.greedy(1))[0])
     return most_likely(session._run(tokens, positions, slots, rows)[0])
 
 
@@ -51,7 +53,8 @@ def draws_tokens(session: Session) -> bool:
     return bool(getattr(session.executor, "draws_tokens", False))
 
 
-def _drawn(token: np.int32) -> int:
+def drawn(token: np.int32) -> int:
+    """A token that the executor drew. Raises GristmillError where the logits were not finite."""
     if token < 0:
         refuse_not_finite("a number that is not finite")
     return int(token)
