@@ -24,8 +24,9 @@ test: .venv/.dev
 	$(BIN)/pytest -n 2 --dist worksteal tests $(ARGS)
 
 # On an NVIDIA GPU, where the same tests otherwise run in Triton's interpreter; torch must be built for CUDA.
+# Several processes, for compiling the kernels takes longest.
 test-gpu: .venv/.dev
-	TRITON_INTERPRET=0 $(BIN)/pytest tests/kernels/test_triton_linear.py tests/test_cuda_executor.py $(ARGS)
+	TRITON_INTERPRET=0 $(BIN)/pytest -n 4 $(wildcard tests/test_cuda_*.py tests/kernels/test_triton_*.py) $(ARGS)
 
 # What needs no Python, in an emulator where this machine is another: see tests/cpp/aarch64.
 test-aarch64:

@@ -50,8 +50,8 @@ class CompileOptions:
     the cache; kv_k, kv_v: of its keys, of its values; kv_rotate: rotate queries and keys so that no column of
     a key stands out. max_len, max_slots, max_tokens: positions per slot, sequences, and rows of one forward
     that the artifact is planned for. text: file of held text for the gate; gate_tokens: how many of its
-    tokens; max_ppl_increase (0.02 or "2%") and max_kl (nats): what the gate lets pass. rotate: turn the
-    residual stream by a Hadamard matrix, or refuse.
+    tokens; max_ppl_increase (0.02 or "2%") and max_kl (nats): what the gate lets pass; device: where it runs
+    the artifact, cpu or cuda. rotate: turn the residual stream by a Hadamard matrix, or refuse.
 
     method: how integers are chosen, see quant.methods. calibration: a text file, a JSONL file or a hub data
     set, None for Python's own library; samples, sample_length: how much of it, in tokens. resume: go on with
@@ -82,6 +82,7 @@ class CompileOptions:
     gate_tokens: int | None = None
     max_ppl_increase: float | None = None
     max_kl: float | None = None
+    device: str = "cpu"
     rotate: bool = False
     method: str = "rtn"
     calibration: str | None = None
@@ -194,6 +195,9 @@ class CompileOptions:
             for name in ("text", "gate_tokens", "max_ppl_increase", "max_kl")
             if getattr(self, name) is not None
         ]
+        _one_of("device", self.device, ("cpu", "cuda"))
+        if self.device != "cpu":
+            asked.append("device")
         if asked and not self.gate:
             raise GristmillError(f"{asked[0]} is for the gate, which is off; leave out one of the two")
 

@@ -85,6 +85,10 @@ def compile_model(
     """
     report = progress or (lambda stage, fraction: None)
     tell = note or (lambda line: None)
+    if options.device == "cuda":
+        from gristmill.runtime.cuda import require_device
+
+        require_device()  # before minutes of work, and not after
     start = time.perf_counter()
     with ArtifactWriter(out, options.force) as writer:
         report("load", 0.0)
@@ -253,11 +257,14 @@ def _accept(
     Returns what was measured and the lines that say which limits it keeps. Raises GristmillError where it
     breaks one.
     """
-    session = load_session(writer.seal(manifest))
+    sealed = writer.seal(manifest)
+    session = load_session(sealed)
     writer.write_json("selftest.json", selftest.record(session))
     if not options.gate:
         return None
     report("gate", 0.0)
+    if options.device != "cpu":
+        session = load_session(sealed, options.device)
     tokens = options.gate_tokens or gate.DEFAULT_TOKENS
     text = gate.HeldText.of(*_held_text(session, options), session.tokenizer, tokens)
     reference = partial(float_reference, traced)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from typing import Any, NoReturn
 
 import click
@@ -167,9 +168,10 @@ def inspect(artifact: str, program: bool, matrices: bool, as_json: bool) -> None
 @cli.command(no_args_is_help=True)
 @_ARTIFACT
 @click.option("--selftest", is_flag=True, help="Also compute the stored self-test and compare.")
+@_DEVICE
 @_THREADS
 @_JSON
-def verify(artifact: str, selftest: bool, threads: int | None, as_json: bool) -> None:
+def verify(artifact: str, selftest: bool, device: str, threads: int | None, as_json: bool) -> None:
     """Check every byte of an artifact against its manifest.
 
     \b
@@ -182,11 +184,11 @@ def verify(artifact: str, selftest: bool, threads: int | None, as_json: bool) ->
     opened = open_artifact(artifact)
     opened.verify()
     session = load(
-        artifact, threads=threads, max_slots=1
+        artifact, device, threads=threads, max_slots=1
     )  # the executor holds program and weights against each other
     result: dict[str, Any] = {"ok": True, "content_id": opened.content_id, "files": len(opened.files)}
     if selftest:
-        result["selftest"] = check(session)
+        result["selftest"] = check(session, device)
     if as_json:
         echo_json(result)
         return
@@ -207,11 +209,13 @@ def verify(artifact: str, selftest: bool, threads: int | None, as_json: bool) ->
     "--window", type=int, help="Tokens per window, each predicted from its own beginning; default: max_len."
 )
 @click.option("--max-tokens", type=int, help="Score only the first N tokens of the file.")
+@_DEVICE
 @_THREADS
 @_JSON
 def eval_command(
-    artifact: str, text: str, window: int | None, max_tokens: int | None, threads: int | None, as_json: bool
-) -> None:
+    artifact: str, text: str, window: int | None, max_tokens: int | None, device: str, threads: int | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Measure perplexity on a text.
 
     \b
@@ -220,7 +224,7 @@ def eval_command(
     from gristmill.runtime.evaluation import read_text, score_text
     from gristmill.runtime.session import load
 
-    session = load(artifact, threads=threads, max_slots=1)
+    session = load(artifact, device, threads=threads, max_slots=1)
     score = score_text(session, read_text(text), window, max_tokens)
     if as_json:
         echo_json({"nll": score.nll, "ppl": score.ppl, "tokens": score.tokens, "window": score.window})
@@ -239,6 +243,7 @@ def eval_command(
     "--rounds", type=int, default=3, show_default=True, help="Rounds of bandwidth probe, prefill and decode."
 )
 @click.option("--profile", is_flag=True, help="Also time every kind of instruction, beside its roof.")
+@_DEVICE
 @_THREADS
 @_HUGEPAGES
 @_PIN
@@ -262,12 +267,41 @@ def bench(artifact: str, as_json: bool, **options: Any) -> None:
         ("read", f"{result['read_gb_s']:.2f} GB/s of weights and cache"),
         ("memory delivers", f"{result['stream_gb_s']:.2f} GB/s; share {result['bandwidth_share']:.1%}"),
         ("load", f"{result['load_s'] * 1000:.1f} ms"),
-        ("threads", str(result["threads"])),
+        ("threads", str(result["threads"])) if result["device"] == "cpu" else ("device", result["device"]),
     ]
     show_table(rows, stderr=False)
     if options["profile"]:
         show_profile(result["profile"], "decode")
         show_profile(result["profile"], "prefill")
+
+
+@cli.command(no_args_is_help=True)
+@_ARTIFACT
+@click.option("--max-rows", type=int, help="The largest batch to tune for; default: any.")
+@click.option("--device", type=click.Choice(["cuda"]), default="cuda", help="What to tune; cuda alone.")
+@_JSON
+def tune(artifact: str, max_rows: int | None, device: str, as_json: bool) -> None:
+    """Time the ways to cut an artifact's products on this GPU, and keep the fastest.
+
+    They are kept in the user's cache directory (XDG_CACHE_HOME) for this kind of GPU, and used from then on.
+    A run that is interrupted goes on where it was.
+
+    \b
+    gristmill tune llama.grist --max-rows 64
+    """
+    from gristmill.runtime.session import load
+
+    if max_rows is not None and max_rows < 1:
+        raise GristmillError(f"max_rows is {max_rows}, expected 1 or more")
+    session = load(artifact, device, max_slots=1)
+    found = {}
+    for product, config in session.tune(max_rows):
+        found[product] = config
+        note(f"{product}: {config}")
+    if as_json:
+        echo_json({"products": found})
+    else:
+        click.echo(f"{len(found)} products tuned")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -277,6 +311,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def run_command(arguments: list[str] | None = None) -> int:
     """The exit code of `gristmill ARGUMENTS`; errors are one line on stderr."""
+    warnings.showwarning = _show_warning
     try:
         result = cli.main(arguments, prog_name="gristmill", standalone_mode=False)
         sys.stdout.flush()
@@ -312,6 +347,14 @@ def _report(error: Exception) -> int:
         text = f"{type(error).__name__}: {error} (a defect of gristmill; --traceback shows where)"
     click.echo("error: " + " ".join(text.split()), err=True)
     return 1
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None,
+    line: str | None = None,
+) -> None:  # fmt: skip
+    """One line, without the place in the code that it comes from."""
+    note(f"warning: {message}")
 
 
 def _forget_stdout() -> None:

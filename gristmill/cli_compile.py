@@ -66,6 +66,10 @@ KV_TYPES = ("f32", "f16", "int8", "fp8", "int4")
 @click.option(
     "--max-kl", type=float, help="Refuse the artifact if the KL divergence (nats per token) is larger."
 )
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+    help="Where the gate runs the artifact.",
+)  # fmt: skip
 @click.option("--no-gate", is_flag=True, help="Do not measure the artifact against the float model.")
 @click.option(
     "--method",

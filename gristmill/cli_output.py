@@ -48,9 +48,11 @@ def show_profile(profiles: dict[str, Any], phase: str) -> None:
     from rich.table import Table
 
     found, roofs = profiles[phase], profiles["roofs"]
+    shared = found["shared_phases"]
+    phases = "" if shared is None else f", {shared} phases shared by threads"
     click.echo(
         f"\n{phase}: {found['rows']} rows after {found['context']} positions in "
-        f"{found['seconds'] * 1e3:.3f} ms, {found['shared_phases']} phases shared by threads\n"
+        f"{found['seconds'] * 1e3:.3f} ms{phases}\n"
         f"roofs: {roofs['stream'] / 1e9:.1f} GB/s, {roofs['integers'] / 1e9:.0f} integer and "
         f"{roofs['floats'] / 1e9:.0f} float Gop/s"
     )

@@ -17,19 +17,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gristmill.runtime.decoding.next_tokens import most_likely_token
 from gristmill.runtime.errors import GristmillError
-from gristmill.runtime.profile import Forward, Roofs, profile, random_ids, take_in
+from gristmill.runtime.profile import Forward, Probe, probe_of, random_ids, take_in
 from gristmill.runtime.program import CacheSpec
-from gristmill.runtime.session import Session, load, native
-
-PROBE_BYTES = 512 << 20
-PROBE_SECONDS = 0.5
+from gristmill.runtime.session import Session, load
 
 
 @dataclass(frozen=True)
 class BenchOptions:
     """prompt: tokens of the timed prefill; tokens: decoded tokens per round; context: positions before the
-    first of them; profile: also time every instruction; hugepages, pin: as in `load`.
+    first of them; profile: also time every instruction; device, hugepages, pin: as in `load`.
     """
 
     prompt: int = 256
@@ -40,6 +38,7 @@ class BenchOptions:
     profile: bool = False
     hugepages: bool = False
     pin: bool = False
+    device: str = "cpu"
 
 
 def bench(path: str | Path, options: BenchOptions) -> dict[str, Any]:
@@ -49,12 +48,13 @@ def bench(path: str | Path, options: BenchOptions) -> dict[str, Any]:
     check_options(options)
     needed = max(options.prompt, options.context + options.tokens)
     started = time.perf_counter()
-    how: dict[str, Any] = {"threads": options.threads, "hugepages": options.hugepages, "pin": options.pin}
+    how = {name: getattr(options, name) for name in ("device", "threads", "hugepages", "pin")}
     session = load(path, max_slots=1, **how)
     load_s = time.perf_counter() - started
     if needed > session.max_len:
         session = load(path, max_slots=1, max_len=needed, **how)
-    rounds = [measure_round(session, options) for _ in range(options.rounds)]
+    probe = probe_of(session)
+    rounds = [measure_round(session, options, probe) for _ in range(options.rounds)]
     decode, prefill, stream = (statistics.median(column) for column in zip(*rounds, strict=True))
     read_bytes = decode_read_bytes(session, options.context + options.tokens // 2)
     share = statistics.median(decode_tok_s * read_bytes / 1e9 / gb_s for decode_tok_s, _, gb_s in rounds)
@@ -65,28 +65,35 @@ def bench(path: str | Path, options: BenchOptions) -> dict[str, Any]:
         "bandwidth_share": share,
         "stream_gb_s": stream,
         "load_s": load_s,
+        "device": options.device,
         "threads": session.threads,
         "prompt": options.prompt,
         "tokens": options.tokens,
         "context": options.context,
         "read_bytes_per_token": read_bytes,
         **session.memory,
-        **({"profile": _profiles(session, options, stream)} if options.profile else {}),
+        **({"profile": _profiles(session, options, probe, stream)} if options.profile else {}),
     }
 
 
-def _profiles(session: Session, options: BenchOptions, stream_gb_s: float) -> dict[str, Any]:
+def _profiles(session: Session, options: BenchOptions, probe: Probe, stream_gb_s: float) -> dict[str, Any]:
     """A decoded token and the longest chunk of the prompt, instruction by instruction."""
-    roofs = Roofs.measure(session, stream_gb_s)
+    roofs = probe.roofs(stream_gb_s)
     rows = min(options.prompt, session.max_tokens)
-    decode = profile(session, roofs, Forward(1, options.context), options.tokens)
-    prefill = profile(session, roofs, Forward(rows), options.rounds)
+    decode = probe.profile(roofs, Forward(1, options.context), options.tokens)
+    prefill = probe.profile(roofs, Forward(rows), options.rounds)
     return {"roofs": asdict(roofs), "decode": decode.to_json(), "prefill": prefill.to_json()}
 
 
-def measure_round(session: Session, options: BenchOptions) -> tuple[float, float, float]:
-    """Decoded and prefilled tokens per second, and the read stream in GB/s, one after the other."""
-    stream_gb_s = float(native().read_bandwidth(PROBE_BYTES, session.threads, PROBE_SECONDS))
+def measure_round(
+    session: Session, options: BenchOptions, probe: Probe | None = None
+) -> tuple[float, float, float]:
+    """Decoded and prefilled tokens per second, and the read stream in GB/s, one after the other.
+
+    Both are wall-clock times as a caller sees them: every token, or the logits of the last chunk, has come to
+    the host.
+    """
+    stream_gb_s = (probe or probe_of(session)).read_stream()
     ids = random_ids(session, max(options.prompt, options.context))
     with session.slot() as slot:
         prefill_s = _prefill(session, slot, ids[: options.prompt])
@@ -116,15 +123,12 @@ def _prefill(session: Session, slot: int, ids: NDArray[np.int32]) -> float:
 
 def _decode(session: Session, slot: int, context: int, count: int) -> float:
     """Seconds to decode `count` tokens greedily, one at a time; two more before them warm up."""
-    token, row = 1 % session.vocabulary, np.zeros(1, np.int32)
-    where = np.full(1, slot, np.int32)
-    warm_up = min(2, count)
-    for _ in range(warm_up):  # the same position again: rolled back each time
-        session._run(np.full(1, token, np.int32), np.full(1, context, np.int32), where, row)
+    token = 1 % session.vocabulary
+    for _ in range(min(2, count)):  # the same position again: rolled back each time
+        most_likely_token(session, token, context, slot)
     started = time.perf_counter()
     for position in range(context, context + count):
-        logits = session._run(np.full(1, token, np.int32), np.full(1, position, np.int32), where, row)
-        token = int(np.argmax(logits[0]))
+        token = most_likely_token(session, token, position, slot)
     return time.perf_counter() - started
 
 

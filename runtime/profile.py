@@ -21,6 +21,8 @@ from gristmill.runtime.program import CacheSpec, Instruction, Program, segment_r
 from gristmill.runtime.session import Executor, Session, native
 
 PEAK_SECONDS = 0.2
+PROBE_BYTES = 512 << 20
+PROBE_SECONDS = 0.5
 
 
 class CpuExecutor(Executor, Protocol):
@@ -57,6 +59,39 @@ class Roofs:
         return Roofs(1e9 * stream_gb_s, floats, integers)
 
 
+class Probe(Protocol):
+    """What measures the device that a session runs on."""
+
+    def read_stream(self) -> float: ...
+
+    def roofs(self, stream_gb_s: float) -> Roofs: ...
+
+    def profile(self, roofs: Roofs, forward: Forward, repeats: int) -> Profile: ...
+
+
+class CpuProbe:
+    """The CPU, with the threads and the instruction set of the session."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def read_stream(self) -> float:
+        """10^9 bytes per second that all threads together read."""
+        return float(native().read_bandwidth(PROBE_BYTES, self._session.threads, PROBE_SECONDS))
+
+    def roofs(self, stream_gb_s: float) -> Roofs:
+        return Roofs.measure(self._session, stream_gb_s)
+
+    def profile(self, roofs: Roofs, forward: Forward, repeats: int) -> Profile:
+        return profile(self._session, roofs, forward, repeats)
+
+
+def probe_of(session: Session) -> Probe:
+    """An executor that is not on the CPU brings its own."""
+    own = getattr(session.executor, "probe", None)
+    return cast(Probe, own(session)) if own else CpuProbe(session)
+
+
 @dataclass(frozen=True)
 class Forward:
     """``rows`` new positions in each of ``sequences`` slots that hold ``context`` others; one row's logits of
@@ -90,12 +125,12 @@ class Kind:
 @dataclass(frozen=True)
 class Profile:
     """kinds: slowest first; seconds: of one forward, of which `kinds` are the parts; shared_phases: how often
-    the threads waited for each other in it."""
+    the threads waited for each other in it, None where there are no threads."""
 
     forward: Forward
     kinds: list[Kind]
     seconds: float
-    shared_phases: int
+    shared_phases: int | None
 
     def to_json(self) -> dict[str, Any]:
         kinds = [asdict(kind) | {"bound": kind.bound} for kind in self.kinds]

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 TEXT = "The quick brown fox jumps over the lazy dog. def add(a, b): return a + b"
 POSITIONS = 4  # of the text's end are recorded
 HIGHEST = 8  # logits of each
-TOLERANCE = 1e-3  # of the largest logit
+# Of the largest logit. The record is the CPU's; a GPU multiplies activations that are rounded to 16 bits and
+# not to integers of 8, which moves logits by far more than the order of sums does.
+TOLERANCE = {"cpu": 1e-3, "cuda": 5e-2}
 
 
 def record(session: Session, text: str = TEXT) -> dict[str, Any]:
@@ -48,9 +50,9 @@ def record(session: Session, text: str = TEXT) -> dict[str, Any]:
     }
 
 
-def check(session: Session) -> dict[str, Any]:
-    """Repeats the stored self-test; returns {"tokens", "largest_difference"}. Raises GristmillError where it
-    fails.
+def check(session: Session, device: str = "cpu") -> dict[str, Any]:
+    """Repeats the stored self-test on the session's device; returns {"tokens", "largest_difference"}. Raises
+    GristmillError where it fails.
     """
     assert session.artifact is not None
     stored = session.artifact.json(SELFTEST)
@@ -70,7 +72,7 @@ def check(session: Session) -> dict[str, Any]:
         )
     found = np.take_along_axis(_last_logits(session, ids)[-len(expected) :], columns, axis=1)
     difference = float(np.abs(found - expected).max())
-    if not difference <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
+    if not difference <= TOLERANCE[device] * max(1.0, float(np.abs(expected).max())):
         raise GristmillError(
             f"self-test failed: logits differ by {difference:.3g} from those it was made with; run verify"
         )

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import asdict, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from gristmill.runtime.artifact import (
     parse_json,
 )
 from gristmill.runtime.decoding.draft import Draft
+from gristmill.runtime.decoding.draws import Draws
 from gristmill.runtime.decoding.generate import AsyncDriver, AsyncStream, Prompt, Stream, generate_all
 from gristmill.runtime.decoding.options import GenerationOptions, refuse_unknown
 from gristmill.runtime.decoding.scheduler import Scheduler, Statistics
@@ -58,6 +59,16 @@ class Executor(Protocol):
     ) -> np.ndarray: ...
 
     def copy_slot(self, source: int, target: int, length: int) -> None: ...
+
+
+class DrawingExecutor(Executor, Protocol):
+    """An executor that can draw the next tokens itself; see runtime/cuda."""
+
+    draws_tokens: bool
+
+    def sample(
+        self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray, draws: Draws
+    ) -> np.ndarray: ...
 
 
 def load(
@@ -263,6 +274,18 @@ class Session:
         chosen = np.arange(len(arrays[0]), dtype=np.int32) if rows is None else _int32("rows", rows)
         return self._run(arrays[0], arrays[1], arrays[2], chosen, held=False)
 
+    def tune(self, max_rows: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Times how products of up to `max_rows` rows are cut best on this device, and keeps that for the
+        user's sessions that are opened later; yields each product and its config. Raises GristmillError on a
+        CPU, whose kernels need none.
+        """
+        own = getattr(self.executor, "tune", None)
+        if own is None:
+            raise GristmillError("a session on the CPU has nothing to tune; load with device='cuda'")
+        with self._lock:
+            for product, config in own(max_rows):
+                yield product, asdict(config)
+
     def reset(self, slot: int) -> None:
         """Forgets the sequence that `forward` put into `slot`."""
         with self._lock:
@@ -333,13 +356,32 @@ class Session:
         held: bool = True,
     ) -> np.ndarray:
         """`forward` after its arguments became arrays; `held`: on slots taken from self._slots."""
+        return self._execute(self.executor.forward, tokens, positions, slots, rows, held)
+
+    def _draw(
+        self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray, draws: Draws
+    ) -> np.ndarray:
+        """`_run` with an executor that `draws_tokens`: what comes back are tokens [R] int32, -1 where a row's
+        logits are not finite."""
+        sample = cast(DrawingExecutor, self.executor).sample
+        return self._execute(partial(sample, draws=draws), tokens, positions, slots, rows, held=True)
+
+    def _execute(
+        self,
+        execute: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray],
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        slots: np.ndarray,
+        rows: np.ndarray,
+        held: bool,
+    ) -> np.ndarray:
         self._check_batch(tokens, positions, slots, rows)
         with self._lock:
             ids, first, ends = self._slots.check(positions, slots, held)
             self._slots.lengths[ids] = first  # what a failure leaves: the rows before this batch
-            logits = self.executor.forward(tokens, positions, slots, rows)
+            result = execute(tokens, positions, slots, rows)
             self._slots.advance(ids, first, ends)
-        return logits
+        return result
 
     def _copy_slot(self, source: int, target: int, length: int, kept: Sequence[int]) -> bool:
         """Gives `target`, which the caller took, the first rows of `source`: of a sequence on its way, or of

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,51 @@ def test_errors_are_one_line(
     lines = err.splitlines()
     assert out == "" and lines[-1].startswith("error: ") and message in lines[-1], err
     assert "Traceback" not in err and "defect" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "{a}", "--prompt", "x"],
+        ["bench", "{a}", "--tokens", "2"],
+        ["verify", "{a}", "--selftest"],
+        ["eval", "{a}", "--text", __file__],
+        ["compile", "{a}/nothing", "-o", "{a}/new"],
+        ["tune", "{a}"],
+    ],
+)
+def test_without_a_gpu_its_absence_is_one_line(
+    artifact: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    pytest.importorskip("triton", reason="without it the line is another one")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    words = [part.replace("{a}", artifact) for part in arguments] + ["--device", "cuda"]
+    out, err = output(capsys, *words, code=1)
+    assert out == "" and err.count("\n") == 1, err
+    assert err.startswith("error: device 'cuda': torch finds no CUDA device, expected an NVIDIA GPU"), err
+
+
+def test_what_is_not_for_a_gpu_is_refused(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
+    err = output(capsys, "bench", artifact, "--device", "cuda", "--threads", "2", code=1)[1]
+    assert "threads, hugepages and pin are for device 'cpu'" in err
+    err = output(capsys, "compile", "m", "-o", "o", "--device", "cuda", "--no-gate", code=1)[1]
+    assert "device is for the gate, which is off" in err
+    assert "max_rows is 0" in output(capsys, "tune", artifact, "--max-rows", "0", code=1)[1]
+
+
+def test_a_warning_is_one_line(
+    artifact: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*given: Any, **named: Any) -> None:
+        warnings.warn("something is left out", stacklevel=1)
+        raise GristmillError("enough")
+
+    monkeypatch.setattr("gristmill.runtime.session.load", load)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # put back afterwards
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        err = output(capsys, "verify", artifact, code=1)[1]
+    assert err.splitlines() == ["warning: something is left out", "error: enough"]
 
 
 def test_wrong_usage_exits_with_2(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:

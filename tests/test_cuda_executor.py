@@ -6,95 +6,42 @@ TRITON_INTERPRET=0 runs the same on a device, its graphs included.
 from __future__ import annotations
 
 import dataclasses
-import os
+import gc
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from interpreter import Reference
-from programs import Array, Format, Llama, llama
-from programs import Program as Made
+from programs import llama
 from tiny import tiny_artifact
 
 pytest.importorskip("triton", reason="needs triton, which exists for Linux on x86-64")
 
-if os.environ["TRITON_INTERPRET"] == "1":
-    import triton_interpreter  # noqa: F401  (puts it right)
+from cuda_cases import (  # noqa: F401  (the fixture is for all)
+    CASES,
+    FEW_TOLERANCE,
+    MANY_TOLERANCE,
+    a_small_gpu,
+    assert_close,
+    in_chunks,
+    ints,
+    make,
+    run,
+    tokens_for,
+)
+from triton_device import DEVICE
 
 import gristmill
-from gristmill.kernels.triton import linear_configs
+from gristmill.runtime import cuda
 from gristmill.runtime.cuda import device as cuda_device
+from gristmill.runtime.cuda import drawing as cuda_drawing
 from gristmill.runtime.cuda import executor as cuda_executor
 from gristmill.runtime.cuda import weights as cuda_weights
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.program import Program
-
-DEVICE = torch.device("cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda")
-# Of the largest logit. Up to 4 rows all is f32 but the f16 queries beside a narrow cache, and cached numbers
-# that round the other way; more rows multiply activations as bf16, of 8 significant bits.
-FEW_TOLERANCE = {"f32": 2e-5, "f16": 4e-3, "int8": 2e-2, "fp8": 3e-2, "int4": 5e-2}
-MANY_TOLERANCE = 3e-2
-SMALL = Llama(
-    vocabulary=40, hidden=64, intermediate=48, layers=1, heads=2, kv_heads=1, k_dim=16, v_dim=16,
-    rope_dims=16, max_tokens=8,
-)  # fmt: skip
-CASES = {
-    "f32": SMALL,
-    "int4_int8": dataclasses.replace(
-        SMALL, form=Format("int4", 32, False), embedding=Format("int8"), cache="int8", bias=True, sinks=True
-    ),
-    "f16_mixed_cache": dataclasses.replace(
-        SMALL, form=Format("f16"), embedding=Format("f16"), cache="int4", cache_v="f16", qk_norm=True,
-        hadamard=16, rope_style="interleaved", final_softcap=2.0,
-    ),
-    "window_order": dataclasses.replace(
-        SMALL, form=Format("int8", 32), window=5, order=True, cache="f16", cache_v="fp8", softcap=3.0
-    ),
-}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def a_small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter runs programs one after the other: as few as a GPU with one processor would get."""
-    monkeypatch.setattr(linear_configs, "MULTIPROCESSORS", 1)
-    monkeypatch.setattr(cuda_executor, "PROCESSORS_OF_CPU", 1)
-
-
-def make(program: Made, directory: Path, max_slots: int = 3, **limits: int) -> cuda_executor.CudaExecutor:
-    weights = program.write(directory)
-    return cuda_executor.CudaExecutor(
-        Program.from_json(program.json), weights, DEVICE, limits.get("max_len", 64), max_slots
-    )
-
-
-def ints(values: Any) -> Array:
-    return np.array(values, np.int32)
-
-
-def run(executor: Any, tokens: Array, start: int = 0, slot: int = 0) -> Array:
-    count = len(tokens)
-    where = np.arange(start, start + count)
-    return np.asarray(
-        executor.forward(tokens, ints(where), ints([slot] * count), np.arange(count, dtype=np.int32))
-    )
-
-
-def in_chunks(executor: Any, tokens: Array, sizes: list[int], slot: int = 0) -> Array:
-    ends = np.cumsum(sizes)
-    return np.concatenate([run(executor, tokens[e - s : e], int(e - s), slot) for s, e in zip(sizes, ends)])
-
-
-def tokens_for(program: Made, count: int, seed: int = 1) -> Array:
-    return np.random.default_rng(seed).integers(0, program.vocabulary, count).astype(np.int32)
-
-
-def assert_close(got: Array, expected: Array, tolerance: float) -> None:
-    assert got.shape == expected.shape and got.dtype == np.float32
-    error = np.abs(got - expected).max() / np.abs(expected).max()
-    assert error <= tolerance, f"off by {error:.2e} of the largest logit, tolerance {tolerance:.0e}"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -164,6 +111,12 @@ def test_logits_of_no_rows_and_of_rows_in_any_order(tmp_path: Path) -> None:
     assert executor.forward(tokens, at, zeros, ints([2, 0, 2])).tobytes() == plain[[2, 0, 2]].tobytes()
 
 
+def owned_by(drawing: cuda_drawing.Drawing) -> list[torch.Tensor]:
+    """What it keeps on the device, the workspace's tensors one by one."""
+    workspace = vars(drawing._workspace).values()
+    return [*workspace, drawing._history, drawing._seen, drawing._device, drawing._tokens]
+
+
 def test_sizes_are_counted(tmp_path: Path) -> None:
     program = llama(CASES["f32"])
     executor = make(program, tmp_path)
@@ -173,7 +126,72 @@ def test_sizes_are_counted(tmp_path: Path) -> None:
     assert executor.weight_bytes == stored
     assert executor.weight_bytes_per_token == stored - vectors - embedding.nbytes + embedding[0].nbytes
     assert executor.kv_bytes == 4 * 64 * (16 + 16) * 4  # 3 slots and one for padding
-    assert executor.arena_bytes > program.json["arena_bytes"] + 8 * 40 * 4
+    drawing = cuda_drawing.drawing_bytes(8, 40, 64, 3)
+    assert drawing == sum(t.nbytes for t in owned_by(executor._drawing))
+    assert executor.arena_bytes > program.json["arena_bytes"] + 8 * 40 * 4 + drawing
+
+
+@pytest.mark.parametrize("max_tokens, count", [(8, 7), (7, 7), (8, 1)])
+def test_more_rows_of_logits_than_there_is_room_for_come_in_pieces(
+    max_tokens: int, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = llama(dataclasses.replace(CASES["f32"], max_tokens=max_tokens))
+    tokens = tokens_for(program, count)
+    expected = in_chunks(Reference(program), tokens, [count])
+    monkeypatch.setattr(cuda_device, "LOGIT_ROWS", 2)
+    executor = make(program, tmp_path, max_slots=1)
+    assert executor._values.logits.shape == (2, 40)
+    assert_close(run(executor, tokens), expected, FEW_TOLERANCE["f32"])
+
+
+def test_running_out_of_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At load and in a batch, by torch's error or the driver's; the executor goes on afterwards."""
+    program = llama(CASES["f32"])
+    executor, tokens = make(program, tmp_path), tokens_for(program, 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 29, 8 << 30))
+    failures = [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ]
+    for failure, needed in zip(failures, ["needed 2.50 GiB more", "needed more than there is"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(executor._launcher, "begin", raising(failure))
+            with pytest.raises(GristmillError, match=f"in a batch of 2 rows: {needed}, free 1.50 GiB; give"):
+                run(executor, tokens)
+        with (
+            pytest.raises(GristmillError, match=f"memory loading 3 slots: {needed}, free 1.50 GiB; load"),
+            cuda_device.refuse_out_of_memory(DEVICE, "loading 3 slots", "load less"),
+        ):
+            raise failure
+    assert_close(run(executor, tokens), in_chunks(Reference(program), tokens, [2]), FEW_TOLERANCE["f32"])
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="illegal address"):
+        patch.setattr(executor._launcher, "begin", raising(RuntimeError("CUDA error: illegal address")))
+        run(executor, tokens)
+
+
+def test_nothing_half_open_is_left_where_memory_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = llama(CASES["f32"])
+    weights, half_made = program.write(tmp_path), []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
+    monkeypatch.setattr(cuda_device, "open_device", lambda: DEVICE)
+
+    def allocate(batch: object, *rest: object) -> None:
+        half_made.append(weakref.ref(batch))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    monkeypatch.setattr(cuda_executor, "Drawing", allocate)
+    with pytest.raises(GristmillError, match="ran out of memory loading 3 slots of 64") as caught:
+        cuda.open_executor(Program.from_json(program.json), weights, 64, 3)
+    gc.collect()
+    assert len(half_made) == 1 and half_made[0]() is None, "held by what was raised"
+    del caught
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def fail(*given: object) -> None:
+        raise error
+
+    return fail
 
 
 @pytest.mark.parametrize(
@@ -234,12 +252,23 @@ def test_what_a_machine_lacks_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_too_little_memory_names_what_fits() -> None:
     program = Program.from_json(llama(CASES["f32"]).json)
     fixed = cuda_device.RESERVE_BYTES + 1000 + program.arena_bytes + 4 * 8 * 40
-    row = 16 * 4 * 2  # of one position in one slot
+    fixed += cuda_device.graph_bytes(program, 3) + cuda_drawing.drawing_bytes(8, 40, 0, 3)
+    row = 16 * 4 * 2 + 4  # of one position in one slot: key, value, token
     cuda_device.refuse_too_large(program, 100, 3, 1000, fixed + 4 * 100 * row)
     with pytest.raises(GristmillError, match="load with max_len=99 or max_slots=2, which fits"):
         cuda_device.refuse_too_large(program, 100, 3, 1000, fixed + 4 * 100 * row - 1)
-    with pytest.raises(GristmillError, match="load with max_len=25, which fits"):
+    with pytest.raises(GristmillError, match="load with max_len=25 or max_slots=2, which fits"):
         cuda_device.refuse_too_large(program, 100, 3, 1000, fixed + 100 * row)
+
+
+def test_graphs_and_logits_are_for_as_many_rows_as_slots_can_fill() -> None:
+    assert [cuda_device.captured_rows(slots, 512) for slots in (1, 3, 8, 100, 1000)] == [1, 4, 8, 128, 256]
+    assert cuda_device.captured_rows(100, 96) == 96
+    assert [cuda_device.few_rows(slots, 512) for slots in (1, 65, 1000)] == [64, 128, 256]
+    assert cuda_device.few_rows(8, 16) == 16
+    program = Program.from_json(llama(CASES["f32"]).json)
+    one, many = (cuda_device.graph_bytes(program, slots) for slots in (1, 8))
+    assert 0 < one < many
 
 
 def test_buckets_are_powers_of_two_and_the_most() -> None:

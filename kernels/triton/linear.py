@@ -256,40 +256,49 @@ def _combine(partial: Tensor, end: _Epilogue) -> None:
     )  # fmt: skip
 
 
-def tune(matrix: Matrix, tokens: int, x_dtype: torch.dtype, multiply: torch.dtype = torch.bfloat16) -> Config:
-    """The fastest candidate for a matrix on the current CUDA device, by medians with a cold L2 cache.
+def tune(
+    matrix: Matrix, tokens: int, x_dtype: torch.dtype, multiply: torch.dtype = torch.bfloat16,
+    glu: bool = False, time: Callable[[Callable[[], None]], float] | None = None,
+) -> Config:  # fmt: skip
+    """The fastest candidate for a matrix, or gated pair, by medians with a cold L2 cache.
 
-    Allocates and synchronizes: for the executor to call ahead of time and to remember what it returns.
+    time: seconds, or any unit, of a call; None: on the current CUDA device. Allocates and synchronizes: for
+    the executor to call ahead of time and to remember what it returns.
     """
-    from triton.testing import do_bench
-
     device = matrix.data.device
     x = torch.randn(tokens, matrix.k, device=device).to(x_dtype)
-    out = torch.empty(tokens, matrix.n, dtype=x_dtype, device=device)
+    out = torch.empty(tokens, matrix.n // 2 if glu else matrix.n, dtype=x_dtype, device=device)
+    clock = time or _median
     return fastest(
-        candidates(matrix, tokens),
-        lambda config: float(do_bench(_call(matrix, x, out, config, multiply), quantiles=[0.5])),
+        candidates(matrix, tokens, glu), lambda config: clock(_call(matrix, x, out, config, multiply, glu))
     )
 
 
+def _median(call: Callable[[], None]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=10, rep=40, quantiles=[0.5]))
+
+
 def fastest(configs: Sequence[Config], time: Callable[[Config], float]) -> Config:
-    """The config with the least time; what asks for more than the device has does not count."""
-    from triton.runtime.errors import OutOfResources
+    """The config with the least time; what the device or its compiler refuses does not count."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
 
     times: dict[Config, float] = {}
     for config in configs:
         try:
             times[config] = time(config)
-        except OutOfResources:
+        except (OutOfResources, CompilationError, PTXASError):
             continue
     assert times, "no candidate runs on this device"
     return min(times, key=lambda config: times[config])
 
 
 def _call(
-    matrix: Matrix, x: Tensor, out: Tensor, config: Config, multiply: torch.dtype
+    matrix: Matrix, x: Tensor, out: Tensor, config: Config, multiply: torch.dtype, glu: bool
 ) -> Callable[[], None]:
-    p = plan([matrix], len(x), configs=[config], multiply=multiply)
+    p = plan([matrix], len(x), glu, configs=[config], multiply=multiply)
     size = workspace_bytes([matrix], p, False, x.dtype)
     workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-    return lambda: linear(x, [matrix], out, p=p, workspace=workspace)
+    return lambda: linear(x, [matrix], out, p=p, workspace=workspace, glu=glu)

@@ -92,8 +92,10 @@ def _splits(matrix: Matrix, tokens: int, config: Config) -> int:
     return splits
 
 
-def candidates(matrix: Matrix, tokens: int) -> list[Config]:
-    """What is worth timing on a real device: the table's config and its neighbours."""
+def candidates(matrix: Matrix, tokens: int, glu: bool = False) -> list[Config]:
+    """What is worth timing on a real device: the table's config and its neighbours; glu: of a gated pair, of
+    which a program takes two rows at least.
+    """
     base = choose(matrix, tokens)
     found = [base]
     for rows in (base.rows // 2, base.rows, base.rows * 2):
@@ -106,4 +108,5 @@ def candidates(matrix: Matrix, tokens: int) -> list[Config]:
         found += [replace(base, stages=stages) for stages in (2, 3, 4, 5)]
     if tokens >= 64:
         found.append(replace(base, splits=1, dense=True))
-    return list(dict.fromkeys(found))
+    least = 16 if base.tokens else 2 if glu else 1  # rows of a tile that tensor cores take
+    return list(dict.fromkeys(c for c in found if c.rows >= least and c.chunks >= 1))

@@ -55,6 +55,12 @@ class Workspace:
     ties: Tensor  # [R, C] i32
 
 
+def workspace_bytes(rows: int, vocabulary: int) -> int:
+    """Bytes that `allocate_workspace` takes."""
+    found = allocate_workspace(rows, vocabulary, "meta")
+    return sum(tensor.nbytes for tensor in vars(found).values())
+
+
 def allocate_workspace(rows: int, vocabulary: int, device: torch.device | str = "cuda") -> Workspace:
     """For up to ``rows`` rows of logits."""
     chunks, states = triton.cdiv(vocabulary, CHUNK), (2, len(PASSES) + 1, rows)
@@ -129,7 +135,7 @@ def _narrowed(bins, key, above, target, r, SHIFT: tl.constexpr, C: tl.constexpr,
     return key + (chosen << SHIFT), above
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _select_kernel(
     logits, seen, penalty, temperature, top_k, top_p, best, best_id, bins_in, bins_out, keys, aboves, total,
     stride, vocabulary, rows,
@@ -207,7 +213,7 @@ def _threshold(temperature, top_k, top_p, keys, aboves, total, r, rows, vocabula
     return key, quota
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _mass_kernel(
     logits, seen, penalty, temperature, top_k, top_p, best, best_id, keys, aboves, total, mass, ties, stride,
     vocabulary, rows, STATES: tl.constexpr, C: tl.constexpr, CB: tl.constexpr, CHUNK: tl.constexpr,
@@ -248,7 +254,7 @@ def _first_above(ends, usable, target, indices):
     return tl.where(found == 0x7FFFFFFF, tl.max(tl.where(usable, indices, 0), 0), found)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _draw_kernel(
     logits, seen, penalty, temperature, top_k, top_p, seed, sequence, position, best, best_id, keys, aboves,
     total, mass, ties, tokens, stride, vocabulary, rows,
@@ -294,7 +300,7 @@ def sample(
     """
     rows, vocabulary = logits.shape
     chunks, w, o = triton.cdiv(vocabulary, CHUNK), workspace, options
-    assert w.best.shape[1] == chunks and w.best.shape[0] == rows == len(tokens), "a workspace of other sizes"
+    assert w.best.shape[1] == chunks and w.best.shape[0] >= rows == len(tokens), "a workspace of other sizes"
     size = {"C": chunks, "CB": max(2, triton.next_power_of_2(chunks)), "CHUNK": CHUNK}
     row = (logits, seen, o.penalty)
     states = len(PASSES) + 1

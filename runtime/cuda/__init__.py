@@ -9,7 +9,14 @@ from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.program import Program
 
 if TYPE_CHECKING:
+    import torch
+
     from gristmill.runtime.cuda.executor import CudaExecutor
+
+
+def require_device() -> None:
+    """Raises GristmillError where torch or triton is missing, and without a device that will do."""
+    _open_device()
 
 
 def open_executor(program: Program, weights: Path, max_len: int, max_slots: int) -> CudaExecutor:
@@ -18,16 +25,25 @@ def open_executor(program: Program, weights: Path, max_len: int, max_slots: int)
     Raises GristmillError where torch or triton is missing, without a device that will do, and where the
     device has too little free memory.
     """
+    device = _open_device()
+    import torch
+
+    from gristmill.runtime.cuda.device import refuse_out_of_memory, refuse_too_large
+    from gristmill.runtime.cuda.executor import CudaExecutor
+
+    refuse_too_large(program, max_len, max_slots, weights.stat().st_size, torch.cuda.mem_get_info(device)[0])
+    remedy = "load with a smaller max_len or max_slots, or end what else uses the GPU"
+    with refuse_out_of_memory(device, f"loading {max_slots} slots of {max_len}", remedy):
+        return CudaExecutor(program, weights, device, max_len, max_slots)
+
+
+def _open_device() -> torch.device:
     try:
-        import torch
         import triton  # noqa: F401  (what the kernels need, asked for here to say what to install)
+
+        from gristmill.runtime.cuda.device import open_device
     except ImportError as error:
         raise GristmillError(
             f"device 'cuda' needs torch and triton ({error}); pip install gristmill[cuda]"
         ) from error
-    from gristmill.runtime.cuda.device import open_device, refuse_too_large
-    from gristmill.runtime.cuda.executor import CudaExecutor
-
-    device = open_device()
-    refuse_too_large(program, max_len, max_slots, weights.stat().st_size, torch.cuda.mem_get_info(device)[0])
-    return CudaExecutor(program, weights, device, max_len, max_slots)
+    return open_device()

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import re
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 from gristmill.kernels.triton.cache import layer_bytes
+from gristmill.runtime.cuda.buffers import LOGIT_ROWS
+from gristmill.runtime.cuda.drawing import drawing_bytes
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.footprint import kv_rows
 from gristmill.runtime.program import Program
 
 CAPABILITY = (8, 0)  # Ampere: the first with bf16 on tensor cores
-RESERVE_BYTES = 512 << 20  # for kernels, graphs and what products and attention keep in between
+RESERVE_BYTES = 512 << 20  # for kernels and what products and attention keep in between
+MOST_CAPTURED = 256  # rows; a batch of more is long enough that launching it hides behind running it
+GRAPH_NODE_BYTES = 16 << 10  # of a kernel in a graph: its parameters and the driver's own; not measured
+DRAWING_LAUNCHES = 21  # of both ways to draw
 
 
 def open_device() -> torch.device:
@@ -43,28 +52,80 @@ def kv_bytes(program: Program, max_len: int, slots: int) -> int:
     )  # fmt: skip
 
 
-def refuse_too_large(program: Program, max_len: int, max_slots: int, weight_bytes: int, free: int) -> None:
-    """Raises GristmillError where weights, caches and buffers need more than ``free`` bytes.
+def captured_rows(max_slots: int, max_tokens: int) -> int:
+    """Rows of the largest batch of one row per slot that is captured as a graph."""
+    return min(max_tokens, MOST_CAPTURED, 1 << (max_slots - 1).bit_length())
+
+
+def few_rows(max_slots: int, max_tokens: int) -> int:
+    """Rows whose logits, and the draws from them, are computed at once: those of a graph, 64 at least."""
+    return min(max_tokens, max(LOGIT_ROWS, captured_rows(max_slots, max_tokens)))
+
+
+def graph_bytes(program: Program, max_slots: int) -> int:
+    """What the driver keeps for all captured graphs, by an estimate that is to be on the safe side."""
+    graphs = captured_rows(max_slots, program.limits.max_tokens).bit_length() + 1
+    kernels = 2 * len(program.instructions) + len(program.ropes) + DRAWING_LAUNCHES
+    return graphs * kernels * GRAPH_NODE_BYTES
+
+
+def needed_bytes(program: Program, max_len: int, max_slots: int, weight_bytes: int) -> int:
+    """Bytes on the device that an executor takes: weights, caches, values, logits, draws, graphs, and a
+    reserve.
 
     One slot more than max_slots is counted, which takes the rows that fill up a bucket.
     """
-    fixed = weight_bytes + program.arena_bytes + RESERVE_BYTES
-    fixed += 4 * program.limits.max_tokens * program.vocabulary
-    needed = fixed + kv_bytes(program, max_len, max_slots + 1)
+    rows = few_rows(max_slots, program.limits.max_tokens)
+    return (
+        weight_bytes
+        + program.arena_bytes
+        + 4 * rows * program.vocabulary
+        + drawing_bytes(rows, program.vocabulary, max_len, max_slots)
+        + graph_bytes(program, max_slots)
+        + kv_bytes(program, max_len, max_slots + 1)
+        + RESERVE_BYTES
+    )
+
+
+def refuse_too_large(program: Program, max_len: int, max_slots: int, weight_bytes: int, free: int) -> None:
+    """Raises GristmillError where an executor needs more than ``free`` bytes."""
+    needed = needed_bytes(program, max_len, max_slots, weight_bytes)
     if needed <= free:
         return
     said = f"device 'cuda': needed {_gib(needed)} GiB with {max_slots} slots of {max_len}, free {_gib(free)}"
-    fitting = [
-        f"{name}={most}"
-        for name, most in (
-            ("max_len", _most(max_len, lambda n: fixed + kv_bytes(program, n, max_slots + 1) <= free)),
-            ("max_slots", _most(max_slots, lambda n: fixed + kv_bytes(program, max_len, n + 1) <= free)),
-        )
-        if most
-    ]
+
+    def fits(length: int, slots: int) -> bool:
+        return needed_bytes(program, length, slots, weight_bytes) <= free
+
+    most = {
+        "max_len": _most(max_len, lambda n: fits(n, max_slots)),
+        "max_slots": _most(max_slots, lambda n: fits(max_len, n)),
+    }
+    fitting = [f"{name}={count}" for name, count in most.items() if count]
     if fitting:
         raise GristmillError(f"{said}; load with {' or '.join(fitting)}, which fits")
     raise GristmillError(f"{said}, and no max_len or max_slots alone fits; use a GPU with more memory")
+
+
+@contextmanager
+def refuse_out_of_memory(device: torch.device, doing: str, remedy: str) -> Iterator[None]:
+    """Turns the device's running out of memory into a GristmillError: what was asked for, what is free."""
+    try:
+        yield
+        return
+    except RuntimeError as error:  # torch's own error is one, and the driver's comes as a plain one
+        if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+            raise
+        asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+        traceback.clear_frames(error.__traceback__)  # they keep what was half made
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(device)[0]
+    needed = f"needed {asked[1]} more" if asked else "needed more than there is"
+    raise GristmillError(
+        f"device 'cuda' ran out of memory {doing}: {needed}, free {_gib(free)} GiB; {remedy}"
+    ) from None
 
 
 def _most(limit: int, fits: Callable[[int], bool]) -> int:

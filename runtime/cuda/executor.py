@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,15 +14,23 @@ from torch import Tensor
 
 from gristmill.kernels.triton.attention import blocks_of
 from gristmill.kernels.triton.cache import allocate, copy_slot
+from gristmill.kernels.triton.linear_configs import Config
 from gristmill.runtime.cuda.buffers import Batch, Values
-from gristmill.runtime.cuda.device import kv_bytes
-from gristmill.runtime.cuda.launch import FEW_ROWS, Launcher
+from gristmill.runtime.cuda.device import captured_rows, few_rows, kv_bytes, refuse_out_of_memory
+from gristmill.runtime.cuda.drawing import MAX_VOCABULARY, Drawing, drawing_bytes
+from gristmill.runtime.cuda.graphs import captured
+from gristmill.runtime.cuda.launch import Launcher, Taken
+from gristmill.runtime.cuda.tuning import Timer, Tuned, tune_all, works
 from gristmill.runtime.cuda.weights import Weights
+from gristmill.runtime.decoding.draws import Draws
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.footprint import kv_rows
 from gristmill.runtime.program import Program
 
-WARM_UPS = 3  # runs before a capture: kernels are compiled and loaded then
+if TYPE_CHECKING:
+    from gristmill.runtime.cuda.probe import CudaProbe
+    from gristmill.runtime.session import Session
+
 PROCESSORS_OF_CPU = 4  # what the interpreter pretends to have; kept small, for it runs one after the other
 
 
@@ -32,7 +43,7 @@ def buckets(max_tokens: int) -> list[int]:
 class CudaExecutor:
     """What a Session needs, see runtime/session.py; on CPU tensors where Triton's interpreter runs kernels.
 
-    Batches of one row per slot and up to 64 rows are replayed from CUDA Graphs, the rest is launched.
+    Batches of one row per slot and up to 256 rows are replayed from CUDA Graphs, the rest is launched.
     """
 
     threads = 1
@@ -42,8 +53,10 @@ class CudaExecutor:
         self, program: Program, weights: Path, device: torch.device, max_len: int, max_slots: int
     ) -> None:
         self.max_tokens, self.vocabulary = program.limits.max_tokens, program.vocabulary
-        self.max_len, self.max_slots, self._device = max_len, max_slots, device
+        self.max_len, self.max_slots, self.device = max_len, max_slots, device
+        self._program = program
         self._buckets = buckets(self.max_tokens)
+        self._few_rows = few_rows(max_slots, self.max_tokens)
         self._weights = Weights(program, weights, device)
         self._caches = [
             allocate(
@@ -52,23 +65,31 @@ class CudaExecutor:
             )
             for c in program.caches
         ]  # fmt: skip
-        self._values, self._batch = Values(program, device), Batch(self.max_tokens, max_slots, device)
-        processors = PROCESSORS_OF_CPU
+        self._values = Values(program, device, self._few_rows)
+        self._batch = Batch(self.max_tokens, max_slots, device)
+        self.draws_tokens = self.vocabulary <= MAX_VOCABULARY
+        self._drawing = Drawing(self._batch, self._values.logits, max_len, max_slots)
+        self.processors = PROCESSORS_OF_CPU
         if device.type == "cuda":
-            processors = torch.cuda.get_device_properties(device).multi_processor_count
+            self.processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._launcher = Launcher(
-            program, self._weights, self._caches, self._values, self._batch, self._buckets, processors
-        )
+            program, self._weights, self._caches, self._values, self._batch, self._buckets, self.processors,
+            self._few_rows, Tuned.read(device),
+        )  # fmt: skip
         self._blocks = {
             rows: torch.zeros(self.max_tokens, 4, dtype=torch.int32, device=device)
             for rows in self._launcher.block_rows
         }
         self.kv_bytes = kv_bytes(program, max_len, max_slots + 1)
-        self.arena_bytes = self._values.arena.nbytes + self._values.logits.nbytes + self._launcher.bytes
+        drawing = drawing_bytes(self._few_rows, self.vocabulary, max_len, max_slots)
+        values = self._values.arena.nbytes + self._values.logits.nbytes
+        self.arena_bytes = values + drawing + self._launcher.bytes
         self.weight_bytes = self._weights.bytes
         self.weight_bytes_per_token = self._weights.bytes_per_token(program)
         self._shortest_ring = min((cache.ring for cache in self._caches), default=max_len)
+        self._last: tuple[int, int, dict[int, Tensor] | None] = (0, 0, None)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._draw_graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         if device.type == "cuda":
             self._capture()
 
@@ -77,23 +98,68 @@ class CudaExecutor:
     ) -> np.ndarray:
         """Logits [R, vocabulary] f32 of the rows named by ``rows``; see Session.forward.
 
-        Raises GristmillError for ids out of range and for positions that a slot cannot hold together.
+        Raises GristmillError for ids out of range, for positions that a slot cannot hold together and where
+        the device's memory does not suffice.
         """
+        logits = np.empty((len(rows), self.vocabulary), np.float32)
+
+        def take(first: int, count: int) -> None:
+            to = torch.from_numpy(logits[first : first + count])
+            to.copy_(self._values.logits[: len(to)])
+
+        self._execute(tokens, positions, slots, rows, take)
+        return logits
+
+    def sample(
+        self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray, draws: Draws
+    ) -> np.ndarray:
+        """The next tokens [R] i32 of the same batch, -1 where a row's logits are not finite; draws: of each
+        of ``rows``. Only the tokens come to the host.
+
+        Raises GristmillError as `forward` does, and where the vocabulary is too large to draw from here.
+        """
+        if not self.draws_tokens:
+            raise GristmillError(
+                f"a vocabulary of {self.vocabulary} is drawn from on the host, up to {MAX_VOCABULARY} here; "
+                "use forward"
+            )
+        if len(draws) != len(rows):
+            raise GristmillError(f"{len(rows)} rows need as many draws, got {len(draws)}")
+        drawn = np.empty(len(rows), np.int32)
+
+        def take(first: int, count: int) -> None:
+            given = draws[first : first + count]
+            self._drawing.fill(given)
+            if (count, given.all_greedy) in self._draw_graphs and not first:
+                self._draw_graphs[count, given.all_greedy].replay()
+            else:
+                self._drawing.launch(first, count, given.all_greedy)
+            drawn[first : first + count] = self._drawing.read(len(given))
+
+        self._execute(tokens, positions, slots, rows, take)
+        return drawn
+
+    def _execute(
+        self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray, take: Taken
+    ) -> None:
+        """Runs the batch; ``take`` gets the logits, piece by piece."""
         self._check(tokens, positions, slots, rows)
         count, wanted = self._bucket(len(tokens)), self._bucket(len(rows))
-        alone = len(np.unique(slots)) == len(slots) and count <= FEW_ROWS
+        alone = len(np.unique(slots)) == len(slots) and count <= self._few_rows
         if alone and 0 < wanted <= count:
             wanted = count  # as a graph has it
-        with self._current():
+        remedy = "give fewer rows at once, or load with a smaller max_len or max_slots"
+        with self._current(), refuse_out_of_memory(self.device, f"in a batch of {len(tokens)} rows", remedy):
             self._batch.fill({"tokens": tokens, "positions": positions, "slots": slots, "rows": rows})
+            self._last = (count, wanted, None if alone else self._cut(len(tokens)))
             if alone and wanted == count and count in self._graphs:
                 self._graphs[count].replay()
+                take(0, count)
             else:
-                self._launcher.run(count, wanted, None if alone else self._cut(len(tokens)))
-            logits = self._values.logits[: len(rows)].to("cpu", copy=True)
-            if self._device.type == "cuda":  # nothing may be under way when the ids are filled again
+                self._drawing.record(count)
+                self._launcher.run(*self._last, take, len(rows))
+            if self.device.type == "cuda":  # nothing may be under way when the ids are filled again
                 torch.cuda.current_stream().synchronize()
-        return np.asarray(logits.numpy())
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """Gives ``target`` the first ``length`` positions of ``source``."""
@@ -104,6 +170,42 @@ class CudaExecutor:
         if source != target:
             with self._current():
                 copy_slot(self._caches, source, target, length)
+                self._drawing.copy_slot(source, target, length)
+
+    def relaunch(self, instructions: Sequence[int]) -> Callable[[], None]:
+        """What launches some instructions of the last batch once more, to be timed; values are spoilt by it,
+        and of rows of logits there are as many as are computed at once."""
+        rows, wanted, blocks = self._last
+        wanted = min(wanted, len(self._values.logits))
+
+        def launch() -> None:
+            with self._current():
+                for index in instructions:
+                    self._launcher.launch(index)
+
+        with self._current():
+            self._launcher.begin(rows, wanted, blocks)
+        return launch
+
+    def probe(self, session: Session) -> CudaProbe:
+        """What measures this device, for `gristmill bench`."""
+        from gristmill.runtime.cuda.probe import CudaProbe
+
+        return CudaProbe(self, session)
+
+    def tune(self, max_rows: int | None = None, time: Timer | None = None) -> Iterator[tuple[str, Config]]:
+        """Times the candidates for every product of the program in its buckets of up to ``max_rows`` rows.
+
+        The winners are stored for the executors that are made from now on; yields what was timed and the
+        config that won, as they come. time: of a call, None: on the device. Raises GristmillError where they
+        cannot be stored and where memory ends.
+        """
+        chosen = [rows for rows in self._buckets if max_rows is None or rows <= max_rows]
+        wanted = works(self._program, self._weights.matrices, chosen, len(self._values.logits))
+        remedy = "load with a smaller max_len"
+        with self._current(), refuse_out_of_memory(self.device, "tuning", remedy):
+            for work, config in tune_all(wanted, self.device, time):
+                yield work.key, config
 
     def _bucket(self, rows: int) -> int:
         return next(bucket for bucket in [0, *self._buckets] if rows <= bucket)
@@ -119,24 +221,23 @@ class CudaExecutor:
 
     def _current(self) -> AbstractContextManager[object]:
         """The device is current in the calling thread, whichever that is."""
-        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _capture(self) -> None:
         """Graphs of the buckets that one row per slot can fill, largest first, all in one pool of memory."""
-        most = min(FEW_ROWS, self._bucket(min(self.max_slots, self.max_tokens)))
-        pool, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        most = self._bucket(captured_rows(self.max_slots, self.max_tokens))
+        pool = torch.cuda.graph_pool_handle()
         for count in reversed([bucket for bucket in self._buckets if bucket <= most]):
             self._batch.fill({"rows": np.arange(count, dtype=np.int32)})
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UPS):
-                    self._launcher.run(count, count, None)
-            torch.cuda.current_stream().wait_stream(side)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                self._launcher.run(count, count, None)
-            self._graphs[count] = graph
+            self._drawing.fill(Draws.greedy(0))
+            self._graphs[count] = captured(partial(self._launch_batch, count), pool)
+            for greedy in (True, False) if self.draws_tokens else ():
+                launch = partial(self._drawing.launch, 0, count, greedy)
+                self._draw_graphs[count, greedy] = captured(launch, pool)
+
+    def _launch_batch(self, count: int) -> None:
+        self._drawing.record(count)
+        self._launcher.run(count, count, None)
 
     def _check(
         self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray

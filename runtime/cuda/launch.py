@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,26 +16,30 @@ from gristmill.kernels.triton.linear import Plan, linear, plan, workspace_bytes
 from gristmill.kernels.triton.norms import layer_norm, rms_norm
 from gristmill.kernels.triton.pointwise import pointwise
 from gristmill.runtime.cuda.buffers import Batch, Values
+from gristmill.runtime.cuda.tuning import Tuned
 from gristmill.runtime.cuda.weights import Weights
 from gristmill.runtime.program import LOGITS, Instruction, Program, View
 
-FEW_ROWS = 64  # up to here rows may be one of each slot, and a tile holds 16 queries
+FEW_ROWS = 64  # up to here, or to as many as there are slots, a tile of attention holds 16 queries
 TILE_QUERIES = 16  # that a tensor core takes at least
+Taken = Callable[[int, int], None]
 
 
 class Launcher:
     """Walks the instructions for a bucket of rows.
 
     A row's bits depend on the buckets alone, not on the other rows: plans and tilings are made for a bucket,
-    whether its rows are of one slot or of many.
+    whether its rows are of one slot or of many. few_rows: up to this bucket rows may be one of each slot, and
+    attention is cut for that. tuned: configs for this device, instead of the table's.
     """
 
     def __init__(
         self, program: Program, weights: Weights, caches: Sequence[LayerCache], values: Values, batch: Batch,
-        buckets: Sequence[int], processors: int,
+        buckets: Sequence[int], processors: int, few_rows: int = FEW_ROWS, tuned: Tuned | None = None,
     ) -> None:  # fmt: skip
         self.program, self.weights, self.caches = program, weights, caches
         self.values, self.batch, self.processors = values, batch, processors
+        self._few_rows, self._tuned = few_rows, tuned
         device, most = batch.ids("tokens", 1).device, program.limits.max_tokens
         self._angles = [
             torch.zeros(2, most * (rope.dims // 2), device=device) for rope in program.ropes
@@ -46,7 +50,8 @@ class Launcher:
         for index, i in enumerate(program.instructions):
             for rows in buckets:
                 if i.op == "linear":
-                    size = max(size, self._plan(index, i, rows))
+                    piece = min(rows, len(values.logits)) if i.out.value == LOGITS else rows
+                    size = max(size, self._plan(index, i, piece))
                 elif i.op == "attention":
                     floats = max(floats, self._tile(index, i, rows))
                     queries = max(queries, rows * i.attribute("heads") * caches[i.attribute("cache")].k.dim)
@@ -64,13 +69,15 @@ class Launcher:
         """Plans a product; bytes of workspace."""
         assert i.weight is not None
         segments = self.weights.matrices[i.weight]
-        chosen = self._plans[index, rows] = plan(segments, rows, i.attribute("glu"))
+        glu = i.attribute("glu")
+        configs = self._tuned.configs(segments, rows, glu) if self._tuned else None
+        chosen = self._plans[index, rows] = plan(segments, rows, glu, configs)
         return workspace_bytes(segments, chosen, "order" in i.vectors, torch.float32)
 
     def _tile(self, index: int, i: Instruction, rows: int) -> int:
         """Tiles an attention; floats of partials."""
         cache, heads = self.caches[i.attribute("cache")], i.attribute("heads")
-        if rows <= FEW_ROWS:
+        if rows <= self._few_rows:
             block_rows = max(1, TILE_QUERIES // (heads // cache.kv_heads))
             tiles = tiling(cache, heads, block_rows, rows, self.processors)
         else:
@@ -79,27 +86,57 @@ class Launcher:
         self._tilings[index, rows] = tiles
         return partials_size(rows, heads, tiles.splits, cache.v.dim)
 
-    def run(self, rows: int, wanted: int, blocks: dict[int, Tensor] | None) -> None:
+    def run(
+        self, rows: int, wanted: int, blocks: dict[int, Tensor] | None, taken: Taken | None = None,
+        asked: int | None = None,
+    ) -> None:  # fmt: skip
         """Launches everything for a batch that is on the device.
 
         rows, wanted: buckets of T and of R, the latter 0 where no logits are asked for; blocks: by rows of a
-        block, None: every row is a slot's only one.
+        block, None: every row is a slot's only one. taken: called with (first, count) whenever Values.logits
+        holds those of the rows first to first + count; asked: how many of the wanted rows' it must come to,
+        all unless given.
         """
-        self._rows, self._wanted, self._blocks = rows, wanted, blocks
+        self.begin(rows, wanted, blocks)
+        for index, instruction in enumerate(self.program.instructions):
+            if instruction.out.value == LOGITS:
+                self._in_pieces(index, instruction, taken, wanted if asked is None else asked)
+            else:
+                self.launch(index)
+
+    def begin(self, rows: int, wanted: int, blocks: dict[int, Tensor] | None) -> None:
+        """Sets the sizes of what `launch` launches, and launches what all attentions share."""
+        self._rows, self._wanted, self._blocks, self._first = rows, wanted, blocks, 0
         for rope, table in zip(self.program.ropes, self._angles):
             cos, sin = (half[: rows * (rope.dims // 2)].view(rows, -1) for half in table)
             inv_freq = self.weights.vectors[rope.inv_freq]
             rope_tables(self.batch.ids("positions", rows), inv_freq, rope.scale, cos, sin)
-        for index, instruction in enumerate(self.program.instructions):
-            if self._count(instruction.out):
-                getattr(self, f"_{instruction.op}")(index, instruction)
+
+    def launch(self, index: int) -> None:
+        """Launches one instruction; of rows of logits no more than there is room for."""
+        instruction = self.program.instructions[index]
+        if self._count(instruction.out):
+            getattr(self, f"_{instruction.op}")(index, instruction)
+
+    def _in_pieces(self, index: int, i: Instruction, taken: Taken | None, asked: int) -> None:
+        """The logits of ``asked`` rows, of the last ones a whole piece: a piece is a bucket."""
+        wanted, size = self._wanted, min(self._wanted, len(self.values.logits))
+        for start in range(0, min(asked, wanted), max(size, 1)):
+            self._first, self._wanted = min(start, wanted - size), size
+            self.launch(index)
+            if taken:
+                taken(self._first, size)
+        self._first, self._wanted = 0, wanted
 
     def _count(self, view: View) -> int:
         of_batch = view.value != LOGITS and self.program.values[view.value].rows == "T"
         return self._rows if of_batch else self._wanted
 
     def _view(self, view: View) -> Tensor:
-        return self.values.view(view, self._count(view))
+        if view.value == LOGITS:
+            return self.values.view(view, self._wanted)
+        of_batch = self.program.values[view.value].rows == "T"
+        return self.values.view(view, self._count(view), 0 if of_batch else self._first)
 
     def _input(self, i: Instruction, name: str) -> Tensor | None:
         view = i.views.get(name)
@@ -110,6 +147,9 @@ class Launcher:
         assert found is not None, f"{i.op} without {name}"
         return found
 
+    def _ids(self, name: str, out: Tensor) -> Tensor:
+        return self.batch.ids(name, len(out), self._first if name == "rows" else 0)
+
     def _vector(self, i: Instruction, name: str) -> Tensor | None:
         return self.weights.vectors[i.vectors[name]] if name in i.vectors else None
 
@@ -117,7 +157,7 @@ class Launcher:
         assert i.weight is not None
         out = self._view(i.out)
         embedding(
-            self.batch.ids(i.attribute("ids"), len(out)), self.weights.matrices[i.weight], out,
+            self._ids(i.attribute("ids"), out), self.weights.matrices[i.weight], out,
             residual=self._input(i, "residual"), scale=i.attribute("scale"), offset=i.attribute("offset"),
         )  # fmt: skip
 
@@ -180,7 +220,7 @@ class Launcher:
 
     def _gather_rows(self, index: int, i: Instruction) -> None:
         out = self._view(i.out)
-        gather_rows(self._given(i, "in"), self.batch.ids("rows", len(out)), out)
+        gather_rows(self._given(i, "in"), self._ids("rows", out), out)
 
     def _pointwise(self, index: int, i: Instruction) -> None:
         inputs = i.views["in"]

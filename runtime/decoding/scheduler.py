@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gristmill.runtime.decoding.draft import Draft
+from gristmill.runtime.decoding.next_tokens import run
 from gristmill.runtime.decoding.pace import Acceptance, Pace
 from gristmill.runtime.decoding.sequence import Sequence
 from gristmill.runtime.errors import GristmillError
@@ -328,7 +329,8 @@ class Scheduler:
             np.arange(end - c.wanted, end, dtype=np.int32)
             for c, end in zip(chunks, ends.tolist(), strict=True)
         ]
-        return self._session._run(tokens, starts + within, slots, np.concatenate(rows))
+        wanted = [(c.sequence, c.wanted) for c in chunks]
+        return run(self._session, tokens, starts + within, slots, np.concatenate(rows), wanted)
 
     def _take_in(self, chunk: Chunk, logits: np.ndarray) -> None:
         sequence = chunk.sequence

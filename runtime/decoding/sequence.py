@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gristmill.runtime.decoding.lookup import Lookup
+from gristmill.runtime.decoding.next_tokens import drawn
 from gristmill.runtime.decoding.options import GenerationOptions
 from gristmill.runtime.decoding.pace import Acceptance
 from gristmill.runtime.decoding.sampling import Workspace, choose
@@ -77,7 +78,7 @@ class Sequence:
         self.lookup = Lookup(self.tokens) if looks_up else None
         self.draft_acceptance = Acceptance()
         self.started = started
-        self._number = prompt.sequence
+        self.number = prompt.sequence
         self._eos = frozenset() if options.ignore_eos else session.eos_ids
         self._limit = min(options.max_new_tokens, session.max_len - len(prompt.ids) + 1)
         self._decoder = _decoder(session, prompt)
@@ -114,10 +115,11 @@ class Sequence:
         self.error = error
 
     def verify(self, logits: np.ndarray, drafted: list[int]) -> int:
-        """Takes in the tokens that follow from `logits` [1 + drafted, V]: row i is the one after i drafted
-        tokens, which counts as long as those are the tokens that were chosen. Returns how many were."""
+        """Takes in the tokens that follow from `logits` [1 + drafted, V], or that the executor drew from them
+        [1 + drafted]: row i is the one after i drafted tokens, which counts as long as those are the tokens
+        that were chosen. Returns how many were."""
         for accepted, row in enumerate(logits):
-            token = self._choose(row)
+            token = self._choose(row) if logits.ndim == 2 else drawn(row)
             self._append(token)
             if self.done or accepted == len(drafted) or token != drafted[accepted]:
                 return accepted
@@ -131,7 +133,7 @@ class Sequence:
         if self._workspace is None and self.options.temperature > 0:
             self._workspace = Workspace(logits.size)
         return choose(
-            logits, self.options, self._seen, self.result.seed, self._number,
+            logits, self.options, self._seen, self.result.seed, self.number,
             len(self.tokens) - 1 + ahead, self._workspace,
         )  # fmt: skip
 

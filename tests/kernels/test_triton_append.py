@@ -1,4 +1,4 @@
-"""The append kernel in Triton, on the CPU by Triton's interpreter, against formulas in float64."""
+"""The append kernel in Triton, in Triton's interpreter or on a device, against formulas in float64."""
 
 import math
 
@@ -8,10 +8,10 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton, which exists for Linux on x86-64")
 
-import triton_interpreter  # noqa: F401  (puts it right)
 from interpreter import hadamard as hadamard_of
 from interpreter import quantize_cache
 from triton_caches import ring_rows, stored
+from triton_device import DEVICE, generator, on_device  # noqa: F401  (the fixture is for all)
 
 from gristmill.kernels.reference.attention import rope as rope_of
 from gristmill.kernels.triton.append import Rotary, append, rope_tables
@@ -44,7 +44,7 @@ def prepared(x, heads, norm, inv_freq, positions, interleaved, scale, block):
     if inv_freq is not None:
         style = "interleaved" if interleaved else "half"
         x = rope_of(x.transpose(0, 1)[None], positions[None], inv_freq, style, scale)[0].transpose(0, 1)
-    return torch.from_numpy(hadamard_of(x.numpy(), block)) if block else x
+    return torch.from_numpy(hadamard_of(x.cpu().numpy(), block)).to(DEVICE) if block else x
 
 
 CASES = [  # heads, kv heads, head, rope columns, interleaved, scale, norms, Hadamard block
@@ -66,7 +66,7 @@ def test_heads_are_normed_turned_and_appended(case):
     q, k, v = whole[:, 3:].split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
     q_norm, k_norm = (torch.rand(dim) + 0.5, torch.rand(dim) + 0.5) if norms else (None, None)
     inv_freq, rope = rotary(positions, dims, scale, interleaved) if dims else (None, None)
-    cache = allocate("f32", "f32", dim, dim, kv_heads, 3, 9, device="cpu")
+    cache = allocate("f32", "f32", dim, dim, kv_heads, 3, 9, device=DEVICE)
     queries = torch.full((4, heads * dim + 1), torch.nan)
     append(q, k, v, positions, slots, cache, queries[:, 1:], q_norm, k_norm, EPS, rope, block)
     settings = (inv_freq, positions, interleaved, scale, block)
@@ -83,7 +83,7 @@ def test_heads_are_normed_turned_and_appended(case):
 
 def appended(x, dtype):
     """What a cache of one head gives back for rows x [T, D]."""
-    cache = allocate(dtype, dtype, x.shape[1], x.shape[1], 1, 1, len(x), device="cpu")
+    cache = allocate(dtype, dtype, x.shape[1], x.shape[1], 1, 1, len(x), device=DEVICE)
     positions = torch.arange(len(x), dtype=torch.int32)
     append(None, x, x, positions, torch.zeros_like(positions), cache)
     keys, values = stored(cache.k)[0, 0], stored(cache.v)[0, 0]
@@ -99,7 +99,7 @@ def test_rows_are_rounded_as_the_cpu_rounds_them(dtype, dim):
     x[0], x[1] = 0.0, 7.25
     x[3, dim // 2] *= 30
     got = appended(x, dtype)
-    for row, back in zip(x, got, strict=True):
+    for row, back in zip(x.cpu(), got.cpu(), strict=True):
         wanted = quantize_cache(row.numpy(), dtype) if row.any() else np.zeros(dim)
         # a number in the middle of two may go either way, and two grids may be as good as each other
         error, least = np.square(back.numpy() - row.numpy()).sum(), np.square(wanted - row.numpy()).sum()
@@ -119,7 +119,7 @@ def test_e4m3_rounds_to_nearest_even():
 @pytest.mark.parametrize("dtype", CACHE_TYPES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_number_that_is_none_spoils_its_row_alone(dtype, bad):
-    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 40, generator=generator(0))
     clean = appended(x, dtype)
     x[1, 3] = bad
     got = appended(x, dtype)
@@ -130,7 +130,7 @@ def test_a_number_that_is_none_spoils_its_row_alone(dtype, bad):
 def test_a_ring_wraps_and_a_prefix_is_copied():
     ring = ring_rows(3, 100, 2)
     assert (ring, ring_rows(0, 100, 2), ring_rows(99, 100, 2)) == (5, 100, 100)
-    cache = allocate("int8", "int4", 8, 8, 2, 2, ring, window=3, device="cpu")
+    cache = allocate("int8", "int4", 8, 8, 2, 2, ring, window=3, device=DEVICE)
     torch.manual_seed(0)
     for position in range(7):
         x = torch.randn(1, 16) + position * 10
@@ -146,7 +146,7 @@ def test_a_ring_wraps_and_a_prefix_is_copied():
 
 @pytest.mark.parametrize("dtype", CACHE_TYPES)
 def test_bytes_are_what_is_allocated(dtype):
-    cache = allocate(dtype, "f16", 96, 64, 2, 3, 7, device="cpu")
+    cache = allocate(dtype, "f16", 96, 64, 2, 3, 7, device=DEVICE)
     tensors = [t for part in (cache.k, cache.v) for t in (part.data, part.scales) if t is not None]
     assert sum(t.nbytes for t in tensors) == layer_bytes(dtype, "f16", 96, 64, 2, 3, 7)
     if dtype != "int4":  # whose rows are whole blocks of 64 columns here

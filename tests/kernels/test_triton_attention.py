@@ -1,13 +1,13 @@
-"""Attention in Triton, on the CPU by Triton's interpreter, against float64 over the same stored cache."""
+"""Attention in Triton, in Triton's interpreter or on a device, against float64 over the same stored cache."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs triton, which exists for Linux on x86-64")
 
-import triton_interpreter  # noqa: F401  (puts it right)
 from compile_sm90 import compile_launches
 from triton_caches import Case, Context
+from triton_device import DEVICE, ahead_of_time, generator, on_device  # noqa: F401  (the fixture is for all)
 
 from gristmill.kernels.triton.attention import Tiling, allocate_partials, attend, blocks_of, tiling
 from gristmill.runtime.program import CACHE_TYPES
@@ -22,7 +22,7 @@ def run(context, q, positions, slots, tiles, blocks=True):
     table = blocks_of(positions, slots, tiles.rows) if blocks else None
     if table is not None:  # unused ones at the end
         table = torch.cat([table, torch.zeros(2, 4, dtype=torch.int32)])
-    partials = allocate_partials(len(q), case.heads, tiles.splits, case.v_dim, "cpu")
+    partials = allocate_partials(len(q), case.heads, tiles.splits, case.v_dim, DEVICE)
     for tensor in (partials.m, partials.l, partials.acc):
         tensor.fill_(torch.nan)
     rest = (case.softcap, context.sinks, table, partials)
@@ -100,7 +100,7 @@ def test_a_row_has_the_same_bits_in_any_company(case, splits):
     tiles = Tiling(8, 32, splits, 4, 2)
     rows = [(0, p) for p in range(286, 299)] + [(2, 0), (2, 1), (1, 262), (0, 285)]
     q, positions, slots, got = check(context, rows, tiles)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(rows), generator=generator(0))
     for some in (order, torch.tensor([5]), torch.arange(4, 9)):
         again = run(context, q[some], positions[some], slots[some], tiles)
         assert torch.equal(again, got[some])
@@ -134,6 +134,7 @@ def test_tilings_fill_the_device():
     assert tiling(cache, 32, 1, 64).splits == 2
 
 
+@ahead_of_time
 def test_kernels_compile_for_sm_90():
     compiled = compile_launches("triton_attention_launches", 500)
     assert len(compiled) > 25

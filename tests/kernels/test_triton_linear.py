@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,8 +12,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton, which exists for Linux on x86-64")
 
-import triton_interpreter  # noqa: F401  (the interpreter as a device would be)
 from compile_sm90 import Compiled, compile_launches
+from triton_device import DEVICE, ahead_of_time
 from triton_matrices import FORMATS, random_matrix
 
 from gristmill.kernels.reference import linear as reference
@@ -24,7 +23,6 @@ from gristmill.kernels.triton.linear import Plan, fastest, linear, plan, workspa
 from gristmill.kernels.triton.linear_configs import BUCKETS, TABLE, Config, candidates, choose
 from gristmill.kernels.triton.matrix import FLOATS, Matrix, merge
 
-DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 GROUPS = (0, 32, 64, 128)
 TOKENS = (1, 2, 3, 4, 5, 16, 17, 33)
 # Some hundred products and sums near 1, each rounded to f32; with BFLOAT16 the results are rounded too.
@@ -282,12 +280,14 @@ def compiled() -> list[Compiled]:
     return compile_launches("triton_linear_launches")
 
 
+@ahead_of_time
 def test_all_table_entries_compile_for_sm_90(compiled: list[Compiled]) -> None:
     assert len({kernel.kernel for kernel in compiled}) == 7
     wrong = [kernel.summary() for kernel in compiled if not kernel.fits()]
     assert not wrong, "\n".join(wrong)
 
 
+@ahead_of_time
 def test_decoding_loads_wide_and_stays_in_registers(compiled: list[Compiled]) -> None:
     decoding = [k for k in compiled if k.kernel == "decode_kernel" and "one row" in k.launch]
     assert decoding
@@ -300,6 +300,7 @@ def test_decoding_loads_wide_and_stays_in_registers(compiled: list[Compiled]) ->
         )  # no layout goes through shared memory but the sums'
 
 
+@ahead_of_time
 def test_many_rows_go_through_tensor_cores(compiled: list[Compiled]) -> None:
     tiles = [k for k in compiled if k.kernel == "tensor_core_kernel" and "f32" not in k.launch]
     assert tiles

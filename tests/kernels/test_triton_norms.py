@@ -1,4 +1,4 @@
-"""Norms in Triton against their formulas in float64, on the CPU by Triton's interpreter."""
+"""Norms in Triton against their formulas in float64."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton, which exists for Linux on x86-64")
 
-import triton_interpreter  # noqa: F401  (puts it right)
+
+from triton_device import on_device  # noqa: F401  (the fixture is for all)
 
 from gristmill.kernels.triton.norms import layer_norm, rms_norm
 

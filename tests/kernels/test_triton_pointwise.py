@@ -1,11 +1,12 @@
-"""Expressions and gathered rows in Triton, on the CPU by Triton's interpreter, against float64."""
+"""Expressions and gathered rows in Triton, in Triton's interpreter or on a device, against float64."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs triton, which exists for Linux on x86-64")
 
-import triton_interpreter  # noqa: F401  (puts it right)
+
+from triton_device import on_device  # noqa: F401  (the fixture is for all)
 
 from gristmill.kernels.reference.pointwise import STEPS
 from gristmill.kernels.triton.gather import gather_rows

@@ -1,4 +1,4 @@
-"""Sampling in Triton, on the CPU by Triton's interpreter, against the CPU's own choices."""
+"""Sampling in Triton, in Triton's interpreter or on a device, against the CPU's own choices."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,8 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton, which exists for Linux on x86-64")
 
-import triton_interpreter  # noqa: F401  (puts it right)
+
+from triton_device import DEVICE, generator, on_device  # noqa: F401  (the fixture is for all)
 
 from gristmill.kernels.triton.sampling import Options, allocate_workspace, sample
 from gristmill.runtime.decoding.options import GenerationOptions
@@ -31,14 +32,14 @@ def options_of(mixes, seed=3, position=0):
 
 def sampled(logits, options, **rest):
     tokens = torch.full((len(logits),), -7, dtype=torch.int32)
-    sample(logits, options, allocate_workspace(len(logits), logits.shape[1], "cpu"), tokens, **rest)
+    sample(logits, options, allocate_workspace(len(logits), logits.shape[1], DEVICE), tokens, **rest)
     return tokens.tolist()
 
 
 def chosen(logits, mixes, seed=3, position=0):
     return [
         choose(row, GenerationOptions(temperature=t, top_k=k, top_p=p), NONE, seed, r, r + position)
-        for r, (row, (t, k, p)) in enumerate(zip(logits.numpy(), mixes))
+        for r, (row, (t, k, p)) in enumerate(zip(logits.cpu().numpy(), mixes))
     ]  # fmt: skip
 
 
@@ -50,7 +51,7 @@ def test_tokens_are_those_that_the_cpu_draws(vocabulary):
 
 
 def test_equals_are_kept_as_the_cpu_keeps_them():
-    logits = torch.randn(1, 3000, generator=torch.Generator().manual_seed(0)).round().repeat(len(MIXES), 1)
+    logits = torch.randn(1, 3000, generator=generator(0)).round().repeat(len(MIXES), 1)
     assert sampled(logits, options_of(MIXES, 2**63 - 1)) == chosen(logits, MIXES, 2**63 - 1)
 
 
@@ -69,7 +70,7 @@ def test_greedy_takes_the_lowest_of_equals_in_two_launches():
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_no_number_is_told(bad):
-    logits = torch.randn(3, 2100, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(3, 2100, generator=generator(0))
     logits[1, 2060] = bad
     tokens = sampled(logits, options_of([(0.0, 0, 1.0), (0.0, 0, 1.0), (1.0, 3, 0.9)]))
     assert tokens[1] == -1 and min(tokens[0], tokens[2]) >= 0

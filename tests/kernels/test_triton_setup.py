@@ -1,23 +1,23 @@
 """The two ways in which Triton kernels are tested here do what they say."""
 
-import os
-
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs triton, which exists for Linux on x86-64")
 
 from compile_sm90 import compile_launches
+from triton_device import INTERPRETED, ahead_of_time
 from triton_example import shares
 
 
-@pytest.mark.skipif(os.environ["TRITON_INTERPRET"] != "1", reason="the kernels run on a device")
+@pytest.mark.skipif(not INTERPRETED, reason="the kernels run on a device")
 def test_the_interpreter_runs_kernels_on_the_cpu() -> None:
     x, out = torch.rand(5, 48), torch.full((5, 48), torch.nan)
     shares(x, out)
     torch.testing.assert_close(out, x / x.sum(1, keepdim=True), rtol=1e-6, atol=0.0)
 
 
+@ahead_of_time
 def test_launches_compile_for_sm_90_as_they_would_run() -> None:
     small, again, spilling = compile_launches("triton_example")
     assert (small.launch, again.launch, spilling.launch) == ("small", "again", "spilling")

@@ -12,9 +12,11 @@ from gristmill.kernels.triton.append import Rotary, append, rope_tables
 from gristmill.kernels.triton.attention import allocate_partials, attend, tiling
 from gristmill.kernels.triton.cache import allocate
 from gristmill.kernels.triton.gather import gather_rows
+from gristmill.kernels.triton.history import mark_seen, record
 from gristmill.kernels.triton.norms import layer_norm, rms_norm
 from gristmill.kernels.triton.pointwise import pointwise
 from gristmill.kernels.triton.sampling import Options, allocate_workspace, sample
+from gristmill.kernels.triton.stream import read
 
 HEADS, KV_HEADS, DIM, CONTEXT = 32, 8, 128, 32768
 TYPES = ("f32", "f16", "int8", "fp8", "int4")
@@ -53,13 +55,13 @@ def append_launches() -> Iterator[Launch]:
 
 
 def attention_launches() -> Iterator[Launch]:
-    for rows, blocks in ((1, 1), (4, 4), (2048, 65)):
+    for rows, blocks in ((1, 1), (4, 4), (256, 256), (2048, 65)):
         q, out = empty(rows, HEADS * DIM, dtype=torch.float16), empty(rows, HEADS * DIM)
         for dtype in TYPES:
             cache = allocate(dtype, dtype, DIM, DIM, KV_HEADS, 2, CONTEXT, device="meta")
-            tiles = tiling(cache, HEADS, rows, blocks)
+            tiles = tiling(cache, HEADS, min(rows, 4) if rows == blocks else rows, blocks)
             partials = allocate_partials(rows, HEADS, tiles.splits, DIM, "meta")
-            table = indices(blocks, 4) if rows > 1 else None
+            table = indices(blocks, 4) if rows in (4, 2048) else None
             where = (indices(rows), indices(rows))
             yield f"attention {dtype} {rows}", partial(
                 attend, q, cache, *where, 0.1, tiles, out, blocks=table, partials=partials
@@ -102,3 +104,9 @@ def other_launches() -> Iterator[Launch]:
     seen = empty(4, 128256, dtype=torch.int8)
     workspace = allocate_workspace(4, 128256, "meta")
     yield "sampling", lambda: sample(logits, options, workspace, indices(4), seen)
+    yield "greedy", lambda: sample(logits, options, workspace, indices(4), greedy=True)
+    history = indices(9, CONTEXT)
+    yield "history", lambda: record(indices(4), indices(4), indices(4), history)
+    where = (indices(4), indices(64), indices(64))
+    yield "seen", lambda: mark_seen(history, *where, floats, seen)
+    yield "stream", lambda: read(indices(1 << 27), indices(8 * 132))

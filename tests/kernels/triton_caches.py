@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from triton_device import DEVICE, generator
 
 from gristmill.kernels.triton.cache import CacheRows, allocate
 from gristmill.runtime.footprint import kv_rows
@@ -58,8 +59,8 @@ class Context:
         self.case = case
         ring = ring_rows(case.window, max_len, max_tokens)
         sizes = (case.k_dim, case.v_dim, case.kv_heads, 3, ring, case.window)
-        self.cache = allocate(case.k_dtype, case.v_dtype, *sizes, device="cpu")
-        self.random = torch.Generator().manual_seed(seed)
+        self.cache = allocate(case.k_dtype, case.v_dtype, *sizes, device=DEVICE)
+        self.random = generator(seed)
         self.sinks = self.normal(case.heads) if case.sinks else None
 
     def normal(self, *shape: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Triton's interpreter, put right where it is not what a device is; importing this does it.
 
 The interpreter of Triton 3.6 multiplies the bits of bf16 matrices as if they were integers, does not round to
-nearest where it narrows, and makes no index of its scalars beside numpy 2.4 and on.
+nearest where it narrows, makes no index of its scalars beside numpy 2.4 and on, and looks through the whole
+language for what to replace each time that a kernel calls a function, which takes most of its time.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ UNSIGNED = {1: "uint8", 2: "uint16", 4: "uint32"}
 _convert = interpreter._convert_float
 _dot = interpreter.InterpreterBuilder.create_dot
 _patch = interpreter._patch_lang_tensor
+_right: set[int] = set()  # globals of functions that need nothing more
 
 
 def convert(data: Any, source: Any, target: Any, mode: Any) -> Any:
@@ -48,6 +50,19 @@ def patch_tensor(tensor: Any, scope: Any) -> None:
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
+def call(self: Any, *arguments: Any, **named: Any) -> Any:
+    """A kernel calls a function. The launch has put `tl` right for it; what functions of the language itself
+    see is put right at the first of them, and stays so."""
+    sees = self.fn.__globals__.values()
+    if not any(value is tl for value in sees) and id(self.fn.__globals__) not in _right:
+        interpreter._patch_lang(self.fn)
+        _right.add(id(self.fn.__globals__))
+    try:
+        return self.rewrite()(*arguments, **named)
+    except Exception as error:
+        raise interpreter.InterpreterError(repr(error)) from error
+
+
 def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
     return _dot(self, widened(a), widened(b), d, input_precision, max_num_imprecise_acc)
 
@@ -55,3 +70,4 @@ def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_impreci
 interpreter._convert_float = convert
 interpreter.InterpreterBuilder.create_dot = dot
 interpreter._patch_lang_tensor = patch_tensor
+interpreter.InterpretedFunction.__call__ = call

@@ -1,0 +1,25 @@
+"""Launches recorded once and replayed: CUDA Graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+WARM_UPS = 3  # runs before a capture: kernels are compiled and loaded then
+
+
+def captured(launch: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
+    """What ``launch`` launches, after warming up on another stream, as a graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UPS):
+            launch()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        launch()
+    return graph

@@ -1,0 +1,117 @@
+"""What a device can do, and where the time of a forward goes on it, for `gristmill bench`.
+
+A kind of instruction is timed alone: all of its instructions, one after the other, as a graph that is
+replayed between two events. Launched one by one, small kernels would show how fast Python launches them. What
+fits into the L2 cache between two replays is read from there, in a small model more than in a real decode.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gristmill.kernels.triton.stream import read
+from gristmill.runtime.cuda.graphs import captured
+from gristmill.runtime.profile import Forward, Profile, Roofs, collect, kind_of, prepared
+
+if TYPE_CHECKING:
+    from gristmill.runtime.cuda.executor import CudaExecutor
+    from gristmill.runtime.session import Session
+
+Seconds = Callable[[Callable[[], None], int], float]  # of one call, the median of so many
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a probe works on: bytes that are read, far more than any cache holds; width of the matrices that
+    are multiplied; repeats of either.
+    """
+
+    stream: int = 512 << 20
+    matrix: int = 8192
+    repeats: int = 20
+
+
+def event_seconds(launch: Callable[[], None], repeats: int) -> float:
+    """By CUDA events around replays of what ``launch`` launches."""
+    graph = captured(launch)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for before, after in events:
+        before.record()
+        graph.replay()
+        after.record()
+    torch.cuda.synchronize()
+    return statistics.median(before.elapsed_time(after) for before, after in events) / 1e3
+
+
+def wall_seconds(launch: Callable[[], None], repeats: int) -> float:
+    """By the clock, for kernels that run in the calling thread."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        launch()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+class CudaProbe:
+    """Measures the device of an executor; see runtime/profile.py, whose CpuProbe does it for the CPU."""
+
+    def __init__(
+        self, executor: CudaExecutor, session: Session, sizes: Sizes | None = None,
+        seconds: Seconds | None = None,
+    ) -> None:  # fmt: skip
+        self._executor, self._session, self._sizes = executor, session, sizes or Sizes()
+        on_device = executor.device.type == "cuda"
+        self._seconds = seconds or (event_seconds if on_device else wall_seconds)
+        processors = executor.processors
+        self._memory = torch.ones(self._sizes.stream // 4, dtype=torch.int32, device=executor.device)
+        self._read = torch.zeros(8 * processors, dtype=torch.int32, device=executor.device)
+
+    def read_stream(self) -> float:
+        """10^9 bytes per second that the device reads from its memory."""
+        seconds = self._seconds(lambda: read(self._memory, self._read), self._sizes.repeats)
+        return self._memory.nbytes / seconds / 1e9
+
+    def roofs(self, stream_gb_s: float) -> Roofs:
+        """With the peak of products of bf16 matrices; activations are floats on a GPU whatever the weights
+        are, so there is no other."""
+        width = self._sizes.matrix
+        x, y, out = (
+            torch.zeros(width, width, dtype=torch.bfloat16, device=self._executor.device) for _ in range(3)
+        )
+        x.normal_()
+        y.normal_()
+        seconds = self._seconds(partial(_multiply, x, y, out), self._sizes.repeats)
+        peak = 2 * width**3 / seconds
+        return Roofs(1e9 * stream_gb_s, peak, peak)
+
+    def profile(self, roofs: Roofs, forward: Forward, repeats: int) -> Profile:
+        """Profile a forward kind by kind; the seconds of a kind are shared out evenly to its instructions.
+
+        Raises GristmillError where it does not fit into the session.
+        """
+        program = self._session.program
+        kinds: dict[str, list[int]] = {}
+        for index, instruction in enumerate(program.instructions):
+            kinds.setdefault(kind_of(program, instruction), []).append(index)
+        times = [0.0] * len(program.instructions)
+        with prepared(self._session, forward) as run:
+            run()
+            for indices in kinds.values():
+                launch = self._executor.relaunch(indices)
+                seconds = self._seconds(launch, repeats)
+                for index in indices:
+                    times[index] = seconds / len(indices)
+        return Profile(forward, collect(program, times, roofs, forward), sum(times), None)
+
+
+def _multiply(x: Tensor, y: Tensor, out: Tensor) -> None:
+    torch.mm(x, y, out=out)
