@@ -27,10 +27,19 @@ from gristmill.runtime.artifact import (
     open_artifact,
     parse_json,
 )
+from gristmill.runtime.decoding.constrain import Constrainer, Constraint
 from gristmill.runtime.decoding.draft import Draft
 from gristmill.runtime.decoding.draws import Draws
-from gristmill.runtime.decoding.generate import AsyncDriver, AsyncStream, Prompt, Stream, generate_all
+from gristmill.runtime.decoding.generate import (
+    AsyncDriver,
+    AsyncStream,
+    Prompt,
+    Stream,
+    generate_all,
+    samples,
+)
 from gristmill.runtime.decoding.options import GenerationOptions, refuse_unknown
+from gristmill.runtime.decoding.sampling import Workspace
 from gristmill.runtime.decoding.scheduler import Scheduler, Statistics
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.footprint import refuse_malformed, refuse_too_large, smallest_ring
@@ -251,6 +260,21 @@ class Session:
         return Tokenizer.of(self.artifact)
 
     @cached_property
+    def _workspace(self) -> Workspace:
+        """Of all choices: one sequence chooses at a time."""
+        return Workspace(self.vocabulary)
+
+    @cached_property
+    def _constrainer(self) -> Constrainer:
+        if not self.has_tokenizer:
+            raise GristmillError("constraints need a tokenizer, which this artifact does not hold")
+        return Constrainer(self.tokenizer.backend.to_str().encode(), self.eos_ids, self.vocabulary)
+
+    def _constraint(self, options: GenerationOptions) -> Constraint | None:
+        """A constraint at its beginning, of the options that ask for one."""
+        return self._constrainer.constraint(*options.constraint) if options.constraint else None
+
+    @cached_property
     def eos_ids(self) -> frozenset[int]:
         """The ids that end a text, from the model's generation_config.json."""
         if self.artifact is None or GENERATION_CONFIG not in self.artifact.files:
@@ -303,7 +327,7 @@ class Session:
 
     def generate(self, prompt: str | Sequence[Any], **options: Any) -> Any:
         """Continues `prompt`: text or token ids gives a Generation, a list of those gives a list of
-        Generations.
+        Generations; with n > 1 a list of n Generations takes the place of each.
 
         All run as one batch over the slots, together with what other threads generate; prompts beyond the
         slots wait in turn. on_text: called with a prompt's number and each new piece of its text. Options:
@@ -313,20 +337,28 @@ class Session:
         if not (on_text is None or callable(on_text)):
             raise GristmillError(f"on_text is {on_text!r}, expected a function of a number and a text")
         chosen = GenerationOptions.of(**options)
-        if _is_batch(prompt):
-            return generate_all(self, [Prompt(self._prompt_ids(one), chosen) for one in prompt], on_text)
-        return generate_all(self, [Prompt(self._prompt_ids(prompt), chosen)], on_text)[0]
+        given = prompt if _is_batch(prompt) else [prompt]
+        prompts = [sample for one in given for sample in samples(self._prompt_ids(one), chosen)]
+        found = generate_all(self, prompts, on_text)
+        each = found if chosen.n == 1 else [found[i : i + chosen.n] for i in range(0, len(found), chosen.n)]
+        return each if _is_batch(prompt) else each[0]
 
     def stream(self, prompt: str | Sequence[int], **options: Any) -> Stream:
         """Continues one prompt and yields its text in pieces that never split a character or a stop string.
 
         The stream returned has the attribute `result`, the Generation so far, and `close()` ends it early.
         """
-        return Stream(self, Prompt(self._prompt_ids(prompt), GenerationOptions.of(**options)))
+        return Stream(self, self._one_prompt(prompt, options))
 
     def astream(self, prompt: str | Sequence[int], **options: Any) -> AsyncStream:
         """`stream` for `async for`, and `aclose()` for `close()`; many run side by side."""
-        return AsyncStream(self, Prompt(self._prompt_ids(prompt), GenerationOptions.of(**options)))
+        return AsyncStream(self, self._one_prompt(prompt, options))
+
+    def _one_prompt(self, prompt: str | Sequence[int], options: dict[str, Any]) -> Prompt:
+        chosen = GenerationOptions.of(**options)
+        if chosen.n > 1:
+            raise GristmillError(f"n is {chosen.n}, a stream is of one sample; use generate, or more streams")
+        return Prompt(self._prompt_ids(prompt), chosen)
 
     def _prompt_ids(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):

@@ -2,7 +2,9 @@
 
 import asyncio
 import gc
+import json
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -105,6 +107,61 @@ def test_text_is_told_as_it_comes() -> None:
     for number, result in enumerate(results):
         assert "".join(piece for n, piece in told if n == number) == result.text
     assert len(told) > 4
+
+
+def test_samples_of_a_prompt_differ_by_their_number_and_share_its_rows() -> None:
+    session = fake_session(max_slots=3, max_tokens=64, max_len=300)
+    options: dict[str, Any] = {"max_new_tokens": 6, "temperature": 1.0, "seed": 5}
+    four = session.generate(LONG * 2, n=4, **options)
+    assert len({tuple(g.token_ids) for g in four}) == 4 and len({g.seed for g in four}) == 1
+    assert four[0].token_ids == alone_in(300, LONG * 2, **options)
+    rows = len(session.tokenizer.encode(LONG * 2))
+    assert sum(g.reused_tokens for g in four) > 2 * rows
+    pairs = session.generate(["a", "b"], n=2, **options)
+    assert [len(pair) for pair in pairs] == [2, 2]
+    assert session.generate(LONG * 2, n=4, **options)[3].token_ids == four[3].token_ids
+    with pytest.raises(GristmillError, match="n is 2, a stream is of one sample"):
+        session.stream("a", n=2)
+
+
+def test_every_option_of_a_choice_gets_there() -> None:
+    session = fake_session(max_len=200)
+    plain = session.generate("abc", max_new_tokens=8)
+    with_logprobs = session.generate("abc", max_new_tokens=8, logprobs=2)
+    assert with_logprobs.token_ids == plain.token_ids and plain.logprobs is None
+    assert [choice.token for choice in with_logprobs.logprobs] == plain.token_ids
+    assert all(c.top[0] == (c.token, c.logprob) and len(c.top) == 2 for c in with_logprobs.logprobs)
+    third = plain.token_ids[2]
+    ended = session.generate("abc", max_new_tokens=8, stop_ids=third)
+    assert ended.token_ids == plain.token_ids[:3] and ended.finish_reason == "stop"
+    assert ended.text == session.tokenizer.decode(plain.token_ids[:2])
+    longer = session.generate("abc", max_new_tokens=8, stop_ids=third, min_new_tokens=5)
+    assert len(longer.token_ids) >= 5
+    assert third not in session.generate("abc", max_new_tokens=8, logit_bias={third: float("-inf")}).token_ids
+    ids = session.generate("abc", max_new_tokens=150, no_repeat_ngram=1).token_ids
+    assert len(set(ids)) == len(ids)
+
+
+def test_constraints_hold_in_a_generation() -> None:
+    pytest.importorskip("llguidance", reason="needs the package llguidance")
+    session = fake_session(max_len=200)
+    options: dict[str, Any] = {"temperature": 1.5, "seed": 2, "max_new_tokens": 60}
+    found = session.generate(["a", "bc"], n=3, regex="[a-f]{3}-[0-9]{4}", **options)
+    texts = [g.text for pair in found for g in pair]
+    assert all(re.fullmatch("[a-f]{3}-[0-9]{4}", text) for text in texts) and len(set(texts)) > 3
+    assert all(g.finish_reason == "stop" for pair in found for g in pair)
+    one = session.generate("x", choices=["yes", "no", "never"], **options)
+    assert one.text in ("yes", "no", "never")
+    enum = {"a": {"enum": [1, 2]}}
+    schema = {"type": "object", "properties": enum, "required": ["a"], "additionalProperties": False}
+    assert json.loads("".join(session.stream("x", schema=schema, **options)))["a"] in (1, 2)
+    for bad, message in (
+        ({"regex": "("}, "regex"), ({"schema": "{"}, "schema"), ({"regex": 3}, "regex is int"),
+        ({"regex": "a", "choices": ["b"]}, "exclude each other"),
+    ):  # fmt: skip
+        with pytest.raises(GristmillError, match=message):
+            session.generate("x", **bad)
+    assert nothing_is_left(session)
 
 
 # ---- ends --------------------------------------------------------------------------------------------

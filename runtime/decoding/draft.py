@@ -29,7 +29,6 @@ class Draft:
     def __init__(self, session: Session, target: Session):
         self._session = session
         self._rows: dict[int, list[int]] = {}  # the tokens whose rows each slot holds
-        self._most = target.vocabulary - 1
         self.seconds = 0.0  # of one token for every sequence, a running mean
         refuse_unfit(session, target)
 
@@ -42,7 +41,7 @@ class Draft:
             going = [n for n, (_, count) in enumerate(asked) if count > place]
             logits = self._forward([(asked[n][0], behind[n]) for n in going])
             for n, row in zip(going, logits, strict=True):
-                token = min(asked[n][0].guess(row, place), self._most)
+                token = asked[n][0].guess(row, place)
                 drafted[n].append(token)
                 behind[n] = [token]
             if place:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
@@ -10,12 +11,13 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
+from gristmill.runtime.decoding.options import GenerationOptions
 from gristmill.runtime.decoding.sequence import Generation, Prompt, Sequence
 
 if TYPE_CHECKING:
     from gristmill.runtime.session import Session
 
-__all__ = ["AsyncStream", "Generation", "Prompt", "Stream", "generate_all"]
+__all__ = ["AsyncStream", "Generation", "Prompt", "Stream", "generate_all", "samples"]
 
 
 def generate_all(
@@ -43,6 +45,12 @@ def generate_all(
         scheduler.cancel([sequence for sequence in sequences if not sequence.done])
     _raise_first(sequences)
     return [sequence.result for sequence in sequences]
+
+
+def samples(ids: list[int], options: GenerationOptions) -> list[Prompt]:
+    """The n samples of a prompt, under one seed: they differ by their number."""
+    seed = options.seed if options.seed is not None or options.n == 1 else secrets.randbits(63)
+    return [Prompt(ids, options, seed, number) for number in range(options.n)]
 
 
 def _tell(sequences: list[Sequence], on_text: Callable[[int, str], None]) -> None:

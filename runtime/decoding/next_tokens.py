@@ -28,7 +28,9 @@ def run(
 
     wanted: of every sequence in turn how many of the rows are its last ones, each a token further on.
     """
-    if not len(rows) or not draws_tokens(session):
+    wanted = list(wanted)
+    drawable = all(sequence.drawable for sequence, count in wanted if count)
+    if not len(rows) or not draws_tokens(session) or not drawable:
         return session._run(tokens, positions, slots, rows)
     each = [(sequence, ahead) for sequence, count in wanted for ahead in range(count)]
     draws = Draws.of(

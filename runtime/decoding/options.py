@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -37,6 +38,9 @@ class GenerationOptions:
 
     logprobs: None, or with each token its log-probability and those of that many of the most likely ones.
 
+    Constraints, one at most, by the package llguidance: regex (of the whole new text), choices (texts, one of
+    which it is), schema (JSON Schema as text or as an object; kept as text).
+
     Pace: lookup proposes tokens that followed the last few ones earlier in the text, which changes the speed
     and not the text; None: where a row's logits do not depend on the rows beside it. timeout_s: seconds from
     the call after which the text ends where it is.
@@ -60,6 +64,9 @@ class GenerationOptions:
     min_new_tokens: int = 0
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    regex: str | None = None
+    choices: tuple[str, ...] = ()
+    schema: str | None = None
     lookup: bool | None = None
     timeout_s: float | None = None
     logprobs: int | None = None
@@ -69,8 +76,10 @@ class GenerationOptions:
         """Options from keywords. stop and stop_ids: one or several; logit_bias: a mapping. Raises
         GristmillError that names an unknown one and what is near it."""
         refuse_unknown(values, [field.name for field in fields(GenerationOptions)], "generate")
-        for name in ("stop", "stop_ids"):
+        for name in ("stop", "stop_ids", "choices"):
             values[name] = _several(values.get(name))
+        if isinstance(values.get("schema"), Mapping):
+            values["schema"] = json.dumps(values["schema"], default=repr)
         values["logit_bias"] = _pairs(values.get("logit_bias"))
         options = GenerationOptions(**values)
         options._check()
@@ -80,10 +89,24 @@ class GenerationOptions:
         self._check_lengths()
         self._check_draws()
         self._check_penalties()
+        self._check_constraints()
         if self.timeout_s is not None:
             _number("timeout_s", self.timeout_s, 0.0, math.inf)
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+
+    @property
+    def constraint(self) -> tuple[str, Any] | None:
+        """The kind of constraint, and what it says."""
+        given = (("regex", self.regex), ("choices", self.choices or None), ("schema", self.schema))
+        return next(((kind, what) for kind, what in given if what is not None), None)
+
+    def _check_constraints(self) -> None:
+        for name in ("regex", "schema"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise GristmillError(f"{name} is {type(getattr(self, name)).__name__}, expected text")
+        if (self.regex is not None) + bool(self.choices) + (self.schema is not None) > 1:
+            raise GristmillError("regex, choices and schema exclude each other; give one of them")
 
     def _check_lengths(self) -> None:
         _integer("max_new_tokens", self.max_new_tokens, 1, MAX_INTEGER)

@@ -178,10 +178,10 @@ class Scheduler:
     def _step(self) -> None:
         self._sweep()
         self._admit()
-        chunks = self._plan()
+        chunks = [chunk for chunk in self._plan() if not chunk.sequence.done]
         if chunks:
             self._forward(chunks)
-            self._sweep()
+        self._sweep()
 
     def _sweep(self) -> None:
         """Lets go of what is done, cancelled or out of time."""
@@ -297,7 +297,12 @@ class Scheduler:
                 chunk.judge = sequence.draft_acceptance
                 asked.append((chunk, chunk.judge.length(self._pace, room, self.draft.seconds)))
         if self.draft is not None and asked:
-            found = self.draft.propose([(chunk.sequence, length) for chunk, length in asked])
+            try:
+                found = self.draft.propose([(chunk.sequence, length) for chunk, length in asked])
+            except Exception as error:
+                for chunk, _ in asked:
+                    chunk.sequence.fail(error)
+                return
             for (chunk, _), drafted in zip(asked, found, strict=True):
                 chunk.drafted = drafted
 

@@ -12,17 +12,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gristmill.runtime.decoding.chooser import Choice, Chooser
 from gristmill.runtime.decoding.lookup import Lookup
 from gristmill.runtime.decoding.next_tokens import drawn
 from gristmill.runtime.decoding.options import GenerationOptions
 from gristmill.runtime.decoding.pace import Acceptance
-from gristmill.runtime.decoding.sampling import Workspace, choose
 from gristmill.runtime.decoding.stops import StopStrings
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
     from gristmill.runtime.session import Session
+
+LOWEST = float(np.finfo(np.float32).min)
+PLAIN = GenerationOptions()
+HOST_ONLY = (  # options that Draws does not have
+    "min_p", "typical_p", "presence_penalty", "frequency_penalty", "no_repeat_ngram", "logit_bias",
+    "min_new_tokens", "logprobs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class Generation:
     token_ids: every new token, the ending one included; text: what they say, without stop string and special
     tokens. ttft_s: from the call to the first token. decode_tok_s: tokens per second after the first one (0
     if there was only one). reused_tokens: of the prompt, whose keys and values another sequence had left.
+    logprobs: of each new token, where asked for; see Choice.
     """
 
     text: str = ""
@@ -54,6 +62,7 @@ class Generation:
     ttft_s: float = 0.0
     decode_tok_s: float = 0.0
     seed: int = 0
+    logprobs: list[Choice] | None = None
 
 
 class Sequence:
@@ -79,14 +88,21 @@ class Sequence:
         self.draft_acceptance = Acceptance()
         self.started = started
         self.number = prompt.sequence
-        self._eos = frozenset() if options.ignore_eos else session.eos_ids
+        self._chooser = Chooser(
+            options,
+            prompt.ids,
+            seed,
+            prompt.sequence,
+            session.eos_ids,
+            session.vocabulary,
+            session._workspace,
+        )
+        self._constraint = session._constraint(options)
+        if options.logprobs is not None:
+            self.result.logprobs = []
         self._limit = min(options.max_new_tokens, session.max_len - len(prompt.ids) + 1)
         self._decoder = _decoder(session, prompt)
         self._stops = StopStrings(options.stop)
-        self._seen = (
-            np.unique(np.array(prompt.ids)) if options.repetition_penalty != 1.0 else np.empty(0, np.int64)
-        )
-        self._workspace: Workspace | None = None
         self._first_at = started
 
     @property
@@ -119,33 +135,44 @@ class Sequence:
         [1 + drafted]: row i is the one after i drafted tokens, which counts as long as those are the tokens
         that were chosen. Returns how many were."""
         for accepted, row in enumerate(logits):
-            token = self._choose(row) if logits.ndim == 2 else drawn(row)
-            self._append(token)
-            if self.done or accepted == len(drafted) or token != drafted[accepted]:
+            choice = self._choose(row) if logits.ndim == 2 else Choice(drawn(row))
+            self._append(choice)
+            if self.done or accepted == len(drafted) or choice.token != drafted[accepted]:
                 return accepted
         raise AssertionError("there is a row more than drafted tokens")
 
     def guess(self, logits: np.ndarray, ahead: int) -> int:
         """The token that would be chosen from `logits` [V] of another model `ahead` tokens from here."""
-        return self._choose(logits, ahead)
+        own = logits[: self._chooser.vocabulary]
+        if own.size < self._chooser.vocabulary:
+            own = np.pad(own, (0, self._chooser.vocabulary - own.size), constant_values=LOWEST)
+        return self._chooser.choose(own, len(self.tokens) - 1 + ahead).token
 
-    def _choose(self, logits: np.ndarray, ahead: int = 0) -> int:
-        if self._workspace is None and self.options.temperature > 0:
-            self._workspace = Workspace(logits.size)
-        return choose(
-            logits, self.options, self._seen, self.result.seed, self.number,
-            len(self.tokens) - 1 + ahead, self._workspace,
-        )  # fmt: skip
+    @property
+    def drawable(self) -> bool:
+        """Whether an executor that draws tokens itself knows all that is asked for."""
+        return self._constraint is None and all(
+            getattr(self.options, name) == getattr(PLAIN, name) for name in HOST_ONLY
+        )
 
-    def _append(self, token: int) -> None:
+    def _choose(self, logits: np.ndarray) -> Choice:
+        mask = self._constraint.mask() if self._constraint else None
+        return self._chooser.choose(logits, len(self.tokens) - 1, mask)
+
+    def _append(self, choice: Choice) -> None:
+        token = choice.token
         self.tokens.append(token)
         self.result.token_ids.append(token)
-        if self.options.repetition_penalty != 1.0 and token not in self._seen:
-            self._seen = np.append(self._seen, token)
+        if self.result.logprobs is not None:
+            self.result.logprobs.append(choice)
+        self._chooser.accept(token)
+        if self._constraint:
+            self._constraint.accept(token)
         self._time()
-        if self._decoder:
+        if self._decoder and token not in self.options.stop_ids:
             self._say(self._stops.push(self._decoder.push(token)))
-        if self._stops.stopped or token in self._eos:
+        finished = self._constraint is not None and self._constraint.finished
+        if self._stops.stopped or token in self._chooser.ends or finished:
             self.end("stop")
         elif self.left <= 0:
             self.end("length")
