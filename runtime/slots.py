@@ -135,18 +135,7 @@ class Slots:
         _refuse_outside(
             "position", positions, self.max_len, "load with a larger max_len or start the slot anew"
         )
-        order = np.lexsort((positions, slots))
-        p, s = positions[order], slots[order]
-        begins = np.concatenate(([True], s[1:] != s[:-1]))
-        steps = np.where(begins[1:], 1, p[1:] - p[:-1])
-        if (steps != 1).any():
-            at = int(np.argmax(steps != 1))
-            problem = "comes twice" if steps[at] == 0 else f"is followed by {p[at + 1]}: a gap"
-            raise GristmillError(
-                f"position {p[at]} of slot {s[at]} {problem}; each row needs the next position"
-            )
-        ids, first = s[begins], p[begins]
-        ends = np.concatenate((p[:-1][begins[1:]], p[-1:])) + 1
+        ids, first, ends = (slots, positions, positions + 1) if len(slots) == 1 else _ranges(positions, slots)
         self._refuse_unreachable(ids, first)
         if not held:
             with self._freed:
@@ -200,6 +189,22 @@ class Slots:
         taken = set(slots.tolist()) & self._holders.keys() - self._forwarded
         if taken:
             raise GristmillError(f"slot {min(taken)} is generating now; use another one, or session.slot()")
+
+
+def _ranges(positions: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The slots of a batch, their first positions, and the ones after their last; refuses gaps and
+    duplicates."""
+    order = np.lexsort((positions, slots))
+    p, s = positions[order], slots[order]
+    begins = np.concatenate(([True], s[1:] != s[:-1]))
+    steps = np.where(begins[1:], 1, p[1:] - p[:-1])
+    if (steps != 1).any():
+        at = int(np.argmax(steps != 1))
+        problem = "comes twice" if steps[at] == 0 else f"is followed by {p[at + 1]}: a gap"
+        raise GristmillError(f"position {p[at]} of slot {s[at]} {problem}; each row needs the next position")
+    ids, first = s[begins], p[begins]
+    ends = np.concatenate((p[:-1][begins[1:]], p[-1:])) + 1
+    return ids, first, ends
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

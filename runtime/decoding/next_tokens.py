@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,16 +21,15 @@ def run(
     positions: np.ndarray,
     slots: np.ndarray,
     rows: np.ndarray,
-    wanted: Iterable[tuple[Sequence, int]],
+    wanted: Collection[tuple[Sequence, int]],
 ) -> np.ndarray:
     """Runs the batch: logits [R, V] f32 of ``rows``, or the tokens [R] i32 that the executor drew from them,
     -1 where they are not finite.
 
     wanted: of every sequence in turn how many of the rows are its last ones, each a token further on.
     """
-    wanted = list(wanted)
-    drawable = all(sequence.drawable for sequence, count in wanted if count)
-    if not len(rows) or not draws_tokens(session) or not drawable:
+    drawable = len(rows) and draws_tokens(session)
+    if not (drawable and all(sequence.drawable for sequence, count in wanted if count)):
         return session._run(tokens, positions, slots, rows)
     each = [(sequence, ahead) for sequence, count in wanted for ahead in range(count)]
     draws = Draws.of(

@@ -319,23 +319,24 @@ class Scheduler:
         self.statistics.steps += 1
         if all(chunk.wanted for chunk in chunks) and len(chunks) == 1:
             self._pace.note(chunks[0].rows, time.perf_counter() - began)
-        ends = np.cumsum([chunk.wanted for chunk in chunks]).tolist()
-        for chunk, end in zip(chunks, ends, strict=True):
-            self._take_in(chunk, logits[end - chunk.wanted : end])
+        begin = 0
+        for chunk in chunks:
+            end = begin + chunk.wanted
+            self._take_in(chunk, logits[begin:end])
+            begin = end
 
     def _run(self, chunks: list[Chunk]) -> np.ndarray:
-        counts = [chunk.rows for chunk in chunks]
-        tokens = np.concatenate([np.array(c.tokens + c.drafted, np.int32) for c in chunks])
-        starts = np.repeat(np.array([c.sequence.cached for c in chunks], np.int32), counts)
-        ends = np.cumsum(counts)
-        within = np.arange(len(tokens), dtype=np.int32) - np.repeat(ends - counts, counts).astype(np.int32)
-        slots = np.repeat(np.array([c.sequence.slot for c in chunks], np.int32), counts)
-        rows = [
-            np.arange(end - c.wanted, end, dtype=np.int32)
-            for c, end in zip(chunks, ends.tolist(), strict=True)
-        ]
+        tokens, positions, slots, rows = list[int](), list[int](), list[int](), list[int]()
+        for chunk in chunks:  # lists: most steps are few rows
+            begin, count = chunk.sequence.cached, chunk.rows
+            tokens += chunk.tokens
+            tokens += chunk.drafted
+            positions += range(begin, begin + count)
+            slots += [chunk.sequence.slot] * count
+            rows += range(len(tokens) - chunk.wanted, len(tokens))
         wanted = [(c.sequence, c.wanted) for c in chunks]
-        return run(self._session, tokens, starts + within, slots, np.concatenate(rows), wanted)
+        t, p, s, r = (np.array(values, np.int32) for values in (tokens, positions, slots, rows))
+        return run(self._session, t, p, s, r, wanted)
 
     def _take_in(self, chunk: Chunk, logits: np.ndarray) -> None:
         sequence = chunk.sequence

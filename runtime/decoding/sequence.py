@@ -98,6 +98,10 @@ class Sequence:
             session._workspace,
         )
         self._constraint = session._constraint(options)
+        # whether an executor that draws tokens itself knows all that is asked for
+        self.drawable = self._constraint is None and all(
+            getattr(options, name) == getattr(PLAIN, name) for name in HOST_ONLY
+        )
         if options.logprobs is not None:
             self.result.logprobs = []
         self._limit = min(options.max_new_tokens, session.max_len - len(prompt.ids) + 1)
@@ -147,13 +151,6 @@ class Sequence:
         if own.size < self._chooser.vocabulary:
             own = np.pad(own, (0, self._chooser.vocabulary - own.size), constant_values=LOWEST)
         return self._chooser.choose(own, len(self.tokens) - 1 + ahead).token
-
-    @property
-    def drawable(self) -> bool:
-        """Whether an executor that draws tokens itself knows all that is asked for."""
-        return self._constraint is None and all(
-            getattr(self.options, name) == getattr(PLAIN, name) for name in HOST_ONLY
-        )
 
     def _choose(self, logits: np.ndarray) -> Choice:
         mask = self._constraint.mask() if self._constraint else None
