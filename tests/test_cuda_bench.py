@@ -61,7 +61,7 @@ def test_kinds_are_timed_alone_beside_their_roofs(tmp_path: Path) -> None:
         return len(launched) / repeats
 
     probe = CudaProbe(executor, session, SIZES, seconds)
-    found = probe.profile(Roofs(100.0, 1000.0, 1000.0), Forward(2, 3), 2)
+    found = probe.profile(Roofs(100.0, 1000.0, 1000.0), Forward(2, 1), 1)
     assert {kind.name: kind.seconds for kind in found.kinds} == {k.name: k.count for k in found.kinds}
     assert found.seconds == len(session.program.instructions) and found.shared_phases is None
     linear = next(kind for kind in found.kinds if kind.name.startswith("linear") and "head" in kind.name)
@@ -84,6 +84,6 @@ def test_a_round_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return sample(*batch, draws)
 
     monkeypatch.setattr(executor, "sample", counted)
-    options = BenchOptions(prompt=3, tokens=1, context=2, rounds=1)
+    options = BenchOptions(prompt=3, tokens=1, context=0, rounds=1)
     assert all(figure > 0 for figure in measure_round(session, options, probe))
     assert drawn == [1, 1], "tokens are drawn there: one to warm up, one that counts"
