@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ pytest.importorskip("triton", reason="needs triton, which exists for Linux on x8
 from cuda_cases import CASES, a_small_gpu, ints, make, run, tokens_for  # noqa: F401
 
 from gristmill.runtime.cuda import device as cuda_device
+from gristmill.runtime.decoding import next_tokens
 from gristmill.runtime.decoding.draws import Draws
 from gristmill.runtime.decoding.options import GenerationOptions
 from gristmill.runtime.decoding.sampling import choose
@@ -81,6 +83,32 @@ def test_rows_of_one_slot_see_what_is_before_them_in_pieces_too(
     seen = [tokens[: n + 1].tolist() for n in at]
     assert got.tolist() == chosen(logits, options, seen, at)
     assert executor.sample(tokens, ints(at), ints([0] * 5), ints([]), draws([], [])).shape == (0,)
+
+
+def test_one_sequence_that_asks_for_more_brings_all_logits_to_the_host() -> None:
+    class Recorder:
+        executor = SimpleNamespace(draws_tokens=True)
+
+        def _run(self, *batch: Any) -> str:
+            return "logits"
+
+        def _draw(self, *batch: Any) -> Any:
+            return batch[-1]
+
+    def sequence(**options: Any) -> Any:
+        chosen, drawable = GenerationOptions.of(**options), "min_p" not in options
+        result = SimpleNamespace(seed=7)
+        return SimpleNamespace(options=chosen, result=result, tokens=[1, 2], number=4, drawable=drawable)
+
+    session: Any = Recorder()
+    batch = (ints([1]),) * 4
+    plain, more = sequence(temperature=0.5), sequence(min_p=0.1)
+    given: Any = next_tokens.run(session, *batch, [(plain, 2)])
+    assert given.position.tolist() == [1, 2] and given.sequence.tolist() == [4, 4]
+    assert given.seed.tolist() == [7, 7] and given.temperature.tolist() == [0.5, 0.5]
+    for rows, wanted in ((ints([0, 1]), [(plain, 1), (more, 1)]), (ints([]), [(plain, 0)])):
+        logits: Any = next_tokens.run(session, *batch[:3], rows, wanted)
+        assert logits == "logits"
 
 
 class OnTheHost:
