@@ -22,10 +22,11 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from gristmill.runtime.decoding import sampling
 from gristmill.runtime.decoding.chooser import Choice, Chooser, most_likely_ids
 from gristmill.runtime.decoding.history import NGrams, Tally
 from gristmill.runtime.decoding.options import GenerationOptions
-from gristmill.runtime.decoding.sampling import Workspace, choose, typical, uniform
+from gristmill.runtime.decoding.sampling import Workspace, choose, nucleus, typical, uniform
 from gristmill.runtime.errors import GristmillError
 
 EOS = (2, 7)
@@ -174,6 +175,27 @@ def test_typical_beyond_the_first_candidates() -> None:
         for mass in (0.2, 0.9):
             left = TypicalLogitsWarper(mass)(None, torch.from_numpy(scores).double()[None])[0]
             assert typical(scores, mass).tolist() == torch.isfinite(left).nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 0.01, 1.0, 5.0])
+@pytest.mark.parametrize("holes", [False, True])
+def test_the_histogram_changes_nothing(scale: float, holes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Top-p and typical-p keep what they keep when all is sorted; ties, -inf and extremes included."""
+    masses = (1e-9, 0.3, 0.9, 0.9999, 1 - 1e-9)
+    for seed in range(4):
+        scores = np.round(logits_of(seed, 5000, scale), 2 + 4 * (seed % 2))
+        if holes:
+            scores[::3], scores[1::3] = -np.inf, -1e38
+            scores[1], scores[4] = 0, -80
+        quick = [(nucleus(scores, mass).tolist(), typical(scores, mass).tolist()) for mass in masses]
+        with monkeypatch.context() as patch:
+            patch.setattr(sampling, "FIRST_CANDIDATES", scores.size)
+            sorted_all = [(nucleus(scores, mass).tolist(), typical(scores, mass).tolist()) for mass in masses]
+        weights = np.exp(scores - scores.max())
+        for (top, near), (top_sorted, near_sorted) in zip(quick, sorted_all):
+            for one, other in ((top, top_sorted), (near, near_sorted)):
+                assert weights[list({*one} ^ {*other})].sum() <= 1e-6 * weights.sum()
+                assert one
 
 
 def test_presence_and_frequency_are_of_new_tokens_alone() -> None:

@@ -138,7 +138,7 @@ def test_draws_depend_on_seed_sequence_and_position_only() -> None:
     assert len(points) == 18 and all(0 <= p < 1 for p in points)
 
 
-def test_large_nucleus_needs_the_full_sort() -> None:
+def test_large_nucleus_is_beyond_the_first_candidates() -> None:
     """A flat distribution keeps more than the first candidates looked at."""
     scores = logits_of(4, 20000) * np.float32(0.01)
     kept = nucleus(scores, 0.5)
