@@ -97,7 +97,10 @@ def test_a_copied_slot_goes_on_as_its_source(tmp_path: Path) -> None:
     run(executor, tokens[:4])
     executor.copy_slot(0, 2, 4)
     assert run(executor, tokens[4:], 4, 2).tobytes() == run(executor, tokens[4:], 4, 0).tobytes()
-    for bad in [(-1, 0, 1), (0, 3, 1), (0, 1, 65)]:
+    run(executor, np.concatenate([tokens[:2], tokens[:2]]), 0, 1)
+    executor.copy_slot(0, 1, 4, 2)
+    assert run(executor, tokens[4:], 4, 1).tobytes() == run(executor, tokens[4:], 4, 0).tobytes()
+    for bad in [(-1, 0, 1), (0, 3, 1), (0, 1, 65), (0, 1, 4, 5), (0, 1, 4, -1)]:
         with pytest.raises(GristmillError, match="copy_slot: .* expected 0 to"):
             executor.copy_slot(*bad)
 

@@ -208,13 +208,13 @@ def extend(groups: list[Group], scores: np.ndarray, rules: Rules) -> None:
             continue
         for token in chosen:
             own[:, token] -= penalty
-        extend_group(group, own, rules)
-        chosen += [int(beam.tokens[-1]) for beam in group.running]
+        chosen += extend_group(group, own, rules)
 
 
-def extend_group(group: Group, scores: np.ndarray, rules: Rules) -> None:
+def extend_group(group: Group, scores: np.ndarray, rules: Rules) -> list[int]:
     """Takes the best candidates of `scores` [beams, V]: those that end, if they rank among the first `size`,
-    compete with the finished texts, the best others go on. A group that is done has no running beams."""
+    compete with the finished texts, the best others go on, whose tokens are returned. A group that is done has no
+    running beams."""
     best = best_of(scores, rules.keep(group.size))
     children = [
         Running(np.append(group.running[row].tokens, np.int32(token)), score, group.running[row].slot)
@@ -233,8 +233,10 @@ def extend_group(group: Group, scores: np.ndarray, rules: Rules) -> None:
     group.finished.sort(key=lambda beam: -beam.score)  # stable: the earlier among equals
     del group.finished[group.size :]
     group.running = going_on[: group.size]
+    chosen = [int(beam.tokens[-1]) for beam in group.running]
     if is_done(group, new_tokens, rules):
         group.running = []
+    return chosen
 
 
 def is_done(group: Group, new_tokens: int, rules: Rules) -> bool:
@@ -265,7 +267,8 @@ def settle(running: list[Running], held: dict[int, np.ndarray], copy_slot: CopyS
         shared = {slot: common_prefix(held[slot], rows) for slot in free}
         target = max(free, key=lambda slot: (shared[slot], -slot))
         free.remove(target)
-        copy_slot(beam.slot, target, len(rows), shared[target])
+        if shared[target] < len(rows):  # beams of two groups may say the same
+            copy_slot(beam.slot, target, len(rows), shared[target])
         held[target], beam.slot = rows, target
 
 
