@@ -202,10 +202,10 @@ class Slots:
             raise GristmillError(f"slot {min(taken)} is generating now; use another one, or session.slot()")
 
     def take_many(self, count: int) -> list[int]:
-        """`count` empty slots all at once, to be given back with `give_back_many`; waits until so many are free.
+        """`count` empty slots at once, to be given back with `give_back_many`; waits until so many are free.
 
-        Who waits holds none of them, so two that need several never wait for each other. Raises GristmillError
-        where waiting cannot end: too few slots are free or held by other threads.
+        Who waits holds none of them, so two that need several never wait for each other. Raises
+        GristmillError where waiting cannot end: too few slots are free or held by other threads.
         """
         me = threading.get_ident()
         with self._freed:
@@ -213,9 +213,9 @@ class Slots:
                 others = sum(holder != me for holder in self._holders.values())
                 if len(free) + others < count:
                     raise GristmillError(
-                        f"{count} slots are needed at once, {len(free)} of {self.max_slots} are free and other "
-                        f"threads hold {others}; ask for fewer beams, end open streams, reset slots used by "
-                        "forward, or load with a larger max_slots"
+                        f"{count} slots are needed at once, {len(free)} of {self.max_slots} are free and "
+                        f"other threads hold {others}; ask for fewer beams, end open streams, reset slots "
+                        "used by forward, or load with a larger max_slots"
                     )
                 self._freed.wait(timeout=1.0)
             taken = free[-count:]

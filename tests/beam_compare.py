@@ -1,6 +1,7 @@
 """Beam searches of a Session beside those of transformers.generate; run it for many prompts:
 
-tests/beam_compare.py MODEL TEXT [PROMPTS]: a Hugging Face directory, and a text file whose pieces are prompts.
+tests/beam_compare.py MODEL TEXT [PROMPTS]: a Hugging Face directory, and a text file whose pieces are
+prompts.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """One prompt with one case. margin: by how much the scores of the first texts that differ do; score_error: the
-    largest difference between scores of the same text."""
+    """One prompt with one case. margin: by how much the scores of the first texts that differ do;
+    score_error: the largest difference between scores of the same text."""
 
     prompt: str
     case: Case
@@ -71,7 +72,9 @@ def compare(
             yield Found(prompt, case, got, want, margin, max(same, default=0.0))
 
 
-def reference(model: Any, ids: list[int], case: Case, max_new_tokens: int) -> tuple[list[list[int]], list[float]]:
+def reference(
+    model: Any, ids: list[int], case: Case, max_new_tokens: int
+) -> tuple[list[list[int]], list[float]]:
     """transformers' new tokens, without the padding after the ending one, and its scores."""
     given = asdict(case)
     given["no_repeat_ngram_size"] = given.pop("no_repeat_ngram")
@@ -116,8 +119,10 @@ def main(model: str, text: str, count: str = "50") -> None:
             searches, error = searches + 1, max(error, found.score_error)
             if not found.equal:
                 parted.append(found)
-                print(f"parted by {found.margin:.1e}: {found.prompt!r} {found.case}", flush=True)
-    print(f"{searches} searches, {len(parted)} parted, scores of equal texts differ by {error:.1e} at most")
+                sys.stdout.write(f"parted by {found.margin:.1e}: {found.prompt!r} {found.case}\n")
+    sys.stdout.write(
+        f"{searches} searches, {len(parted)} parted, scores of equal texts differ by {error:.1e} at most\n"
+    )
 
 
 if __name__ == "__main__":

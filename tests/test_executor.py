@@ -234,8 +234,8 @@ def test_copied_slot_continues_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cache", ["f32", "f16", "int8", "fp8", "int4"])
 @pytest.mark.parametrize("window", [0, 7, 33])
 def test_copied_rows_behind_a_common_prefix(cache: str, window: int, tmp_path: Path) -> None:
-    """Starts and lengths within tiles and at their ends, in rings of 32 and 48 rows that positions go round twice,
-    into slots that are as long as the source, shorter, and longer by no more than max_tokens."""
+    """Starts and lengths within tiles and at their ends, in rings of 32 and 48 rows that positions go round
+    twice, into slots that are as long as the source, shorter, and longer by no more than max_tokens."""
     program = llama(Llama(layers=1, cache=cache, window=window, max_tokens=15))
     executor = make(program, tmp_path, max_len=128)
     text, other = tokens_for(program, 110), tokens_for(program, 110, seed=2)

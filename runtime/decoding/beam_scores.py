@@ -1,7 +1,7 @@
-"""The numbers of a beam search: log-probabilities of what may follow each beam, and the best few of them all.
+"""The numbers of a beam search: log-probabilities of what may follow each beam, and the best of them all.
 
-A vocabulary times the beams is a million scores: each is passed over a few times in buffers that stay, and none
-but the best is sorted.
+A vocabulary times the beams is a million scores: each is passed over a few times in buffers that stay, and
+none but the best is sorted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from gristmill.runtime.decoding.sampling import kth_largest
 from gristmill.runtime.errors import GristmillError
 
-# (log-probabilities [n, V] f32, which may be changed, sequences [n, length] i32 with the prompt) -> [n, V] f32
+# (log-probabilities [n, V] f32, which it may change, sequences [n, length] i32 with the prompt) -> [n, V] f32
 Process = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 

@@ -1,11 +1,13 @@
-"""Beam search: the continuations of highest log-probability that a search of fixed width finds, diverse or not.
+"""Beam search: the most likely continuations that a search of fixed width finds, diverse or not.
 
-Every beam lives in a slot. A step takes the best of all beams' next tokens; a beam that has one child keeps its
-slot, one that has several gives its rows to slots of beams that died out, and only from where the two texts
-part. Ranks, scores, length penalty and the rules of stopping are those of transformers' `generate(num_beams=n)`.
+Every beam lives in a slot. A step takes the best of all beams' next tokens; a beam that has one child keeps
+its slot, one that has several gives its rows to slots of beams that died out, and only from where the two
+texts part. Ranks, scores, length penalty and the rules of stopping are those of transformers'
+`generate(num_beams=n)`.
 
-Diverse beam search (Vijayakumar et al., arXiv 1610.02424, algorithm 1) searches in groups, one after the other
-at every step; a token loses `diversity_penalty` for every beam of the groups before that chose it just now.
+Diverse beam search (Vijayakumar et al., arXiv 1610.02424, algorithm 1) searches in groups, one after the
+other at every step; a token loses `diversity_penalty` for every beam of the groups before that chose it just
+now.
 """
 
 from __future__ import annotations
@@ -35,9 +37,9 @@ class BeamOptions:
     """num_beams: width of the search and slots it takes. A finished text's score is the sum of its
     log-probabilities / its new tokens ** length_penalty, so more than 0 favours long texts.
 
-    early_stopping: True ends with the num_beams-th finished text; False when the best running beam, were it to
-    end here, would not better the worst finished one; "never" when it could not at any length. diversity_penalty:
-    in log-probability, for num_beam_groups > 1.
+    early_stopping: True ends with the num_beams-th finished text; False when the best running beam, were it
+    to end here, would not better the worst finished one; "never" when it could not at any length.
+    diversity_penalty: in log-probability, for num_beam_groups > 1.
     """
 
     num_beams: int = 4
@@ -62,7 +64,9 @@ class BeamOptions:
         _number("length_penalty", self.length_penalty, -MOST_LENGTH_PENALTY, MOST_LENGTH_PENALTY)
         _number("diversity_penalty", self.diversity_penalty, 0.0, 1e6)
         if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
-            raise GristmillError(f"early_stopping is {self.early_stopping!r}, expected False, True or 'never'")
+            raise GristmillError(
+                f"early_stopping is {self.early_stopping!r}, expected False, True or 'never'"
+            )
         if self.num_beams % self.num_beam_groups:
             raise GristmillError(
                 f"{self.num_beams} beams are no whole number for each of {self.num_beam_groups} groups; "
@@ -70,14 +74,14 @@ class BeamOptions:
             )
         if (self.num_beam_groups > 1) != (self.diversity_penalty > 0):
             raise GristmillError(
-                f"num_beam_groups is {self.num_beam_groups} and diversity_penalty {self.diversity_penalty!r}; "
-                "expected both more than 1 and 0 for a diverse search, or neither"
+                f"num_beam_groups is {self.num_beam_groups}, diversity_penalty {self.diversity_penalty!r}; "
+                "expected more than 1 and more than 0 for a diverse search, or neither"
             )
 
 
 @dataclass(frozen=True)
 class Beam:
-    """A finished text. token_ids: its new tokens, the ending one included; finish_reason: "stop" or "length"."""
+    """A finished text. token_ids: its new tokens, the ending one too; finish_reason: "stop" or "length"."""
 
     token_ids: list[int]
     score: float
@@ -86,7 +90,7 @@ class Beam:
 
 @dataclass
 class Running:
-    """A beam on its way: all its tokens [length] i32 with the prompt, of which `slot` holds all but the last."""
+    """A beam on its way: its tokens [length] i32 with the prompt, of which `slot` holds all but the last."""
 
     tokens: np.ndarray
     score: np.float32  # the sum of its new tokens' log-probabilities
@@ -104,8 +108,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Rules:
-    """What is the same at every step. limit: new tokens of the longest text; keep: candidates of a step, enough
-    for a full set of running beams after every one that may end."""
+    """What is the same at every step. limit: new tokens of the longest text; keep: candidates of a step,
+    enough for a full set of running beams after every one that may end."""
 
     options: BeamOptions
     eos_ids: Collection[int]
@@ -133,20 +137,18 @@ def beam_search(
 ) -> list[Beam]:
     """The best `options.num_return_sequences` continuations of the prompt, best first.
 
-    slots: num_beams of them, empty. run: takes at most max_tokens rows. max_new_tokens: the caller sees to it that
-    a slot holds the prompt and all of these but one. process: changes log-probabilities before beams are
+    slots: num_beams of them, empty. run: takes at most max_tokens rows. max_new_tokens: the caller sees to it
+    that a slot holds the prompt and all of these but one. process: changes log-probabilities before beams are
     compared. Fewer come back where `process` leaves too few tokens to go on with.
     """
     assert len(slots) == options.num_beams and len(prompt_ids) > 0 and max_new_tokens > 0
     rules = Rules(options, frozenset(eos_ids), len(prompt_ids), max_new_tokens)
     prompt = np.array(prompt_ids, np.int32)
     buffers = ScoreBuffers(options.num_beams, vocabulary)
-    held = {slot: prompt[:0] for slot in slots}  # the tokens of a slot's rows
+    held = dict.fromkeys(slots, prompt[:0])  # the tokens of a slot's rows
     held[slots[0]] = prompt
     size = options.num_beams // options.num_beam_groups
-    groups = [
-        Group(size, [Running(prompt, np.float32(0), slots[0])]) for _ in range(options.num_beam_groups)
-    ]
+    groups = [Group(size, [Running(prompt, np.float32(0), slots[0])]) for _ in range(options.num_beam_groups)]
     logits = np.repeat(prefill(run, slots[0], prompt, max_tokens), len(groups), axis=0)
     while True:
         scores = next_scores(logits, groups, buffers, process)
@@ -197,7 +199,7 @@ def next_scores(
 
 
 def extend(groups: list[Group], scores: np.ndarray, rules: Rules) -> None:
-    """One step of every group, on its rows of `scores` [n, V]: the earlier groups' tokens cost the later ones."""
+    """One step of every group, on its rows of `scores` [n, V]: earlier groups' tokens cost later groups."""
     penalty = np.float32(rules.options.diversity_penalty)
     chosen: list[int] = []
     first = 0
@@ -213,8 +215,8 @@ def extend(groups: list[Group], scores: np.ndarray, rules: Rules) -> None:
 
 def extend_group(group: Group, scores: np.ndarray, rules: Rules) -> list[int]:
     """Takes the best candidates of `scores` [beams, V]: those that end, if they rank among the first `size`,
-    compete with the finished texts, the best others go on, whose tokens are returned. A group that is done has no
-    running beams."""
+    compete with the finished texts, the best others go on, whose tokens are returned. A group that is done
+    has no running beams."""
     best = best_of(scores, rules.keep(group.size))
     children = [
         Running(np.append(group.running[row].tokens, np.int32(token)), score, group.running[row].slot)
@@ -253,8 +255,8 @@ def is_done(group: Group, new_tokens: int, rules: Rules) -> bool:
 def settle(running: list[Running], held: dict[int, np.ndarray], copy_slot: CopySlot) -> None:
     """Gives every beam, whose `slot` is its parent's, a slot of its own with its parent's rows in it.
 
-    The first child of a beam stays. Another one takes, of the slots that no beam lives in, the one that shares the
-    longest prefix with it, and gets the rest copied. held: the tokens of each slot's rows.
+    The first child of a beam stays. Another one takes, of the slots that no beam lives in, the one that
+    shares the longest prefix with it, and gets the rest copied. held: the tokens of each slot's rows.
     """
     free, moving = set(held), []
     for beam in running:

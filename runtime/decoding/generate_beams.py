@@ -38,9 +38,9 @@ def generate_beams(
 ) -> list[BeamText]:
     """Continues `prompt` (text or token ids) by beam search; the best texts, best first.
 
-    Waits until num_beams slots are free at once. beams: see BeamOptions. process: changes log-probabilities [n, V]
-    after the penalties, given the sequences [n, length] with the prompt. Raises GristmillError for what does not
-    fit: the prompt, the options, more beams than the session has slots.
+    Waits until num_beams slots are free at once. beams: see BeamOptions. process: changes log-probabilities
+    [n, V] after the penalties, given the sequences [n, length] with the prompt. Raises GristmillError for
+    what does not fit: the prompt, the options, more beams than the session has slots.
     """
     options = BeamOptions.of(**beams)
     _check(max_new_tokens, min_new_tokens, repetition_penalty, no_repeat_ngram)
@@ -84,7 +84,8 @@ def _with_text(session: Session, prompt: list[int], beam: Beam, skip_special_tok
 
 
 def _check(most: Any, least: Any, penalty: Any, ngram: Any) -> None:
-    for name, value, lowest in (("max_new_tokens", most, 1), ("min_new_tokens", least, 0), ("no_repeat_ngram", ngram, 0)):
+    counts = {"max_new_tokens": (most, 1), "min_new_tokens": (least, 0), "no_repeat_ngram": (ngram, 0)}
+    for name, (value, lowest) in counts.items():
         if type(value) is not int or value < lowest:
             raise GristmillError(f"{name} is {value!r}, expected an integer from {lowest}")
     if least > most:

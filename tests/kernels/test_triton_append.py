@@ -147,7 +147,7 @@ def test_a_ring_wraps_and_a_prefix_is_copied():
 @pytest.mark.parametrize("dtype", CACHE_TYPES)
 def test_rows_from_a_start_are_copied_and_no_others(dtype):
     ring = 5
-    for start, length in [(0, 0), (0, 3), (2, 3), (1, 5), (3, 7), (4, 6), (9, 12), (12, 12), (7, 12), (3, 20)]:
+    for start, length in [(0, 0), (0, 3), (2, 3), (1, 5), (3, 7), (4, 6), (9, 12), (7, 12), (3, 99)]:
         cache = allocate(dtype, dtype, 40, 8, 2, 2, ring, device="cpu")
         for part in (cache.k, cache.v):
             for tensor in [t for t in (part.data, part.scales) if t is not None]:
