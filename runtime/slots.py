@@ -218,8 +218,10 @@ class Slots:
                         "used by forward, or load with a larger max_slots"
                     )
                 self._freed.wait(timeout=1.0)
-            taken = free[-count:]
+            taken = free[:count]
             self._holders.update(dict.fromkeys(taken, me))
+            for slot in taken:
+                self._forget(slot)
             return taken
 
     def give_back_many(self, slots: list[int]) -> None:
@@ -228,8 +230,9 @@ class Slots:
             self.give_back(slot)
 
     def _free_slots(self) -> list[int]:
-        taken = self._holders.keys() | self._forwarded
-        return [slot for slot in range(self.max_slots) if slot not in taken]
+        """Those that keep nothing first, the highest of them, then those that have kept something longest."""
+        used = self._holders.keys() | self._forwarded | self._kept.keys()
+        return [*(slot for slot in reversed(range(self.max_slots)) if slot not in used), *self._kept]
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

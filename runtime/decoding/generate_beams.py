@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from gristmill.runtime.decoding.beam_scores import Process, process_of
 from gristmill.runtime.decoding.beams import Beam, BeamOptions, Run, beam_search
 from gristmill.runtime.errors import GristmillError
@@ -66,7 +64,7 @@ def _run_of(session: Session) -> Run:
 def _copy(session: Session, source: int, target: int, length: int, start: int) -> None:
     with session._lock:
         session.executor.copy_slot(source, target, length, start)
-        session._slots.advance(np.array([target]), np.array([start]), np.array([length]))
+        session._slots.copied(source, target, length)
 
 
 def _both(first: Process | None, second: Process | None) -> Process | None:
