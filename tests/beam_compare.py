@@ -63,7 +63,7 @@ def compare(
         ids = session._prompt_ids(prompt)
         for case in cases:
             want, want_scores = reference(model, ids, case, max_new_tokens)
-            beams = generate_beams(session, ids, max_new_tokens, **asdict(case))
+            beams = generate_beams(session, ids, max_new_tokens=max_new_tokens, **asdict(case))
             got, scores = [b.token_ids for b in beams], [b.score for b in beams]
             differences = [abs(a - b) / max(1, abs(b)) for a, b in zip(scores, want_scores, strict=True)]
             parted = [g != w for g, w in zip(got, want, strict=True)]

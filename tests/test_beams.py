@@ -217,7 +217,7 @@ def test_beams_in_real_slots_are_those_of_whole_sequences(window: int, tmp_path:
         return np.asarray(out[-1])
 
     given: dict[str, Any] = {"num_beams": 4, "num_return_sequences": 4}
-    got = generate_beams(session, prompt, 50, ignore_eos=True, **given)
+    got = generate_beams(session, prompt, max_new_tokens=50, ignore_eos=True, **given)
     same(got, textbook(logits, prompt, BeamOptions.of(**given), (), 50))
     assert got[0].text == session.tokenizer.decode(got[0].token_ids)
     assert sorted(session._slots.take_many(6)) == list(range(6)), "all slots are free again"
@@ -236,9 +236,10 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"beams": 2}, "did you mean num_beams"),
         ({"num_beams": 4}, "4 slots are needed at once, 3 of 3 are free"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"max_new_tokens": 2, "min_new_tokens": 3}, "is 3, expected at most max_new_tokens = 2"),
+        ({"max_new_tokens": 2, "min_new_tokens": 3}, "is 3, expected at most max_new_tokens, 2"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"no_repeat_ngram": -1}, "no_repeat_ngram is -1"),
+        ({"temperature": 1.0}, "beam search has no option 'temperature'"),
     ]  # fmt: skip
     for given, message in refused:
         with pytest.raises(GristmillError, match=message):
@@ -274,7 +275,15 @@ def test_no_ending_before_the_least_number_of_tokens() -> None:
         return scores
 
     for least in (0, 4):
-        got = generate_beams(session, [9], 20, least, process=want_to_end, num_beams=2, length_penalty=0.0)
+        got = generate_beams(
+            session,
+            [9],
+            want_to_end,
+            max_new_tokens=20,
+            min_new_tokens=least,
+            num_beams=2,
+            length_penalty=0.0,
+        )
         assert len(got[0].token_ids) == least + 1 and got[0].finish_reason == "stop"
         assert "</s>" not in got[0].text
 
