@@ -70,7 +70,7 @@ class Slots:
             self._forget(slot)
             if len(tokens):
                 self._kept[slot], self._highest[slot] = tokens, highest
-            self._freed.notify()
+            self._freed.notify_all()
 
     def longest_kept(self, tokens: Sequence[int]) -> tuple[int, int]:
         """The free slot that shares the most first rows with `tokens`, and how many; -1 and 0 where none
@@ -121,7 +121,7 @@ class Slots:
             self._refuse_held(np.array([slot]))
             self._forwarded.discard(slot)
             self._forget(slot)
-            self._freed.notify()
+            self._freed.notify_all()
 
     def check(
         self, positions: np.ndarray, slots: np.ndarray, held: bool
@@ -189,6 +189,39 @@ class Slots:
         taken = set(slots.tolist()) & self._holders.keys() - self._forwarded
         if taken:
             raise GristmillError(f"slot {min(taken)} is generating now; use another one, or session.slot()")
+
+    def take_many(self, count: int) -> list[int]:
+        """`count` empty slots at once, to be given back with `give_back_many`; waits until so many are free.
+
+        Who waits holds none of them, so two that need several never wait for each other. Raises
+        GristmillError where waiting cannot end: too few slots are free or held by other threads.
+        """
+        me = threading.get_ident()
+        with self._freed:
+            while len(free := self._free_slots()) < count:
+                others = sum(holder != me for holder in self._holders.values())
+                if len(free) + others < count:
+                    raise GristmillError(
+                        f"{count} slots are needed at once, {len(free)} of {self.max_slots} are free and "
+                        f"other threads hold {others}; ask for fewer beams, end open streams, reset slots "
+                        "used by forward, or load with a larger max_slots"
+                    )
+                self._freed.wait(timeout=1.0)
+            taken = free[:count]
+            self._holders.update(dict.fromkeys(taken, me))
+            for slot in taken:
+                self._forget(slot)
+            return taken
+
+    def give_back_many(self, slots: list[int]) -> None:
+        """Frees the slots that `take_many` gave."""
+        for slot in slots:
+            self.give_back(slot)
+
+    def _free_slots(self) -> list[int]:
+        """Those that keep nothing first, the highest of them, then those that have kept something longest."""
+        used = self._holders.keys() | self._forwarded | self._kept.keys()
+        return [*(slot for slot in reversed(range(self.max_slots)) if slot not in used), *self._kept]
 
 
 def _ranges(positions: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

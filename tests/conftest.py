@@ -54,6 +54,16 @@ def stories260k(shared: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def stories_f32(stories260k: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """stories260k as an artifact in f32."""
+    import gristmill
+
+    out = tmp_path_factory.mktemp("stories") / "f32"
+    gristmill.compile(stories260k, out, weights="f32", gate=False)
+    return out
+
+
+@pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some 9,000 characters to calibrate on."""
     path = tmp_path_factory.mktemp("text") / "calibration.txt"

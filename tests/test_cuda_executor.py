@@ -96,8 +96,12 @@ def test_a_copied_slot_goes_on_as_its_source(tmp_path: Path) -> None:
     tokens = tokens_for(program, 5)
     run(executor, tokens[:4])
     executor.copy_slot(0, 2, 4)
-    assert run(executor, tokens[4:], 4, 2).tobytes() == run(executor, tokens[4:], 4, 0).tobytes()
-    for bad in [(-1, 0, 1), (0, 3, 1), (0, 1, 65)]:
+    want = run(executor, tokens[4:], 4, 0).tobytes()
+    assert run(executor, tokens[4:], 4, 2).tobytes() == want
+    executor.copy_slot(0, 1, 2)
+    executor.copy_slot(0, 1, 4, 2)
+    assert run(executor, tokens[4:], 4, 1).tobytes() == want
+    for bad in [(-1, 0, 1), (0, 3, 1), (0, 1, 65), (0, 1, 4, 5), (0, 1, 4, -1)]:
         with pytest.raises(GristmillError, match="copy_slot: .* expected 0 to"):
             executor.copy_slot(*bad)
 

@@ -231,6 +231,50 @@ def test_copied_slot_continues_alike(tmp_path: Path) -> None:
             executor.copy_slot(0, 1, 65)
 
 
+@pytest.mark.parametrize("cache", ["f32", "f16", "int8", "fp8", "int4"])
+@pytest.mark.parametrize("window", [0, 7, 33])
+def test_copied_rows_behind_a_common_prefix(cache: str, window: int, tmp_path: Path) -> None:
+    """Starts and lengths within tiles and at their ends, in rings of 32 and 48 rows that positions go round
+    twice, into slots that are as long as the source, shorter, and longer by no more than max_tokens."""
+    program = llama(Llama(layers=1, cache=cache, window=window, max_tokens=15))
+    executor = make(program, tmp_path, max_len=128)
+    text, other = tokens_for(program, 110), tokens_for(program, 110, seed=2)
+    for length in (1, 15, 16, 17, 40, 95, 96, 100):
+        in_parts(executor, text[:length], 0)
+        want = run(executor, text[length : length + 3], length, 0).tobytes()
+        in_parts(executor, text[:length], 0)
+        for start in {0, 1, 15, 16, 17, length // 2, length - 5, length - 1, length} & set(range(length + 1)):
+            for held in {start, length - 1, length, length + 7}:
+                if held < start:
+                    continue
+                in_parts(executor, np.concatenate([text[:start], other[start:held]]), 1)
+                executor.copy_slot(0, 1, length, start)
+                got = run(executor, text[length : length + 3], length, 1).tobytes()
+                assert got == want, (length, start, held)
+
+
+def in_parts(executor: Any, tokens: Array, slot: int) -> None:
+    """Puts `tokens` into a slot, max_tokens at a time."""
+    size = executor.max_tokens
+    for at in range(0, len(tokens), size):
+        run(executor, tokens[at : at + size], at, slot)
+
+
+def test_copied_rows_begin_at_the_start(tmp_path: Path) -> None:
+    program = llama(dataclasses.replace(CASES["int8"], window=0))
+    executor = make(program, tmp_path)
+    tokens, other = tokens_for(program, 31), tokens_for(program, 20, seed=2)
+    run(executor, tokens[:30], slot=0)
+    run(executor, other, slot=1)
+    want = run(executor, np.concatenate([other[:16], tokens[:0]]), slot=2)[-1]
+    executor.copy_slot(0, 1, 30, 16)
+    assert run(executor, tokens[30:], 30, slot=1).tobytes() != run(executor, tokens[30:], 30).tobytes()
+    assert run(executor, other[15:16], 15, slot=1)[-1].tobytes() == want.tobytes(), "rows 0 to 15 stay"
+    for bad in (-1, 31):
+        with pytest.raises(GristmillError, match=f"the start is {bad}, expected 0 to 30"):
+            executor.copy_slot(0, 1, 30, bad)
+
+
 def gpt2_like() -> Program:
     """Learned positions, layer norms, biases, mixed segments, leftovers as pointwise, a scaled tied head."""
     p = Program(61)

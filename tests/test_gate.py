@@ -33,7 +33,7 @@ class TableExecutor:
         self.rows += len(tokens)
         return self.table[tokens[rows]]
 
-    def copy_slot(self, source: int, target: int, length: int) -> None:
+    def copy_slot(self, source: int, target: int, length: int, start: int = 0) -> None:
         raise AssertionError("the gate copies no slots")
 
 

@@ -152,8 +152,8 @@ class FakeExecutor:
         out[:, EOS] -= 20
         return out
 
-    def copy_slot(self, source: int, target: int, length: int) -> None:
-        self.cache[target, :length] = self.cache[source, :length]
+    def copy_slot(self, source: int, target: int, length: int, start: int = 0) -> None:
+        self.cache[target, start:length] = self.cache[source, start:length]
 
 
 def batches(session: Session) -> list[int]:

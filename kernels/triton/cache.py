@@ -97,14 +97,24 @@ def allocate(
     return LayerCache(rows(k_dtype, k_dim), rows(v_dtype, v_dim), window)
 
 
-def copy_slot(layers: Sequence[LayerCache], source: int, target: int, length: int) -> None:
-    """Gives slot ``target`` the first ``length`` positions of slot ``source``: a prefix is computed once.
+def copy_slot(
+    layers: Sequence[LayerCache], source: int, target: int, length: int, start: int = 0
+) -> None:
+    """Gives slot ``target`` positions ``start`` to ``length`` of slot ``source``: a prefix is computed once.
 
-    Of a sliding window's ring all rows are copied once positions have wrapped around in it.
+    Of a sliding window's ring that is what it still holds: all rows, once the range is as long as the ring.
     """
     for layer in layers:
-        rows = min(length, layer.ring)
-        for part in (layer.k, layer.v):
-            part.data[target, :, :rows].copy_(part.data[source, :, :rows])
-            if part.scales is not None:
-                part.scales[target, :, :, :rows].copy_(part.scales[source, :, :, :rows])
+        for rows in ring_slices(start, length, layer.ring):
+            for part in (layer.k, layer.v):
+                part.data[target, :, rows].copy_(part.data[source, :, rows])
+                if part.scales is not None:
+                    part.scales[target, :, :, rows].copy_(part.scales[source, :, :, rows])
+
+
+def ring_slices(start: int, length: int, ring: int) -> list[slice]:
+    """The rows of a ring that hold positions ``start`` to ``length``: one slice, or two around its end."""
+    if length - start >= ring:
+        return [slice(0, ring)]
+    first, end = start % ring, start % ring + length - start
+    return [slice(first, min(end, ring)), slice(0, max(end - ring, 0))]

@@ -34,8 +34,11 @@ class Executor:
 
         Appends each row's K and V at (slot, position), then attends. Releases the GIL; callers take turns.
         """
-    def copy_slot(self, src: int, dst: int, length: int) -> None:
-        """Slot `dst` gets the first `length` positions of slot `src`."""
+    def copy_slot(self, src: int, dst: int, length: int, start: int = 0) -> None:
+        """Slot `dst` gets positions `start` to `length` of slot `src`; those before, both hold alike.
+
+        A sliding window keeps its last rows only: neither slot may be more than max_tokens past `length`.
+        """
     def profile(self, enable: bool) -> None:
         """Begins (from zero) or ends the timing of every instruction."""
     def profile_results(self) -> list[tuple[str, int, int]]:

@@ -77,7 +77,7 @@ PYBIND11_MODULE(_native, module) {
            py::arg("alone_below") = Options{}.alone_below)
       .def("forward", &forward, py::arg("tokens"), py::arg("positions"), py::arg("slots"), py::arg("rows"))
       .def("copy_slot", &Executor::copy_slot, py::arg("src"), py::arg("dst"), py::arg("length"),
-           py::call_guard<py::gil_scoped_release>())
+           py::arg("start") = 0, py::call_guard<py::gil_scoped_release>())
       .def("profile", &Executor::profile, py::arg("enable"), py::call_guard<py::gil_scoped_release>())
       .def("profile_results",
            [](Executor& self) {

@@ -44,8 +44,9 @@ class Executor final : private Job {
   // threads take turns.
   void forward(const int32_t* tokens, const int32_t* positions, const int32_t* slots, int64_t rows,
                const int32_t* wanted, int64_t wanted_rows, float* logits);
-  // Slot `to` gets the first `length` positions of slot `from`.
-  void copy_slot(int64_t from, int64_t to, int64_t length);
+  // Slot `to` gets positions `start` to `length` of slot `from`; those before, both hold alike. Of a window's
+  // ring, neither slot may have gone on so far past `length` that rows within the window are overwritten.
+  void copy_slot(int64_t from, int64_t to, int64_t length, int64_t start = 0);
 
   void profile(bool enable);
   std::vector<InstructionTime> profile_results();

@@ -103,7 +103,16 @@ void Executor::note_time(int64_t next_step) {
   since_ = now;
 }
 
-void Executor::copy_slot(int64_t from, int64_t to, int64_t length) {
+namespace {
+void copy_rows(const CacheRows& side, int64_t from, int64_t to, int64_t rows) {
+  std::memcpy(side.tile(to), side.tile(from), static_cast<size_t>(rows * side.row_bytes()));
+}
+}  // namespace
+
+// In whole tiles, since int8 rows are interleaved in theirs. What shares a tile with the range is the same row
+// on both sides where it still counts: before `start` by the caller's word, and in a wrapped ring an older
+// position that either also precedes `start` or belongs to the range itself.
+void Executor::copy_slot(int64_t from, int64_t to, int64_t length, int64_t start) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto check = [](int64_t value, int64_t limit, const char* what) {
     if (value < 0 || value > limit) fail("copy_slot: ", what, " is ", value, ", expected 0 to ", limit);
@@ -111,13 +120,17 @@ void Executor::copy_slot(int64_t from, int64_t to, int64_t length) {
   check(from, max_slots() - 1, "the source");
   check(to, max_slots() - 1, "the destination");
   check(length, max_len(), "the length");
-  if (from == to) return;
+  check(start, length, "the start");
+  if (from == to || start == length) return;
   for (const Cache& cache : machine_.caches) {
-    const int64_t rows = std::min(whole_tiles(length), cache.ring);
+    const int64_t first = start / CacheRows::kTile * CacheRows::kTile;
+    const int64_t rows = std::min(whole_tiles(length) - first, cache.ring);
+    const int64_t before_wrap = std::min(rows, cache.ring - first % cache.ring);
     for (const CacheRows& side : {cache.k, cache.v})
-      for (int64_t head = 0; head < cache.kv_heads; head++)
-        std::memcpy(side.tile(cache.row(to, head, 0)), side.tile(cache.row(from, head, 0)),
-                    static_cast<size_t>(rows * side.row_bytes()));
+      for (int64_t head = 0; head < cache.kv_heads; head++) {
+        copy_rows(side, cache.row(from, head, first), cache.row(to, head, first), before_wrap);
+        copy_rows(side, cache.row(from, head, 0), cache.row(to, head, 0), rows - before_wrap);
+      }
   }
 }
 

@@ -161,15 +161,16 @@ class CudaExecutor:
             if self.device.type == "cuda":  # nothing may be under way when the ids are filled again
                 torch.cuda.current_stream().synchronize()
 
-    def copy_slot(self, source: int, target: int, length: int) -> None:
-        """Gives ``target`` the first ``length`` positions of ``source``."""
-        limits = {"source": self.max_slots - 1, "target": self.max_slots - 1, "length": self.max_len}
-        for (name, most), value in zip(limits.items(), (source, target, length)):
+    def copy_slot(self, source: int, target: int, length: int, start: int = 0) -> None:
+        """Gives ``target`` positions ``start`` to ``length`` of ``source``; those before, both hold alike."""
+        last = self.max_slots - 1
+        limits = {"source": last, "target": last, "length": self.max_len, "start": length}
+        for (name, most), value in zip(limits.items(), (source, target, length, start), strict=True):
             if not 0 <= value <= most:
                 raise GristmillError(f"copy_slot: {name} is {value}, expected 0 to {most}")
         if source != target:
             with self._current():
-                copy_slot(self._caches, source, target, length)
+                copy_slot(self._caches, source, target, length, start)
                 self._drawing.copy_slot(source, target, length)
 
     def relaunch(self, instructions: Sequence[int]) -> Callable[[], None]:

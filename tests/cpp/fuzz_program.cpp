@@ -337,6 +337,7 @@ std::string load_and_run(const std::string& program, const std::string& weights,
     Executor executor(program, file.path(), options);
     run_forwards(executor, 1);
     executor.copy_slot(1, 0, 8);
+    executor.copy_slot(0, 1, 8, 3);
     return "";
   } catch (const Error& error) {
     if (std::strchr(error.what(), '\n'))

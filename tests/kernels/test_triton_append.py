@@ -145,6 +145,24 @@ def test_a_ring_wraps_and_a_prefix_is_copied():
 
 
 @pytest.mark.parametrize("dtype", CACHE_TYPES)
+def test_rows_from_a_start_are_copied_and_no_others(dtype):
+    ring = 5
+    for start, length in [(0, 0), (0, 3), (2, 3), (1, 5), (3, 7), (4, 6), (9, 12), (7, 12), (3, 99)]:
+        cache = allocate(dtype, dtype, 40, 8, 2, 2, ring, device="cpu")
+        for part in (cache.k, cache.v):
+            for tensor in [t for t in (part.data, part.scales) if t is not None]:
+                tensor[1].fill_(1)
+        copy_slot([cache], 1, 0, length, start)
+        rows = {position % ring for position in range(start, length)}
+        for part in (cache.k, cache.v):
+            assert {r for r in range(ring) if (part.data[0, :, r] == 1).all()} == rows
+            assert {r for r in range(ring) if part.data[0, :, r].any()} == rows
+            if part.scales is not None:
+                assert {r for r in range(ring) if (part.scales[0, :, :, r] == 1).all()} == rows
+                assert {r for r in range(ring) if part.scales[0, :, :, r].any()} == rows
+
+
+@pytest.mark.parametrize("dtype", CACHE_TYPES)
 def test_bytes_are_what_is_allocated(dtype):
     cache = allocate(dtype, "f16", 96, 64, 2, 3, 7, device=DEVICE)
     tensors = [t for part in (cache.k, cache.v) for t in (part.data, part.scales) if t is not None]
