@@ -18,6 +18,10 @@ from typing import Any, TypeVar
 from .errors import GristmillError
 
 FORMAT = 1
+NO_HIDDEN_STATES = (
+    "this program has no hidden states to give: its last instruction is not the head, a linear that writes "
+    "the logits"
+)
 LOGITS = -1  # the value id of the output, which lives in the caller's buffer
 ACTIVATIONS = ("none", "silu", "gelu", "gelu_tanh", "relu")
 FLOAT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}  # formats without scales: bytes of a weight
@@ -203,6 +207,17 @@ class Program:
     instructions: list[Instruction] = field(default_factory=list)
     arena_bytes: int = 0
     name: str = "decoder"
+
+    @property
+    def hidden(self) -> View | None:
+        """What the head multiplies, of the rows R: the hidden states after the last norm. None where the last
+        instruction is not a linear that writes the logits; until then nothing has overwritten its input."""
+        last = self.instructions[-1] if self.instructions else None
+        if last is None or last.op != "linear" or last.out.value != LOGITS:
+            return None
+        view = last.views["in"]
+        assert isinstance(view, View), "a linear has one input"
+        return view
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -43,6 +43,7 @@ from gristmill.runtime.decoding.sampling import Workspace
 from gristmill.runtime.decoding.scheduler import Scheduler, Statistics
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.footprint import refuse_malformed, refuse_too_large, smallest_ring
+from gristmill.runtime.hidden import run_hidden
 from gristmill.runtime.program import Program
 from gristmill.runtime.slots import Slots
 from gristmill.runtime.tokenizer import Tokenizer
@@ -442,6 +443,20 @@ class Session:
             raise GristmillError(f"token id {bad} is outside 0 to {self.vocabulary - 1}")
         if len(rows) > self.max_tokens or (len(rows) and (rows.min() < 0 or rows.max() >= count)):
             raise GristmillError(f"rows must be at most {self.max_tokens} indices from 0 to {count - 1}")
+
+    def forward_hidden(
+        self, tokens: Any, positions: Any, slots: Any, rows: Any = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`forward`, and the hidden states [R, hidden] f32 of the same rows: what the head multiplies, which
+        is the output of the last norm.
+
+        An artifact compiled with --rotate has them turned and without the norm's weight. Raises
+        GristmillError where the program has none to give, see Program.hidden.
+        """
+        named = (("tokens", tokens), ("positions", positions), ("slots", slots))
+        given = [_int32(name, values) for name, values in named]
+        chosen = np.arange(len(given[0]), dtype=np.int32) if rows is None else _int32("rows", rows)
+        return run_hidden(self, *given, chosen, held=False)
 
 
 def native() -> Any:

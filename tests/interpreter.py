@@ -115,6 +115,14 @@ class Reference:
             self.view(instruction["out"])[:] = result
         return self.values[-1].astype(np.float32)
 
+    def forward_hidden(
+        self, tokens: Array, positions: Array, slots: Array, rows: Array
+    ) -> tuple[Array, Array]:
+        """The logits, and what the head multiplied."""
+        logits = self.forward(tokens, positions, slots, rows)
+        head = next(i for i in self.p.json["instructions"] if i["out"][0] == -1)
+        return logits, self.view(head["in"]).astype(np.float32)
+
     def view(self, view: View) -> Array:
         return self.values[view[0]][:, view[1] : view[1] + view[2]]
 

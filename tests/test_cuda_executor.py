@@ -41,7 +41,7 @@ from gristmill.runtime.cuda import drawing as cuda_drawing
 from gristmill.runtime.cuda import executor as cuda_executor
 from gristmill.runtime.cuda import weights as cuda_weights
 from gristmill.runtime.errors import GristmillError
-from gristmill.runtime.program import Program
+from gristmill.runtime.program import NO_HIDDEN_STATES, Program
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -54,6 +54,22 @@ def test_equals_the_interpreter_of_programs(case: str, tmp_path: Path) -> None:
     assert_close(
         got, in_chunks(Reference(program), tokens, sizes), few if case == "f32" else max(few, MANY_TOLERANCE)
     )
+
+
+def test_hidden_states_are_what_the_head_multiplies(tmp_path: Path) -> None:
+    program = llama(CASES["f32"])
+    tokens, zeros = tokens_for(program, 4), ints([0] * 4)
+    batch = (tokens, ints(range(4)), zeros, ints([3, 0, 3]))
+    executor = make(program, tmp_path)
+    logits, hidden = executor.forward_hidden(*batch)
+    wanted_logits, wanted = Reference(program).forward_hidden(*batch)
+    assert_close(logits, wanted_logits, FEW_TOLERANCE["f32"])
+    assert_close(hidden, wanted, FEW_TOLERANCE["f32"])
+    executor.forward(*batch[:3], zeros)
+    assert_close(hidden, wanted, FEW_TOLERANCE["f32"])  # a copy: the next batch does not change it
+    program.add("gather_rows", **{"in": [0, 0, 64], "out": program.value(64, "R")})
+    with pytest.raises(GristmillError, match=NO_HIDDEN_STATES):
+        make(program, tmp_path).forward_hidden(*batch)
 
 
 def test_up_to_four_rows_lose_nothing_of_their_activations(tmp_path: Path) -> None:

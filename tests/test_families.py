@@ -118,6 +118,23 @@ def test_logits_equal_transformers(
         )
 
 
+def test_hidden_states_equal_transformers(compiled: tuple[Any, Path]) -> None:
+    """After the last norm, as `output_hidden_states` has them: whole, and row by row in another slot."""
+    model, artifact = compiled
+    session = gristmill.load(artifact, threads=1, max_slots=3)
+    ids = texts()[1]
+    longer = np.concatenate([ids, np.resize(ids, 100)]) if _is_longrope(model) else ids
+    with torch.no_grad():
+        states = model(torch.tensor(longer)[None].long(), output_hidden_states=True).hidden_states
+    want = states[-1][0, : len(ids)].numpy()
+    logits, whole = session.forward_hidden(ids, range(len(ids)), [0] * len(ids))
+    assert whole.shape == (len(ids), model.config.hidden_size)
+    assert np.abs(whole - want).max() < TOLERANCE * np.abs(want).max()
+    rows = [session.forward_hidden([token], [n], [1]) for n, token in enumerate(ids)]
+    np.testing.assert_array_equal(np.concatenate([row[0] for row in rows]), logits)
+    np.testing.assert_array_equal(np.concatenate([row[1] for row in rows]), whole)
+
+
 def test_bits_do_not_depend_on_batches_or_threads(compiled: tuple[Any, Path]) -> None:
     one = gristmill.load(compiled[1], threads=1, max_slots=3)
     two = gristmill.load(compiled[1], threads=2, max_slots=3)

@@ -34,6 +34,17 @@ class Executor:
 
         Appends each row's K and V at (slot, position), then attends. Releases the GIL; callers take turns.
         """
+    def forward_hidden(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        slots: NDArray[np.int32],
+        rows: NDArray[np.int32],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """`forward`, and the hidden states f32 [R, hidden_width] of the same rows: what the head multiplies.
+
+        Refused where the program's last instruction is not a linear that writes the logits.
+        """
     def copy_slot(self, src: int, dst: int, length: int, start: int = 0) -> None:
         """Slot `dst` gets positions `start` to `length` of slot `src`; those before, both hold alike.
 
@@ -56,6 +67,9 @@ class Executor:
     def max_len(self) -> int: ...
     @property
     def vocabulary(self) -> int: ...
+    @property
+    def hidden_width(self) -> int:
+        """Columns of a hidden state; 0: the program has none to give."""
     @property
     def isa(self) -> str: ...
     @property

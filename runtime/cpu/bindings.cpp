@@ -22,8 +22,11 @@ Ids ids(const py::object& given, const char* name) {
   return array;
 }
 
-py::array_t<float> forward(Executor& executor, const py::object& tokens, const py::object& positions,
-                           const py::object& slots, const py::object& rows) {
+using Floats = py::array_t<float>;
+
+// The logits; *hidden, if asked for, becomes the hidden states.
+Floats run(Executor& executor, const py::object& tokens, const py::object& positions,
+           const py::object& slots, const py::object& rows, Floats* hidden) {
   const Ids t = ids(tokens, "tokens"), p = ids(positions, "positions"), s = ids(slots, "slots"),
             r = ids(rows, "rows");
   if (p.size() != t.size() || s.size() != t.size())
@@ -31,12 +34,28 @@ py::array_t<float> forward(Executor& executor, const py::object& tokens, const p
          " slots, expected as many of each");
   if (r.size() > executor.program().max_tokens)
     fail("got ", r.size(), " rows, expected 0 to ", executor.program().max_tokens, " in one forward");
-  py::array_t<float> logits({r.size(), static_cast<py::ssize_t>(executor.program().vocabulary)});
+  Floats logits({r.size(), static_cast<py::ssize_t>(executor.program().vocabulary)});
+  if (hidden) *hidden = Floats({r.size(), static_cast<py::ssize_t>(executor.hidden_width())});
+  float* hidden_data = hidden ? hidden->mutable_data() : nullptr;
   {
     const py::gil_scoped_release release;
-    executor.forward(t.data(), p.data(), s.data(), t.size(), r.data(), r.size(), logits.mutable_data());
+    executor.forward(t.data(), p.data(), s.data(), t.size(), r.data(), r.size(), logits.mutable_data(),
+                     hidden_data);
   }
   return logits;
+}
+
+Floats forward(Executor& executor, const py::object& tokens, const py::object& positions,
+               const py::object& slots, const py::object& rows) {
+  return run(executor, tokens, positions, slots, rows, nullptr);
+}
+
+std::pair<Floats, Floats> forward_hidden(Executor& executor, const py::object& tokens,
+                                         const py::object& positions, const py::object& slots,
+                                         const py::object& rows) {
+  Floats hidden;
+  const Floats logits = run(executor, tokens, positions, slots, rows, &hidden);
+  return {logits, hidden};
 }
 
 std::unique_ptr<Executor> make(const py::bytes& program, const std::string& path, int threads,
@@ -76,6 +95,8 @@ PYBIND11_MODULE(_native, module) {
            py::arg("huge_pages") = false, py::arg("pinned") = false,
            py::arg("alone_below") = Options{}.alone_below)
       .def("forward", &forward, py::arg("tokens"), py::arg("positions"), py::arg("slots"), py::arg("rows"))
+      .def("forward_hidden", &forward_hidden, py::arg("tokens"), py::arg("positions"), py::arg("slots"),
+           py::arg("rows"))
       .def("copy_slot", &Executor::copy_slot, py::arg("src"), py::arg("dst"), py::arg("length"),
            py::arg("start") = 0, py::call_guard<py::gil_scoped_release>())
       .def("profile", &Executor::profile, py::arg("enable"), py::call_guard<py::gil_scoped_release>())
@@ -96,6 +117,7 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("max_slots", &Executor::max_slots)
       .def_property_readonly("max_len", &Executor::max_len)
       .def_property_readonly("vocabulary", [](const Executor& self) { return self.program().vocabulary; })
+      .def_property_readonly("hidden_width", &Executor::hidden_width)
       .def_property_readonly("isa", &Executor::isa)
       .def_property_readonly("arena_bytes", [](const Executor& self) { return self.program().arena_bytes; })
       .def_property_readonly("kv_bytes", &Executor::kv_bytes)

@@ -40,10 +40,10 @@ class Executor final : private Job {
   Executor(std::string_view program_json, const std::string& weights_path, const Options& options);
   ~Executor() override = default;
 
-  // One step for `rows` rows: logits[r] is of row wanted[r]. Every argument is checked; calls from several
-  // threads take turns.
+  // One step for `rows` rows: logits[r] is of row wanted[r], and so is hidden[r] [hidden_width()], what the
+  // head multiplies, where it is not null. Every argument is checked; calls from several threads take turns.
   void forward(const int32_t* tokens, const int32_t* positions, const int32_t* slots, int64_t rows,
-               const int32_t* wanted, int64_t wanted_rows, float* logits);
+               const int32_t* wanted, int64_t wanted_rows, float* logits, float* hidden = nullptr);
   // Slot `to` gets positions `start` to `length` of slot `from`; those before, both hold alike. Of a window's
   // ring, neither slot may have gone on so far past `length` that rows within the window are overwritten.
   void copy_slot(int64_t from, int64_t to, int64_t length, int64_t start = 0);
@@ -59,6 +59,7 @@ class Executor final : private Job {
   int threads() const { return pool_.threads(); }
   int64_t max_len() const { return machine_.max_len; }
   int64_t max_slots() const { return machine_.max_slots; }
+  int64_t hidden_width() const;  // 0: the program has no hidden states to give
   uint64_t kv_bytes() const { return kv_.bytes(); }
   uint64_t weight_bytes() const { return weights_->bytes(); }
   int64_t weight_bytes_per_token() const;
@@ -80,6 +81,8 @@ class Executor final : private Job {
   void check_rows(const int32_t* rows, int64_t count, int64_t limit, const char* what) const;
   void check_slots();
   void cut_blocks();
+  const View* head_input() const;
+  void copy_hidden(float* out) const;
   bool tiny() const;
   void note_time(int64_t next_step);
 

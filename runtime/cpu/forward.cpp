@@ -7,7 +7,7 @@
 
 namespace gristmill {
 void Executor::forward(const int32_t* tokens, const int32_t* positions, const int32_t* slots, int64_t rows,
-                       const int32_t* wanted, int64_t wanted_rows, float* logits) {
+                       const int32_t* wanted, int64_t wanted_rows, float* logits, float* hidden) {
   const std::lock_guard<std::mutex> lock(mutex_);
   Batch& batch = machine_.batch;
   batch.tokens = tokens;
@@ -26,9 +26,28 @@ void Executor::forward(const int32_t* tokens, const int32_t* positions, const in
   check_rows(slots, rows, max_slots(), "slots");
   check_rows(wanted, wanted_rows, rows, "rows");
   check_slots();
+  if (hidden && !head_input())
+    fail("this program has no hidden states to give: its last instruction is not the head, a linear that "
+         "writes the logits");
   cut_blocks();
   pool_.run(*this, static_cast<int64_t>(steps_.size()), tiny());
   if (profiling_) note_time(-1);
+  if (hidden) copy_hidden(hidden);
+}
+
+// What the head multiplies, where the head comes last: nothing has overwritten its input then.
+const View* Executor::head_input() const {
+  const Instruction& last = program_.instructions.back();
+  return last.op == Op::linear && last.out.value == View::kLogits ? &last.in : nullptr;
+}
+
+int64_t Executor::hidden_width() const { return head_input() ? head_input()->width : 0; }
+
+void Executor::copy_hidden(float* out) const {
+  const Rows rows = machine_.rows(*head_input());
+  const int64_t width = hidden_width();
+  for (int64_t r = 0; r < rows.count; r++)
+    std::memcpy(out + r * width, rows.row(r), static_cast<size_t>(width) * sizeof(float));
 }
 
 void Executor::check_rows(const int32_t* values, int64_t count, int64_t limit, const char* what) const {

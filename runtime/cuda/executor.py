@@ -25,7 +25,7 @@ from gristmill.runtime.cuda.weights import Weights
 from gristmill.runtime.decoding.draws import Draws
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.footprint import kv_rows
-from gristmill.runtime.program import Program
+from gristmill.runtime.program import NO_HIDDEN_STATES, Program
 
 if TYPE_CHECKING:
     from gristmill.runtime.cuda.probe import CudaProbe
@@ -160,6 +160,19 @@ class CudaExecutor:
                 self._launcher.run(*self._last, take, len(rows))
             if self.device.type == "cuda":  # nothing may be under way when the ids are filled again
                 torch.cuda.current_stream().synchronize()
+
+    def forward_hidden(
+        self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`forward`, and the hidden states [R, hidden] f32 of the same rows: what the head multiplies.
+
+        Raises GristmillError also where the program has none to give, see Program.hidden.
+        """
+        if (view := self._program.hidden) is None:
+            raise GristmillError(NO_HIDDEN_STATES)
+        logits = self.forward(tokens, positions, slots, rows)
+        with self._current():
+            return logits, self._values.view(view, len(rows)).to("cpu", copy=True).numpy()
 
     def copy_slot(self, source: int, target: int, length: int, start: int = 0) -> None:
         """Gives ``target`` positions ``start`` to ``length`` of ``source``; those before, both hold alike."""

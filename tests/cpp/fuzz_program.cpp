@@ -313,13 +313,15 @@ class MemoryFile {
 void run_forwards(Executor& executor, int32_t slot) {
   const int64_t vocabulary = executor.program().vocabulary;
   std::vector<float> logits(static_cast<size_t>(2 * vocabulary));
+  std::vector<float> hidden(static_cast<size_t>(2 * executor.hidden_width()));
   std::vector<int32_t> tokens, positions, slots;
   const int64_t rows = std::min<int64_t>({7, executor.program().max_tokens, executor.max_len()});
   for (int32_t t = 0; t < rows; t++)
     tokens.push_back(static_cast<int32_t>(t % vocabulary)), positions.push_back(t), slots.push_back(slot);
   const int32_t wanted[] = {static_cast<int32_t>(rows - 1), 0};
   executor.forward(tokens.data(), positions.data(), slots.data(), rows, wanted,
-                   std::min<int64_t>(2, executor.program().max_tokens), logits.data());
+                   std::min<int64_t>(2, executor.program().max_tokens), logits.data(),
+                   hidden.empty() ? nullptr : hidden.data());
   const int32_t next = std::min(static_cast<int32_t>(rows), static_cast<int32_t>(executor.max_len() - 1));
   executor.forward(tokens.data(), &next, slots.data(), 1, &wanted[1], 1, logits.data());
 }
