@@ -202,6 +202,8 @@ def test_it_ends_as_other_texts_end() -> None:
     stopped = generate_contrastive(session, "abc", 9, top_k=3, stop=stop, on_text=pieces.append)
     assert stopped.text == whole.text[: whole.text.index(stop)] == "".join(pieces)
     assert stopped.finish_reason == "stop"
+    by_id = generate_contrastive(session, "abc", 9, top_k=3, stop_ids=whole.token_ids[4])
+    assert by_id.finish_reason == "stop" and by_id.token_ids[-1] == whole.token_ids[4]
     session.eos_ids = frozenset({EOS, whole.token_ids[4]})
     ended = generate_contrastive(session, "abc", 9, top_k=3)
     assert ended.finish_reason == "stop" and ended.token_ids == whole.token_ids[: len(ended.token_ids)]

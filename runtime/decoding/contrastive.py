@@ -13,10 +13,8 @@ rows.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import abc
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -168,6 +166,7 @@ def generate_contrastive(
     penalty_alpha: float = 0.6,
     top_k: int = 4,
     stop: str | abc.Sequence[str] | None = None,
+    stop_ids: int | abc.Sequence[int] = (),
     ignore_eos: bool = False,
     skip_special_tokens: bool = True,
     on_text: abc.Callable[[str], None] | None = None,
@@ -183,7 +182,7 @@ def generate_contrastive(
     started = time.perf_counter()
     options = ContrastiveOptions(penalty_alpha, top_k)
     given = GenerationOptions.of(
-        max_new_tokens=max_new_tokens, stop=stop, ignore_eos=ignore_eos,
+        max_new_tokens=max_new_tokens, stop=stop, stop_ids=stop_ids, ignore_eos=ignore_eos,
         skip_special_tokens=skip_special_tokens, lookup=False,
     )  # fmt: skip
     ids = session._prompt_ids(prompt)
@@ -191,7 +190,8 @@ def generate_contrastive(
     limit = min(given.max_new_tokens, session.max_len - len(ids))
     text = Sequence(session, Prompt(ids, replace(given, max_new_tokens=limit)), started)
     max_rows = max(1, min(session.max_tokens, LOGITS_BYTES // (4 * session.vocabulary)))
-    with _slots_at_once(session, options.candidates) as slots:
+    slots = session._slots.take_many(options.candidates)
+    try:
         tokens = contrastive_search(
             partial(run_hidden, session), partial(_copy, session), slots, ids, options, limit, max_rows
         )
@@ -201,6 +201,8 @@ def generate_contrastive(
                 piece = text.pieces.popleft()
                 if on_text is not None:
                     on_text(piece)
+    finally:
+        session._slots.give_back_many(slots)
     return text.result
 
 
@@ -228,27 +230,3 @@ def _refuse_unable(session: Session, options: ContrastiveOptions, prompt_tokens:
             f"the prompt fills all {session.max_len} positions of a slot, and contrastive search tries the "
             "next token; shorten it or load with a larger max_len"
         )
-
-
-@contextmanager
-def _slots_at_once(session: Session, count: int) -> abc.Iterator[list[int]]:
-    """`count` empty slots; waits until so many are free. Who waits holds none of them, so that two that need
-    several never wait for each other."""
-    slots, me = session._slots, threading.get_ident()
-    with slots._freed:
-        while (free := slots.free()) < count:
-            others = sum(holder != me for holder in slots._holders.values())
-            if free + others < count:
-                raise GristmillError(
-                    f"{count} slots are needed at once, {free} of {slots.max_slots} are free and other "
-                    f"threads generate in {others}; end open streams, reset slots used by forward, or load "
-                    "with a larger max_slots"
-                )
-            slots._freed.wait(timeout=0.2)
-        taken = [slot for _ in range(count) if (slot := slots.take(wait=False)) is not None]
-    assert len(taken) == count, "so many were free"
-    try:
-        yield taken
-    finally:
-        for slot in taken:
-            slots.give_back(slot)
