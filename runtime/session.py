@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from gristmill.runtime.decoding.draws import Draws
 from gristmill.runtime.decoding.generate import (
     AsyncDriver,
     AsyncStream,
+    Generation,
     Prompt,
     Stream,
     generate_all,
@@ -47,6 +48,9 @@ from gristmill.runtime.hidden import run_hidden
 from gristmill.runtime.program import Program
 from gristmill.runtime.slots import Slots
 from gristmill.runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gristmill.runtime.decoding.generate_beams import BeamText
 
 MAX_WAITING = 4096
 
@@ -292,12 +296,7 @@ class Session:
         slots[t]. A slot's rows continue it without gap or duplicate; a position before its end rolls it back.
         rows: [R] int32 indices of rows.
         """
-        arrays = [
-            _int32(name, value)
-            for name, value in (("tokens", tokens), ("positions", positions), ("slots", slots))
-        ]
-        chosen = np.arange(len(arrays[0]), dtype=np.int32) if rows is None else _int32("rows", rows)
-        return self._run(arrays[0], arrays[1], arrays[2], chosen, held=False)
+        return self._run(*_batch(tokens, positions, slots, rows), held=False)
 
     def tune(self, max_rows: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Times how products of up to `max_rows` rows are cut best on this device, and keeps that for the
@@ -354,6 +353,28 @@ class Session:
     def astream(self, prompt: str | Sequence[int], **options: Any) -> AsyncStream:
         """`stream` for `async for`, and `aclose()` for `close()`; many run side by side."""
         return AsyncStream(self, self._one_prompt(prompt, options))
+
+    def beam_search(self, prompt: str | Sequence[int], **options: Any) -> list[BeamText]:
+        """The most likely continuations that a search with `num_beams` beams finds, best first.
+
+        Options: those of BeamOptions (num_beams, length_penalty, num_return_sequences, ...) and the general
+        ones that `generate_beams` names. Raises GristmillError as `generate` does, and for more beams than
+        slots.
+        """
+        from gristmill.runtime.decoding.generate_beams import generate_beams
+
+        return generate_beams(self, prompt, **options)
+
+    def contrastive_search(self, prompt: str | Sequence[int], **options: Any) -> Generation:
+        """Of the `top_k` likely next tokens always the one least like the text so far, by `penalty_alpha`.
+
+        Options: see `generate_contrastive`. Raises GristmillError as `generate` does, for fewer slots than
+        top_k and for artifacts without hidden states.
+        """
+        from gristmill.runtime.decoding.contrastive import CONTRASTIVE_OPTIONS, generate_contrastive
+
+        refuse_unknown(options, CONTRASTIVE_OPTIONS, "contrastive search")
+        return generate_contrastive(self, prompt, **options)
 
     def _one_prompt(self, prompt: str | Sequence[int], options: dict[str, Any]) -> Prompt:
         chosen = GenerationOptions.of(**options)
@@ -416,13 +437,15 @@ class Session:
             self._slots.advance(ids, first, ends)
         return result
 
-    def _copy_slot(self, source: int, target: int, length: int, kept: Sequence[int]) -> bool:
-        """Gives `target`, which the caller took, the first rows of `source`: of a sequence on its way, or of
-        a free slot that still keeps `kept`; False where it does not any more."""
+    def _copy_slot(
+        self, source: int, target: int, length: int, start: int = 0, kept: Sequence[int] = ()
+    ) -> bool:
+        """Gives `target`, which the caller took, positions `start` to `length` of `source`: of a sequence on
+        its way, or of a free slot that still keeps `kept`; False where it does not any more."""
         with self._lock:
             if kept and self._slots.kept(source) is not kept:
                 return False
-            self.executor.copy_slot(source, target, length)
+            self.executor.copy_slot(source, target, length, start)
             self._slots.copied(source, target, length)
         return True
 
@@ -453,10 +476,7 @@ class Session:
         An artifact compiled with --rotate has them turned and without the norm's weight. Raises
         GristmillError where the program has none to give, see Program.hidden.
         """
-        named = (("tokens", tokens), ("positions", positions), ("slots", slots))
-        given = [_int32(name, values) for name, values in named]
-        chosen = np.arange(len(given[0]), dtype=np.int32) if rows is None else _int32("rows", rows)
-        return run_hidden(self, *given, chosen, held=False)
+        return run_hidden(self, *_batch(tokens, positions, slots, rows), held=False)
 
 
 def native() -> Any:
@@ -489,6 +509,15 @@ def _int32(name: str, values: Any) -> np.ndarray:
     if array.size and (int(array.min()) < -(2**31) or int(array.max()) >= 2**31):
         raise GristmillError(f"{name}: an entry does not fit 32 bits")
     return np.ascontiguousarray(array, dtype=np.int32)
+
+
+def _batch(
+    tokens: Any, positions: Any, slots: Any, rows: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Arrays of a batch; all rows where none are named."""
+    named = (("tokens", tokens), ("positions", positions), ("slots", slots))
+    t, p, s = (_int32(name, values) for name, values in named)
+    return t, p, s, np.arange(len(t), dtype=np.int32) if rows is None else _int32("rows", rows)
 
 
 def _is_batch(prompt: Any) -> bool:

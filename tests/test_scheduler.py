@@ -164,6 +164,23 @@ def test_constraints_hold_in_a_generation() -> None:
     assert nothing_is_left(session)
 
 
+def test_searches_stand_beside_generations() -> None:
+    session = fake_session(max_slots=4, max_len=100)
+    stream = session.stream("abc", max_new_tokens=6)
+    first = next(stream)
+    best = session.beam_search("abc", num_beams=3, max_new_tokens=6)[0]
+    assert len(best.token_ids) == 6 and best.text
+    assert session.beam_search("abc", num_beams=1, max_new_tokens=6)[0].token_ids == alone(
+        "abc", max_new_tokens=6
+    )
+    assert first + "".join(stream) == fake_session().generate("abc", max_new_tokens=6).text
+    with pytest.raises(GristmillError, match="did you mean num_beams"):
+        session.beam_search("abc", num_beam=3)
+    with pytest.raises(GristmillError, match="did you mean top_k"):
+        session.contrastive_search("abc", topk=3)
+    assert nothing_is_left(session)
+
+
 # ---- ends --------------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ MOST_LENGTH_PENALTY = 5.0  # a million tokens to this power is still an f32
 # (tokens [T], positions [T], slots [T], rows [R], all i32) -> logits [R, V] f32
 Run = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 # (source, target, length, start): the target slot gets positions start to length of the source
-CopySlot = Callable[[int, int, int, int], None]
+CopySlot = Callable[[int, int, int, int], object]
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,16 @@ from gristmill.runtime.program import NO_HIDDEN_STATES
 if TYPE_CHECKING:
     from gristmill.runtime.session import Session
 
+CONTRASTIVE_OPTIONS = (
+    "max_new_tokens", "penalty_alpha", "top_k", "stop", "stop_ids", "ignore_eos", "skip_special_tokens",
+    "on_text",
+)  # fmt: skip
 LOGITS_BYTES = 64 << 20  # the most that the logits of one chunk of the prompt may take
 
 # (tokens [T], positions [T], slots [T], rows [R], all i32) -> logits [R, V] f32, hidden states [R, H] f32
 Run = abc.Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 # (source, target, length, start): the target slot gets positions start to length of the source
-CopySlot = abc.Callable[[int, int, int, int], None]
+CopySlot = abc.Callable[[int, int, int, int], object]
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,7 @@ def generate_contrastive(
     slots = session._slots.take_many(options.candidates)
     try:
         tokens = contrastive_search(
-            partial(run_hidden, session), partial(_copy, session), slots, ids, options, limit, max_rows
+            partial(run_hidden, session), session._copy_slot, slots, ids, options, limit, max_rows
         )
         while not text.done:
             text._append(Choice(next(tokens)))
@@ -204,12 +208,6 @@ def generate_contrastive(
     finally:
         session._slots.give_back_many(slots)
     return text.result
-
-
-def _copy(session: Session, source: int, target: int, length: int, start: int) -> None:
-    with session._lock:
-        session.executor.copy_slot(source, target, length, start)
-        session._slots.copied(source, target, length)
 
 
 def _refuse_unable(session: Session, options: ContrastiveOptions, prompt_tokens: int) -> None:

@@ -53,7 +53,7 @@ def generate_beams(
     slots = session._slots.take_many(beams.num_beams)
     try:
         found = beam_search(
-            _run_of(session), lambda *copy: _copy(session, *copy), slots, ids, beams, ending, limit,
+            _run_of(session), session._copy_slot, slots, ids, beams, ending, limit,
             session.vocabulary, session.max_tokens, _both(penalties, process),
         )  # fmt: skip
     finally:
@@ -63,12 +63,6 @@ def generate_beams(
 
 def _run_of(session: Session) -> Run:
     return lambda tokens, positions, slots, rows: session._run(tokens, positions, slots, rows)
-
-
-def _copy(session: Session, source: int, target: int, length: int, start: int) -> None:
-    with session._lock:
-        session.executor.copy_slot(source, target, length, start)
-        session._slots.copied(source, target, length)
 
 
 def _both(first: Process | None, second: Process | None) -> Process | None:

@@ -257,7 +257,7 @@ class Scheduler:
             if slot is None:
                 return False
             sequence.slot = slot
-            if length < WORTH_COPYING or not self._session._copy_slot(source, slot, length, kept):
+            if length < WORTH_COPYING or not self._session._copy_slot(source, slot, length, kept=kept):
                 return True
         sequence.cached = sequence.result.reused_tokens = length
         return True
