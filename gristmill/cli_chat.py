@@ -122,6 +122,8 @@ def converse(
             if interrupted and not _typed():
                 raise click.exceptions.Exit(INTERRUPTED) from None
             interrupted = not _typed()
+            if interrupted:
+                note("Ctrl-C again, Ctrl-D or /exit ends.")
             continue
         interrupted = False
         if re.fullmatch(r"/[a-z]+", line.strip()):

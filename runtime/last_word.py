@@ -83,7 +83,7 @@ def wilson_interval(hits: int, count: int, z: float = Z_95) -> tuple[float, floa
     share, scale = hits / count, 1 + z * z / count
     middle = (share + z * z / (2 * count)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return (middle - half if hits else 0.0), (middle + half if hits < count else 1.0)
 
 
 def _text_of(line: str, where: str) -> str:
