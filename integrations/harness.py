@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gristmill.runtime.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first counts
-WITHOUT_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "typical_p": 1.0, "min_p": 0.0}
+WITHOUT_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
 
 
 def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool | None = None) -> list[int]:

@@ -29,8 +29,8 @@ Z_95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
 @dataclass(frozen=True)
 class LastWordScore:
-    """accuracy: hits of all passages, between low and high at 95 % (Wilson); tokens: of all passages together,
-    beginning and last word; tok_s: those by the seconds that scoring took."""
+    """accuracy: hits by passages, between low and high at 95 % (Wilson); tokens: of all passages, last words
+    included; tok_s: those by the seconds that scoring took."""
 
     hits: int
     passages: int
@@ -100,7 +100,7 @@ def _text_of(line: str, where: str) -> str:
 
 
 def _request(session: Session, text: str, where: str) -> tuple[list[int], list[int]]:
-    """Context and last word as ids of the whole text: what a token over the border holds is to be predicted."""
+    """Context and last word as ids of the whole text; a token over the border is to be predicted."""
     before, word = split_last_word(text)
     ids = session.tokenizer.encode(before + word)
     start = common_prefix(session.tokenizer.encode(before), ids)

@@ -36,8 +36,8 @@ class ContinuationScore:
 
 @dataclass
 class Job:
-    """Input tokens, of which the rows from `first` on predict a continuation. asked: (number of a request, the
-    last token of its continuation): what comes before it is among `tokens`, so only that one may differ."""
+    """Input tokens, of which the rows from `first` on predict a continuation. asked: (number of a request,
+    the last token of its continuation); the others are among `tokens`, so only that one may differ."""
 
     tokens: list[int]
     first: int
@@ -46,8 +46,9 @@ class Job:
 
 @dataclass
 class Lane:
-    """A slot, the jobs that wait for it, the tokens whose rows it holds, and how the first job stands: the
-    nll of the tokens predicted so far, whether each was the most likely one, and the last row's logits [V]."""
+    """A slot, the jobs that wait for it, the tokens whose rows it holds, and how the first job stands: rows
+    that predicted, the nll of what they did, whether each was the most likely one, the last one's logits
+    [1, V]."""
 
     slot: int
     jobs: list[Job]

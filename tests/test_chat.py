@@ -7,7 +7,6 @@ import select
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import click
 import pytest
