@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gristmill.cli_generation import beam_keywords, generation_keywords, generation_options
 from gristmill.cli_options import ARTIFACT, DEVICE, HUGEPAGES, JSON, MAX_LEN, PIN, THREADS
 from gristmill.cli_output import echo_json, note
 from gristmill.runtime.errors import GristmillError
@@ -16,31 +17,20 @@ if TYPE_CHECKING:
     from gristmill.runtime.session import Session
 
 RESULT_KEYS = (
-    "text", "token_ids", "finish_reason", "prompt_tokens", "reused_tokens", "ttft_s", "decode_tok_s", "seed",
+    "text", "token_ids", "score", "finish_reason", "prompt_tokens", "reused_tokens", "ttft_s", "decode_tok_s",
+    "seed",
 )  # fmt: skip
+MOST_SLOTS = 8  # for several answers: more wait in turn
 
 
 @click.command("run", no_args_is_help=True)
 @ARTIFACT
 @click.option("--prompt", help="The text to continue, or with --chat what the user says.")
+@generation_options
+@click.option("--beams", type=int, help="Beam search with so many beams.")
 @click.option(
-    "--max-new-tokens", type=int, default=256, show_default=True, help="The most tokens to generate."
+    "--length-penalty", type=float, help="With --beams: above 0 favours long texts.  [default: 1]"
 )
-@click.option(
-    "--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token."
-)
-@click.option("--top-k", type=int, default=0, help="Draw from the K most likely tokens only.")
-@click.option(
-    "--top-p", type=float, default=1.0, help="Draw from the most likely tokens that together reach P."
-)
-@click.option(
-    "--repetition-penalty", type=float, default=1.0, help="Above 1: tokens seen before become less likely."
-)
-@click.option("--seed", type=int, help="Same seed, same text.")
-@click.option("--stop", multiple=True, help="End before this text; may be given several times.")
-@click.option("--ignore-eos", is_flag=True, help="Go on past the end of the text.")
-@click.option("--timeout", "timeout_s", type=float, help="End the text after this many seconds.")
-@click.option("--no-lookup", is_flag=True, help="Do not propose tokens that stood earlier in the text.")
 @click.option(
     "--draft", type=click.Path(), help="Artifact of a smaller model, same tokenizer, that proposes tokens."
 )
@@ -58,8 +48,8 @@ RESULT_KEYS = (
 @JSON
 def run_command(
     artifact: str, prompt: str | None, chat: bool | None, system: str | None, max_len: int | None,
-    device: str, threads: int | None, hugepages: bool, pin: bool, draft: str | None, no_lookup: bool,
-    as_json: bool, **options: Any,
+    device: str, threads: int | None, hugepages: bool, pin: bool, draft: str | None, beams: int | None,
+    length_penalty: float | None, as_json: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Continue a text, or answer with --chat; without --prompt, the text comes from stdin.
 
@@ -70,28 +60,71 @@ def run_command(
     gristmill run story.grist --prompt "Once upon a time"
     gristmill run chat.grist --chat --prompt "Who are you?" --temperature 0.7 --top-p 0.9
     gristmill run chat.grist --system "Answer in one sentence."
+    gristmill run story.grist --prompt "Tom" --n 3 --temperature 1 --min-p 0.1
+    gristmill run story.grist --prompt "Tom" --beams 4 --no-repeat-ngram 3
+    gristmill run chat.grist --chat --prompt "A city, as JSON" --schema city.json
+    gristmill run big.grist --draft small.grist --prompt "Once upon a time"
     cat notes.txt | gristmill run story.grist --max-new-tokens 100
     """
-    from gristmill.runtime.decoding.options import GenerationOptions
     from gristmill.runtime.session import load
 
     interactive = prompt is None and sys.stdin.isatty()
-    if interactive and as_json:
-        raise click.UsageError("--json needs --prompt, or a text on stdin")
-    options["lookup"] = False if no_lookup else None
-    GenerationOptions.of(**options)  # complains before the artifact is read
+    _refuse_mixed(interactive, as_json, beams, length_penalty, draft, given)
+    options = generation_keywords(given)
     text = prompt if prompt is not None or interactive else _read_stdin()
     session = load(
-        artifact, device, threads=threads, max_len=max_len, max_slots=1, hugepages=hugepages, pin=pin,
-        draft=draft,
+        artifact, device, threads=threads, max_len=max_len, max_slots=beams or min(given["n"], MOST_SLOTS),
+        hugepages=hugepages, pin=pin, draft=draft,
     )  # fmt: skip
     if text is None:
         _converse(session, options, chat, system)
-    elif as_json:
-        result = session.generate(_prompt(session, text, bool(chat), system), **options)
-        echo_json({key: getattr(result, key) for key in RESULT_KEYS})
+        return
+    ids = _prompt(session, text, bool(chat), system)
+    if beams is not None:
+        from gristmill.runtime.decoding.generate_beams import generate_beams
+
+        penalty = 1.0 if length_penalty is None else length_penalty
+        found: Any = generate_beams(session, ids, **beam_keywords(options, beams, penalty))
+        _show(found if given["n"] > 1 else found[0], as_json)
+    elif as_json or given["n"] > 1:
+        _show(session.generate(ids, **options), as_json)
     else:
-        _stream(session, text, bool(chat), system, options)
+        _stream(session, text if not chat else None, ids, options)
+
+
+def _refuse_mixed(
+    interactive: bool, as_json: bool, beams: int | None, length_penalty: float | None, draft: str | None,
+    given: dict[str, Any],
+) -> None:  # fmt: skip
+    """Raises UsageError for options that do not go together."""
+    for name, used in (("--json", as_json), ("--beams", beams is not None), ("--n", given["n"] != 1)):
+        if interactive and used:
+            raise click.UsageError(f"{name} needs --prompt, or a text on stdin")
+    if given["logprobs"] is not None and not as_json:
+        raise click.UsageError("--logprobs needs --json")
+    if length_penalty is not None and beams is None:
+        raise click.UsageError("--length-penalty needs --beams")
+    if draft is not None and beams is not None:
+        raise click.UsageError("--draft proposes nothing to beam search; leave out one of them")
+
+
+def _show(found: Any, as_json: bool) -> None:
+    """Prints one result, or several in a list."""
+    if as_json:
+        echo_json([_plain(one) for one in found] if isinstance(found, list) else _plain(found))
+        return
+    results = found if isinstance(found, list) else [found]
+    for number, result in enumerate(results, start=1):
+        if len(results) > 1:
+            click.secho(f"--- {number} of {len(results)}", dim=sys.stdout.isatty())
+        click.echo(result.text)
+
+
+def _plain(result: Any) -> dict[str, Any]:
+    """A Generation or a BeamText as plain values."""
+    found = {key: getattr(result, key) for key in RESULT_KEYS if hasattr(result, key)}
+    logprobs = getattr(result, "logprobs", None)
+    return found if logprobs is None else {**found, "logprobs": [choice._asdict() for choice in logprobs]}
 
 
 def timing(done: Generation) -> str:
@@ -106,13 +139,12 @@ def timing(done: Generation) -> str:
 def _converse(session: Session, options: dict[str, Any], chat: bool | None, system: str | None) -> None:
     from gristmill.cli_chat import ChatHistory, TextHistory, converse
 
-    chats = session.tokenizer.chat_template is not None if chat is None else chat
+    chats = chat if chat is not None else session.tokenizer.chat_template is not None
     if system and not chats:
         raise GristmillError(
             "--system needs a chat, and this model has no chat template or --no-chat was given"
         )
-    history = ChatHistory(session, system) if chats else TextHistory(session)
-    converse(session, history, options)
+    converse(session, ChatHistory(session, system) if chats else TextHistory(session), options)
 
 
 def _prompt(session: Session, text: str, chat: bool, system: str | None) -> str | list[int]:
@@ -124,12 +156,13 @@ def _prompt(session: Session, text: str, chat: bool, system: str | None) -> str 
     return text
 
 
-def _stream(session: Session, text: str, chat: bool, system: str | None, options: dict[str, Any]) -> None:
+def _stream(session: Session, shown: str | None, prompt: str | list[int], options: dict[str, Any]) -> None:
+    """Prints a text as it comes, at a terminal behind the prompt."""
     from gristmill.runtime.report import memory_text
 
-    stream = session.stream(_prompt(session, text, chat, system), **options)
-    if sys.stdout.isatty() and not chat:
-        click.secho(text, dim=True, nl=False)
+    stream = session.stream(prompt, **options)
+    if shown and sys.stdout.isatty():
+        click.secho(shown, dim=True, nl=False)
     for piece in stream:
         click.echo(piece, nl=False)
     click.echo()

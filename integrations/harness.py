@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from gristmill.runtime.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first counts
-WITHOUT_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
+WITHOUT_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "n": 1, "use_cache": True}
+FOR_DRAWING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+NOT_FOR_TASKS = {"n", "logprobs", "stop", "max_new_tokens"}
 
 
 def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool | None = None) -> list[int]:
@@ -87,9 +89,11 @@ def generation_options(given: Mapping[str, Any], default_max_new_tokens: int) ->
     if do_sample and left.get("temperature") is None:
         left["temperature"] = 1.0  # as for transformers
     if do_sample is False or not left.get("temperature"):
-        for name in ("temperature", "top_p", "top_k"):  # without effect on greedy decoding
+        for name in FOR_DRAWING:
             left.pop(name, None)
-    known = {field.name for field in fields(GenerationOptions)}
+    if "no_repeat_ngram_size" in left:
+        left["no_repeat_ngram"] = left.pop("no_repeat_ngram_size")
+    known = {field.name for field in fields(GenerationOptions)} - NOT_FOR_TASKS
     for name, value in left.items():
         if name in known:
             options[name] = value

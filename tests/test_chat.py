@@ -7,6 +7,8 @@ import select
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -16,6 +18,7 @@ from tiny import fake_session, tiny_artifact
 import gristmill
 from gristmill.cli import cli
 from gristmill.cli_chat import ChatHistory, History, TextHistory, converse
+from gristmill.runtime.decoding.generate_beams import generate_beams
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.session import Session
 
@@ -59,6 +62,98 @@ def test_timeout_and_lookup(artifact: str) -> None:
     texts = [json.loads(run(artifact, *few, *more).stdout)["text"] for more in ((), ("--no-lookup",))]
     assert texts[0] == texts[1]
     assert "timeout_s" in str(run(artifact, "--prompt", "a", "--timeout", "-1").exception)
+
+
+# ---- options of generation ---------------------------------------------------------------------------
+
+
+def texts(artifact: str, *arguments: str) -> list[str]:
+    """The texts that `run --json` gives for some prompt."""
+    few = () if "--max-new-tokens" in arguments else ("--max-new-tokens", "8")
+    result = run(artifact, "--prompt", "ab", "--json", *few, *arguments)
+    assert result.exit_code == 0, result.exception
+    found = json.loads(result.stdout)
+    return [one["text"] for one in (found if isinstance(found, list) else [found])]
+
+
+@pytest.mark.parametrize(
+    "arguments, options",
+    [
+        (("--min-p", "0.2"), {"min_p": 0.2}),
+        (("--typical-p", "0.5"), {"typical_p": 0.5}),
+        (("--presence-penalty", "2"), {"presence_penalty": 2.0}),
+        (("--frequency-penalty", "2"), {"frequency_penalty": 2.0}),
+        (("--no-repeat-ngram", "1"), {"no_repeat_ngram": 1}),
+        (("--logit-bias", "70=30", "--logit-bias", "71=-inf"), {"logit_bias": {70: 30, 71: float("-inf")}}),
+        (("--stop-id", "9", "--stop-id", "70"), {"stop_ids": [9, 70]}),
+        (("--n", "3"), {"n": 3}),
+    ],
+)
+def test_options_reach_the_session(
+    artifact: str, arguments: tuple[str, ...], options: dict[str, Any]
+) -> None:
+    drawn = ("--temperature", "1.5", "--seed", "3")
+    found = gristmill.load(artifact).generate("ab", max_new_tokens=8, temperature=1.5, seed=3, **options)
+    expected = [one.text for one in (found if isinstance(found, list) else [found])]
+    assert texts(artifact, *drawn, *arguments) == expected
+
+
+def test_several_answers_as_text(artifact: str) -> None:
+    shown = run(artifact, "--prompt", "a", "--n", "2", "--max-new-tokens", "3").stdout
+    assert shown.startswith("--- 1 of 2\n") and "\n--- 2 of 2\n" in shown
+
+
+def test_logprobs(artifact: str) -> None:
+    arguments = ("--prompt", "a", "--json", "--logprobs", "2", "--max-new-tokens", "3")
+    found = json.loads(run(artifact, *arguments).stdout)["logprobs"]
+    assert len(found) == 3 and all(one["top"][0] == [one["token"], one["logprob"]] for one in found)
+
+
+def test_beams(artifact: str) -> None:
+    session = gristmill.load(artifact, max_slots=3)
+    expected = generate_beams(
+        session, "ab", num_beams=3, num_return_sequences=2, length_penalty=0.5, max_new_tokens=8
+    )
+    beams = ("--beams", "3", "--length-penalty", "0.5")
+    assert texts(artifact, *beams, "--n", "2") == [beam.text for beam in expected]
+    assert texts(artifact, *beams) == [expected[0].text]
+    error = run(artifact, "--prompt", "a", "--beams", "2", "--temperature", "1").exception
+    assert isinstance(error, GristmillError) and "beam search has no option 'temperature'" in str(error)
+
+
+def test_constraints(artifact: str, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance", reason="needs llguidance (`pip install 'gristmill[constrain]'`)")
+    assert texts(artifact, "--regex", "[xy]{3}z")[0][3:] == "z"
+    assert texts(artifact, "--choice", "yes", "--choice", "no")[0] in ("yes", "no")
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["left", "right"]}')
+    assert json.loads(texts(artifact, "--schema", str(schema))[0]) in ("left", "right")
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (("--logit-bias", "a=1"), 2, "is not ID=BIAS"),
+        (("--logprobs", "1"), 2, "--logprobs needs --json"),
+        (("--length-penalty", "1"), 2, "--length-penalty needs --beams"),
+        (("--beams", "2", "--draft", "x"), 2, "leave out one"),
+        (("--schema", "/nowhere"), 1, "schema /nowhere cannot be read"),
+        (("--regex", "a", "--choice", "b"), 1, "exclude each other"),
+        (("--n", "0"), 1, "n is 0"),
+        (("--beams", "0"), 1, "max_slots is 0"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    artifact: str, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    result = run(artifact, "--prompt", "a", *arguments)
+    assert result.exit_code == code and message in f"{result.stderr} {result.exception}"
+
+
+def test_conversations_are_of_one_text(artifact: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda self: True, raising=False)
+    for option in (("--n", "2"), ("--beams", "2"), ("--json",)):
+        assert "needs --prompt" in run(artifact, *option).stderr
 
 
 # ---- conversations -----------------------------------------------------------------------------------

@@ -100,15 +100,12 @@ def test_a_sliding_window() -> None:
 
 
 def test_what_requests_share_is_computed_once() -> None:
-    shape = {"max_tokens": 64, "max_slots": 4, "max_len": 80}
-    choices = fake_session(**shape)
+    choices, longer, few_shot = (fake_session(max_tokens=64, max_slots=4, max_len=80) for _ in range(3))
     context = list(range(2, 62))
     score_continuations(choices, [(context, [7]), (context, [8]), (context, [9])])
     assert sum(batches(choices)) == 60, "one row answers all three"
-    longer = fake_session(**shape)
     score_continuations(longer, [(context, [k, k, k]) for k in (7, 8, 9)])
     assert sum(batches(longer)) == 60 + 3 * 3, "the last row of the context again, and two of each"
-    few_shot = fake_session(**shape)
     score_continuations(few_shot, [([*context, *[k] * 6], [1, 2]) for k in range(9, 17)])
     assert sum(batches(few_shot)) == 60 + 8 * 7 and len(batches(few_shot)) == 3
 
@@ -222,6 +219,7 @@ def test_generation_options() -> None:
     assert of(until="\n") == of(until=["\n", ""], do_sample=False, temperature=0.7, top_p=0.9) == greedy
     assert of(max_gen_toks=5, num_beams=1) == {"stop": [], "max_new_tokens": 5}
     assert of(do_sample=True, top_k=4) == {"stop": [], "max_new_tokens": 256, "top_k": 4, "temperature": 1.0}
+    assert of(no_repeat_ngram_size=3, n=1) == {"stop": [], "max_new_tokens": 256, "no_repeat_ngram": 3}
     with pytest.raises(GristmillError, match="num_beams=4"):
         of(num_beams=4)
 

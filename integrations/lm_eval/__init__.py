@@ -93,8 +93,8 @@ class GristmillLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        found = self.session.artifact
-        return str(found.content_id) if found else "gristmill"
+        opened = self.session.artifact
+        return str(opened.content_id) if opened else "gristmill"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         return harness.encode(self._text, string, add_special_tokens)
@@ -129,7 +129,8 @@ class GristmillLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood in nats of each whole text."""
-        owners, windows = [], []
+        owners: list[int] = []
+        windows: list[tuple[Any, list[int], list[int]]] = []
         for number, (text,) in enumerate(request.args for request in requests):
             ids = harness.encode(self._text, text, add_special_tokens=False)
             for context, continuation in harness.rolling_windows(
