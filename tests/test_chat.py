@@ -98,6 +98,10 @@ def test_options_reach_the_session(
     assert texts(artifact, *drawn, *arguments) == expected
 
 
+def test_a_draft_changes_no_text(artifact: str) -> None:
+    assert texts(artifact, "--draft", artifact) == texts(artifact)
+
+
 def test_several_answers_as_text(artifact: str) -> None:
     shown = run(artifact, "--prompt", "a", "--n", "2", "--max-new-tokens", "3").stdout
     assert shown.startswith("--- 1 of 2\n") and "\n--- 2 of 2\n" in shown
@@ -140,7 +144,7 @@ def test_constraints(artifact: str, tmp_path: Path) -> None:
         (("--schema", "/nowhere"), 1, "schema /nowhere cannot be read"),
         (("--regex", "a", "--choice", "b"), 1, "exclude each other"),
         (("--n", "0"), 1, "n is 0"),
-        (("--beams", "0"), 1, "max_slots is 0"),
+        (("--beams", "0"), 1, "num_beams is 0"),
     ],
 )
 def test_options_that_do_not_go_together(
