@@ -173,7 +173,7 @@ def _stream(session: Session, shown: str | None, prompt: str | list[int], option
 def _read_stdin() -> str:
     """The text on stdin, without the newline that ends a file."""
     try:
-        text = click.get_binary_stream("stdin").read().decode("utf-8")
+        text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise GristmillError(
             f"stdin is not UTF-8 text: byte {error.start} does not fit; convert it first"

@@ -96,7 +96,7 @@ class GristmillLM(TemplateLM):
         opened = self.session.artifact
         return str(opened.content_id) if opened else "gristmill"
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
         return harness.encode(self._text, string, add_special_tokens)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -114,7 +114,7 @@ class GristmillLM(TemplateLM):
         self,
         requests: list[tuple[Any, list[int], list[int]]],
         disable_tqdm: bool = False,
-        **_: Any,
+        **unused: Any,
     ) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, greedy) of each (key, context, continuation)."""
         most = self.session.max_len
