@@ -9,29 +9,23 @@ import os
 import sys
 import traceback
 import warnings
-from typing import Any, NoReturn
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from gristmill import __version__
 from gristmill.cli_compile import compile_command
 from gristmill.cli_export import export_command
+from gristmill.cli_options import ARTIFACT, DEVICE, HUGEPAGES, JSON, MAX_LEN, PIN, THREADS
 from gristmill.cli_output import Rows, echo_json, note, show_profile, show_table
+from gristmill.cli_run import run_command as run
 from gristmill.runtime.errors import GristmillError
 
+if TYPE_CHECKING:
+    from gristmill.runtime.session import Session
+
 TRACEBACK_VARIABLE = "GRISTMILL_TRACEBACK"
-_ARTIFACT = click.argument("artifact", type=click.Path())
-_THREADS = click.option("--threads", type=int, help="Threads; default: one for each physical core.")
-_DEVICE = click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to run."
-)
-_PIN = click.option("--pin", is_flag=True, help="Keep each thread on a processor of its own.")
-_HUGEPAGES = click.option(
-    "--hugepages",
-    is_flag=True,
-    help="Copy the weights into huge pages: starts later, helps on some machines.",
-)
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -53,81 +47,14 @@ def cli(traceback: bool) -> None:
 
 cli.add_command(compile_command)
 cli.add_command(export_command)
+cli.add_command(run)
 
 
 @cli.command(no_args_is_help=True)
-@_ARTIFACT
-@click.option("--prompt", required=True, help="The text to continue, or with --chat what the user says.")
-@click.option(
-    "--max-new-tokens", type=int, default=256, show_default=True, help="The most tokens to generate."
-)
-@click.option(
-    "--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token."
-)
-@click.option("--top-k", type=int, default=0, help="Draw from the K most likely tokens only.")
-@click.option(
-    "--top-p", type=float, default=1.0, help="Draw from the most likely tokens that together reach P."
-)
-@click.option(
-    "--repetition-penalty", type=float, default=1.0, help="Above 1: tokens seen before become less likely."
-)
-@click.option("--seed", type=int, help="Same seed, same text.")
-@click.option("--stop", multiple=True, help="End before this text; may be given several times.")
-@click.option("--ignore-eos", is_flag=True, help="Go on past the end of the text.")
-@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
-@click.option("--system", help="With --chat: the system message.")
-@click.option("--max-len", type=int, help="Positions to make room for; default: as compiled.")
-@_DEVICE
-@_THREADS
-@_HUGEPAGES
-@_PIN
-@_JSON
-def run(
-    artifact: str, prompt: str, chat: bool, system: str | None, max_len: int | None, device: str,
-    threads: int | None, hugepages: bool, pin: bool, as_json: bool, **options: Any,
-) -> None:  # fmt: skip
-    """Continue a text, or answer with --chat.
-
-    \b
-    gristmill run story.grist --prompt "Once upon a time"
-    gristmill run chat.grist --chat --prompt "Who are you?" --temperature 0.7 --top-p 0.9
-    """
-    from gristmill.runtime.report import memory_text
-    from gristmill.runtime.session import load
-
-    session = load(
-        artifact, device, threads=threads, max_len=max_len, max_slots=1, hugepages=hugepages, pin=pin
-    )
-    given: Any = prompt
-    if chat:
-        messages = [{"role": "system", "content": system}] if system else []
-        given = session.tokenizer.encode_chat([*messages, {"role": "user", "content": prompt}])
-    elif system:
-        raise GristmillError("--system needs --chat; without it the prompt is continued as it stands")
-    if as_json:
-        result = session.generate(given, **options)
-        keys = ("text", "token_ids", "finish_reason", "prompt_tokens", "ttft_s", "decode_tok_s", "seed")
-        echo_json({key: getattr(result, key) for key in keys})
-        return
-    if sys.stdout.isatty() and not chat:
-        click.secho(prompt, dim=True, nl=False)
-    stream = session.stream(given, **options)
-    for piece in stream:
-        click.echo(piece, nl=False)
-    click.echo()
-    done = stream.result
-    note(memory_text(session.memory))
-    note(
-        f"{done.prompt_tokens} + {len(done.token_ids)} tokens, first after {done.ttft_s:.3f} s, "
-        f"then {done.decode_tok_s:.1f} tok/s, ended by {done.finish_reason}"
-    )
-
-
-@cli.command(no_args_is_help=True)
-@_ARTIFACT
+@ARTIFACT
 @click.option("--program", is_flag=True, help="Print the program, one line per instruction.")
 @click.option("--matrices", is_flag=True, help="Print every weight matrix: format, method, error, time.")
-@_JSON
+@JSON
 def inspect(artifact: str, program: bool, matrices: bool, as_json: bool) -> None:
     """Show what an artifact is: model, formats, sizes, memory, measured accuracy.
 
@@ -166,11 +93,11 @@ def inspect(artifact: str, program: bool, matrices: bool, as_json: bool) -> None
 
 
 @cli.command(no_args_is_help=True)
-@_ARTIFACT
+@ARTIFACT
 @click.option("--selftest", is_flag=True, help="Also compute the stored self-test and compare.")
-@_DEVICE
-@_THREADS
-@_JSON
+@DEVICE
+@THREADS
+@JSON
 def verify(artifact: str, selftest: bool, device: str, threads: int | None, as_json: bool) -> None:
     """Check every byte of an artifact against its manifest.
 
@@ -203,28 +130,43 @@ def verify(artifact: str, selftest: bool, device: str, threads: int | None, as_j
 
 
 @cli.command("eval", no_args_is_help=True)
-@_ARTIFACT
-@click.option("--text", required=True, type=click.Path(), help="File of text to score.")
+@ARTIFACT
+@click.option("--text", type=click.Path(), help="File of text whose perplexity to measure.")
 @click.option(
     "--window", type=int, help="Tokens per window, each predicted from its own beginning; default: max_len."
 )
 @click.option("--max-tokens", type=int, help="Score only the first N tokens of the file.")
-@_DEVICE
-@_THREADS
-@_JSON
+@click.option(
+    "--last-word",
+    type=click.Path(),
+    help='File of lines {"text": ...}: how often the last word is predicted from what is before it.',
+)
+@MAX_LEN
+@DEVICE
+@THREADS
+@JSON
 def eval_command(
-    artifact: str, text: str, window: int | None, max_tokens: int | None, device: str, threads: int | None,
-    as_json: bool,
+    artifact: str, text: str | None, window: int | None, max_tokens: int | None, last_word: str | None,
+    max_len: int | None, device: str, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Measure perplexity on a text.
+    """Measure perplexity on a text, or how often the last word of a passage is predicted.
 
     \b
     gristmill eval py7m.grist --text held_out.txt
+    gristmill eval story.grist --last-word lambada.jsonl
     """
     from gristmill.runtime.evaluation import read_text, score_text
     from gristmill.runtime.session import load
 
-    session = load(artifact, device, threads=threads, max_slots=1)
+    if (text is None) == (last_word is None):
+        raise click.UsageError("give either --text or --last-word")
+    if last_word is not None:
+        if window is not None or max_tokens is not None:
+            raise click.UsageError("--window and --max-tokens are for --text")
+        _show_last_words(load(artifact, device, threads=threads, max_len=max_len), last_word, as_json)
+        return
+    assert text is not None
+    session = load(artifact, device, threads=threads, max_len=max_len, max_slots=1)
     score = score_text(session, read_text(text), window, max_tokens)
     if as_json:
         echo_json({"nll": score.nll, "ppl": score.ppl, "tokens": score.tokens, "window": score.window})
@@ -232,8 +174,21 @@ def eval_command(
         click.echo(f"nll {score.nll:.5f}  ppl {score.ppl:.4f}  tokens {score.tokens}  window {score.window}")
 
 
+def _show_last_words(session: Session, path: str, as_json: bool) -> None:
+    from gristmill.runtime.last_word import score_last_words
+
+    score = score_last_words(session, path)
+    if as_json:
+        echo_json(asdict(score))
+    else:
+        click.echo(
+            f"accuracy {score.accuracy:.2%} (95 %: {score.low:.2%} to {score.high:.2%})  "
+            f"hits {score.hits} of {score.passages}  tokens {score.tokens}  {score.tok_s:.0f} tok/s"
+        )
+
+
 @cli.command(no_args_is_help=True)
-@_ARTIFACT
+@ARTIFACT
 @click.option("--prompt", type=int, default=256, show_default=True, help="Tokens of the timed prefill.")
 @click.option("--tokens", type=int, default=64, show_default=True, help="Tokens decoded in each round.")
 @click.option(
@@ -243,11 +198,11 @@ def eval_command(
     "--rounds", type=int, default=3, show_default=True, help="Rounds of bandwidth probe, prefill and decode."
 )
 @click.option("--profile", is_flag=True, help="Also time every kind of instruction, beside its roof.")
-@_DEVICE
-@_THREADS
-@_HUGEPAGES
-@_PIN
-@_JSON
+@DEVICE
+@THREADS
+@HUGEPAGES
+@PIN
+@JSON
 def bench(artifact: str, as_json: bool, **options: Any) -> None:
     """Measure speed, beside what this machine's memory can deliver.
 
@@ -276,10 +231,10 @@ def bench(artifact: str, as_json: bool, **options: Any) -> None:
 
 
 @cli.command(no_args_is_help=True)
-@_ARTIFACT
+@ARTIFACT
 @click.option("--max-rows", type=int, help="The largest batch to tune for; default: any.")
 @click.option("--device", type=click.Choice(["cuda"]), default="cuda", help="What to tune; cuda alone.")
-@_JSON
+@JSON
 def tune(artifact: str, max_rows: int | None, device: str, as_json: bool) -> None:
     """Time the ways to cut an artifact's products on this GPU, and keep the fastest.
 

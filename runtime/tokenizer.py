@@ -86,6 +86,11 @@ class Tokenizer:
         """The token with this id as it stands in the vocabulary, or None."""
         return self.backend.id_to_token(token_id) if token_id >= 0 else None
 
+    @property
+    def chat_template(self) -> str | None:
+        """The model's chat template, a Jinja text; None where it has none."""
+        return self._template
+
     def chat(
         self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool = True, **values: Any
     ) -> str:

@@ -96,6 +96,16 @@ def test_eval(artifact: str, capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert "ppl" in output(capsys, "eval", artifact, "--text", str(text), "--max-tokens", "100")[0]
 
 
+def test_eval_of_last_words(artifact: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "words.jsonl"
+    path.write_text('{"text": "one two"}\n\n{"text": "three four five"}\n')
+    result = json.loads(output(capsys, "eval", artifact, "--last-word", str(path), "--json")[0])
+    assert result["passages"] == 2 and result["tokens"] == 1 + 7 + 1 + 15 and result["tok_s"] > 0
+    assert "hits 0 of 2" in output(capsys, "eval", artifact, "--last-word", str(path), "--max-len", "30")[0]
+    path.write_text('{"text": "one two"}\n{"text": 1}\n')
+    assert "words.jsonl line 2" in output(capsys, "eval", artifact, "--last-word", str(path), code=1)[1]
+
+
 def test_bench(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "bench",
@@ -218,7 +228,11 @@ def test_a_warning_is_one_line(
 
 def test_wrong_usage_exits_with_2(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "No such option" in output(capsys, "run", artifact, "--prompts", "x", code=2)[1]
-    assert "Usage" in output(capsys, "run", artifact, code=2)[1]
+    assert "Usage" in output(capsys, "run", code=2)[1]
+    assert "either --text or" in output(capsys, "eval", artifact, code=2)[1]
+    assert "are for --text" in output(
+        capsys, "eval", artifact, "--last-word", "x", "--window", "9", code=2
+    )[1]
     assert "No such command" in output(capsys, "rum", code=2)[1]
 
 

@@ -11,7 +11,7 @@ import pytest
 from tiny import tiny_artifact
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("compiler", "passes", "quant", "kernels", "runtime", "export")
+FOLDERS = ("compiler", "passes", "quant", "kernels", "runtime", "export", "integrations")
 MAY_IMPORT = {  # folder -> prefixes of gristmill.* it may import, besides itself and runtime.errors
     "compiler": ("passes", "quant", "runtime", "kernels.ops", ""),
     "passes": ("kernels.ops",),
@@ -19,6 +19,7 @@ MAY_IMPORT = {  # folder -> prefixes of gristmill.* it may import, besides itsel
     "kernels": (),
     "runtime": ("kernels",),
     "export": ("runtime", "quant"),
+    "integrations": ("runtime", "quant.formats"),
 }
 HEAVY = {"torch", "triton", "transformers", "huggingface_hub", "sentencepiece"}
 

@@ -1,0 +1,19 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+import click
+
+ARTIFACT = click.argument("artifact", type=click.Path())
+THREADS = click.option("--threads", type=int, help="Threads; default: one for each physical core.")
+DEVICE = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to run."
+)
+PIN = click.option("--pin", is_flag=True, help="Keep each thread on a processor of its own.")
+HUGEPAGES = click.option(
+    "--hugepages",
+    is_flag=True,
+    help="Copy the weights into huge pages: starts later, helps on some machines.",
+)
+MAX_LEN = click.option("--max-len", type=int, help="Positions to make room for; default: as compiled.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")

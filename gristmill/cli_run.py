@@ -1,0 +1,185 @@
+"""`gristmill run`: one text from --prompt or stdin, or a conversation at a terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gristmill.cli_generation import beam_keywords, generation_keywords, generation_options
+from gristmill.cli_options import ARTIFACT, DEVICE, HUGEPAGES, JSON, MAX_LEN, PIN, THREADS
+from gristmill.cli_output import echo_json, note
+from gristmill.runtime.errors import GristmillError
+
+if TYPE_CHECKING:
+    from gristmill.runtime.decoding.generate import Generation
+    from gristmill.runtime.session import Session
+
+RESULT_KEYS = (
+    "text", "token_ids", "score", "finish_reason", "prompt_tokens", "reused_tokens", "ttft_s", "decode_tok_s",
+    "seed",
+)  # fmt: skip
+MOST_SLOTS = 8  # for several answers: more wait in turn
+
+
+@click.command("run", no_args_is_help=True)
+@ARTIFACT
+@click.option("--prompt", help="The text to continue, or with --chat what the user says.")
+@generation_options
+@click.option("--beams", type=int, help="Beam search with so many beams.")
+@click.option(
+    "--length-penalty", type=float, help="With --beams: above 0 favours long texts.  [default: 1]"
+)
+@click.option(
+    "--draft", type=click.Path(), help="Artifact of a smaller model, same tokenizer, that proposes tokens."
+)
+@click.option(
+    "--chat/--no-chat",
+    default=None,
+    help="Use the model's chat template, or not; default: in a conversation, where the model has one.",
+)
+@click.option("--system", help="In a chat: the system message.")
+@MAX_LEN
+@DEVICE
+@THREADS
+@HUGEPAGES
+@PIN
+@JSON
+def run_command(
+    artifact: str, prompt: str | None, chat: bool | None, system: str | None, max_len: int | None,
+    device: str, threads: int | None, hugepages: bool, pin: bool, draft: str | None, beams: int | None,
+    length_penalty: float | None, as_json: bool, **given: Any,
+) -> None:  # fmt: skip
+    """Continue a text, or answer with --chat; without --prompt, the text comes from stdin.
+
+    On a terminal and without --prompt it is a conversation: a chat where the model has a chat template, else
+    a text that both write. Ctrl-C stops an answer, Ctrl-D ends the conversation, /help lists its commands.
+
+    \b
+    gristmill run story.grist --prompt "Once upon a time"
+    gristmill run chat.grist --chat --prompt "Who are you?" --temperature 0.7 --top-p 0.9
+    gristmill run chat.grist --system "Answer in one sentence."
+    gristmill run story.grist --prompt "Tom" --n 3 --temperature 1 --min-p 0.1
+    gristmill run story.grist --prompt "Tom" --beams 4 --no-repeat-ngram 3
+    gristmill run chat.grist --chat --prompt "A city, as JSON" --schema city.json
+    gristmill run big.grist --draft small.grist --prompt "Once upon a time"
+    cat notes.txt | gristmill run story.grist --max-new-tokens 100
+    """
+    from gristmill.runtime.session import load
+
+    interactive = prompt is None and sys.stdin.isatty()
+    _refuse_mixed(interactive, as_json, beams, length_penalty, draft, given)
+    options = generation_keywords(given)
+    text = prompt if prompt is not None or interactive else _read_stdin()
+    session = load(
+        artifact, device, threads=threads, max_len=max_len, max_slots=beams or min(given["n"], MOST_SLOTS),
+        hugepages=hugepages, pin=pin, draft=draft,
+    )  # fmt: skip
+    if text is None:
+        _converse(session, options, chat, system)
+        return
+    ids = _prompt(session, text, bool(chat), system)
+    if beams is not None:
+        from gristmill.runtime.decoding.generate_beams import generate_beams
+
+        penalty = 1.0 if length_penalty is None else length_penalty
+        found: Any = generate_beams(session, ids, **beam_keywords(options, beams, penalty))
+        _show(found if given["n"] > 1 else found[0], as_json)
+    elif as_json or given["n"] > 1:
+        _show(session.generate(ids, **options), as_json)
+    else:
+        _stream(session, text if not chat else None, ids, options)
+
+
+def _refuse_mixed(
+    interactive: bool, as_json: bool, beams: int | None, length_penalty: float | None, draft: str | None,
+    given: dict[str, Any],
+) -> None:  # fmt: skip
+    """Raises UsageError for options that do not go together."""
+    for name, used in (("--json", as_json), ("--beams", beams is not None), ("--n", given["n"] != 1)):
+        if interactive and used:
+            raise click.UsageError(f"{name} needs --prompt, or a text on stdin")
+    if given["logprobs"] is not None and not as_json:
+        raise click.UsageError("--logprobs needs --json")
+    if length_penalty is not None and beams is None:
+        raise click.UsageError("--length-penalty needs --beams")
+    if draft is not None and beams is not None:
+        raise click.UsageError("--draft proposes nothing to beam search; leave out one of them")
+
+
+def _show(found: Any, as_json: bool) -> None:
+    """Prints one result, or several in a list."""
+    if as_json:
+        echo_json([_plain(one) for one in found] if isinstance(found, list) else _plain(found))
+        return
+    results = found if isinstance(found, list) else [found]
+    for number, result in enumerate(results, start=1):
+        if len(results) > 1:
+            click.secho(f"--- {number} of {len(results)}", dim=sys.stdout.isatty())
+        click.echo(result.text)
+
+
+def _plain(result: Any) -> dict[str, Any]:
+    """A Generation or a BeamText as plain values."""
+    found = {key: getattr(result, key) for key in RESULT_KEYS if hasattr(result, key)}
+    logprobs = getattr(result, "logprobs", None)
+    return found if logprobs is None else {**found, "logprobs": [choice._asdict() for choice in logprobs]}
+
+
+def timing(done: Generation) -> str:
+    """What a generation took, in a line."""
+    reused = f" ({done.reused_tokens} reused)" if done.reused_tokens else ""
+    return (
+        f"{done.prompt_tokens}{reused} + {len(done.token_ids)} tokens, first after {done.ttft_s:.3f} s, "
+        f"then {done.decode_tok_s:.1f} tok/s, ended by {done.finish_reason}"
+    )
+
+
+def _converse(session: Session, options: dict[str, Any], chat: bool | None, system: str | None) -> None:
+    from gristmill.cli_chat import ChatHistory, TextHistory, converse
+
+    chats = chat if chat is not None else session.tokenizer.chat_template is not None
+    if system and not chats:
+        raise GristmillError(
+            "--system needs a chat, and this model has no chat template or --no-chat was given"
+        )
+    converse(session, ChatHistory(session, system) if chats else TextHistory(session), options)
+
+
+def _prompt(session: Session, text: str, chat: bool, system: str | None) -> str | list[int]:
+    if chat:
+        messages = [{"role": "system", "content": system}] if system else []
+        return session.tokenizer.encode_chat([*messages, {"role": "user", "content": text}])
+    if system:
+        raise GristmillError("--system needs --chat; without it the prompt is continued as it stands")
+    return text
+
+
+def _stream(session: Session, shown: str | None, prompt: str | list[int], options: dict[str, Any]) -> None:
+    """Prints a text as it comes, at a terminal behind the prompt."""
+    from gristmill.runtime.report import memory_text
+
+    stream = session.stream(prompt, **options)
+    if shown and sys.stdout.isatty():
+        click.secho(shown, dim=True, nl=False)
+    for piece in stream:
+        click.echo(piece, nl=False)
+    click.echo()
+    note(memory_text(session.memory))
+    note(timing(stream.result))
+
+
+def _read_stdin() -> str:
+    """The text on stdin, without the newline that ends a file."""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise GristmillError(
+            f"stdin is not UTF-8 text: byte {error.start} does not fit; convert it first"
+        ) from error
+    if not text:
+        raise GristmillError(
+            "stdin is empty; give --prompt TEXT, pipe a text in, or run at a terminal for a conversation"
+        )
+    return text[:-1] if text.endswith("\n") else text
