@@ -197,6 +197,7 @@ class Session:
         self._slots = Slots(executor.max_slots, executor.max_len, ring, program.limits.max_tokens)
         self._scheduler = Scheduler(self, max_waiting)
         self._async_driver = AsyncDriver(self)
+        self._compiled: tuple[tuple[str, Any], Constraint] | None = None
         _sessions.add(self)
 
     def _after_fork(self) -> None:
@@ -205,6 +206,8 @@ class Session:
         self._slots.after_fork()
         self._scheduler.after_fork()
         self._async_driver.after_fork()
+        if "_constrainer" in self.__dict__:
+            self._constrainer.after_fork()
 
     @property
     def max_len(self) -> int:
@@ -276,8 +279,14 @@ class Session:
         return Constrainer(self.tokenizer.backend.to_str().encode(), self.eos_ids, self.vocabulary)
 
     def _constraint(self, options: GenerationOptions) -> Constraint | None:
-        """A constraint at its beginning, of the options that ask for one."""
-        return self._constrainer.constraint(*options.constraint) if options.constraint else None
+        """A constraint at its beginning, of the options that ask for one; compiled once while it is the
+        latest."""
+        asked = options.constraint
+        if asked is None:
+            return None
+        if self._compiled is None or self._compiled[0] != asked:
+            self._compiled = (asked, self._constrainer.constraint(*asked))
+        return self._compiled[1].copy()
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:

@@ -1,6 +1,7 @@
 """Constrained decoding: whatever the logits, the text is what was asked for."""
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -57,6 +58,31 @@ def test_texts_match_their_regex(regex: str, options: dict[str, Any]) -> None:
     for seed in range(5):
         text, finished = write(compiled.copy(), seed, **options)
         assert finished and re.fullmatch(regex, text), text
+
+
+def test_masks_computed_ahead_are_those_computed_when_asked_for() -> None:
+    constraint = EXAMPLES.constraint("regex", REGEXES[0])
+    ahead = constraint.copy()
+    while not constraint.finished:
+        ahead.prepare()
+        ahead.prepare()
+        other = ahead.copy()
+        mask = constraint.mask()
+        np.testing.assert_array_equal(ahead.mask(), mask)
+        np.testing.assert_array_equal(other.mask(), mask)
+        token = int(np.flatnonzero(mask)[0])
+        constraint.accept(token)
+        ahead.accept(token)
+    ahead = EXAMPLES.constraint("regex", "a+").copy()
+    ahead.accept(int(np.flatnonzero(ahead.mask())[0]))
+    ahead.prepare()
+    assert ahead._ahead is not None
+    ahead._ahead.result()  # no thread of another library's is to hold a lock now
+    child = os.fork()
+    if child == 0:  # the thread that computes is not here
+        EXAMPLES.after_fork()
+        os._exit(0 if ahead.mask().any() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_digits_are_ascii() -> None:

@@ -1,8 +1,7 @@
 """Texts that match a regex, are one of some choices, or are JSON of a schema: a mask over the next token.
 
 llguidance (optional) follows the grammar byte by byte and says which tokens of the vocabulary can come next.
-A mask is computed when it is first asked for and kept until the next token, so that a thread may ask for it
-while the model still runs.
+A mask is kept until the next token, and `prepare` has a thread compute it while the model runs.
 
 Regexes are those of Rust: no look-around, no references back; \\d is [0-9], as a date or a number means it,
 \\w and \\s know all of Unicode. JSON is written in one line.
@@ -11,6 +10,7 @@ Regexes are those of Rust: no look-around, no references back; \\d is [0-9], as 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ import numpy as np
 from gristmill.runtime.errors import GristmillError
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
     from llguidance import LLMatcher
     from llguidance._lib import JsonCompileOptions
 
@@ -40,6 +42,7 @@ class Constrainer:
     def __init__(self, tokenizer_json: bytes, eos_ids: Iterable[int], vocabulary: int):
         self._library = _llguidance()
         self.vocabulary = vocabulary
+        self._pool: ThreadPoolExecutor | None = None
         self.eos_ids = np.array(sorted({token for token in eos_ids if token < vocabulary}), np.int64)
         try:
             plain = self._library.LLTokenizer(tokenizer_json.decode())
@@ -52,6 +55,19 @@ class Constrainer:
             raise GristmillError(
                 f"this model's tokenizer cannot be used for constraints: {_reason(str(error))}"
             ) from error
+
+    @property
+    def pool(self) -> ThreadPoolExecutor:
+        """Of one thread, which computes masks ahead."""
+        if self._pool is None:
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._pool = ThreadPoolExecutor(1, "gristmill-masks")
+        return self._pool
+
+    def after_fork(self) -> None:
+        """In a child process: the thread is not here."""
+        self._pool = None
 
     def constraint(self, kind: str, what: Any) -> Constraint:
         """A constraint at its beginning. kind: "regex" (text), "choices" (texts) or "schema" (JSON Schema as
@@ -101,6 +117,8 @@ class Constraint:
     def __init__(self, of: Constrainer, matcher: LLMatcher):
         self._of, self._matcher = of, matcher
         self._mask: np.ndarray | None = None
+        self._ahead: Future[np.ndarray] | None = None  # the mask on its way, and in which process
+        self._process = 0
         self._ended = False
 
     @property
@@ -113,14 +131,25 @@ class Constraint:
         """Whether the text so far is complete."""
         return self._ended or bool(self._matcher.is_accepting())
 
+    def prepare(self) -> None:
+        """Has the mask computed by a thread; nothing but `mask` may be called until that has returned."""
+        if self._mask is None and self._ahead is None:
+            self._ahead, self._process = self._of.pool.submit(self._compute), os.getpid()
+
     def mask(self) -> np.ndarray:
         """[V] bool, True for what may come next: ends only where the text is complete. Not writeable."""
         if self._mask is None:
-            bits = self._matcher.compute_bitmask()
-            self._refuse_broken()
-            self._mask = self._of.widen(bits)
-            self._mask.flags.writeable = False
+            ahead, self._ahead = self._ahead, None
+            here = ahead is not None and self._process == os.getpid()  # else it was left behind by a fork
+            self._mask = ahead.result() if ahead is not None and here else self._compute()
         return self._mask
+
+    def _compute(self) -> np.ndarray:
+        bits = self._matcher.compute_bitmask()
+        self._refuse_broken()
+        mask = self._of.widen(bits)
+        mask.flags.writeable = False
+        return mask
 
     def accept(self, token: int) -> None:
         """Takes in the next token. Raises GristmillError for one that `mask` excludes."""
@@ -135,6 +164,8 @@ class Constraint:
 
     def copy(self) -> Constraint:
         """Another text at the same place: samples of one prompt compile once."""
+        if self._ahead is not None:
+            self.mask()  # nothing else may look at the matcher meanwhile
         other = Constraint(self._of, self._matcher.deep_copy())
         other._mask, other._ended = self._mask, self._ended
         return other

@@ -335,6 +335,9 @@ class Scheduler:
             slots += [chunk.sequence.slot] * count
             rows += range(len(tokens) - chunk.wanted, len(tokens))
         wanted = [(c.sequence, c.wanted) for c in chunks]
+        for sequence, count in wanted:
+            if count:
+                sequence.prepare()
         t, p, s, r = (np.array(values, np.int32) for values in (tokens, positions, slots, rows))
         return run(self._session, t, p, s, r, wanted)
 

@@ -145,6 +145,11 @@ class Sequence:
                 return accepted
         raise AssertionError("there is a row more than drafted tokens")
 
+    def prepare(self) -> None:
+        """Begins what the next choice needs beside logits, while those are computed."""
+        if self._constraint:
+            self._constraint.prepare()
+
     def guess(self, logits: np.ndarray, ahead: int) -> int:
         """The token that would be chosen from `logits` [V] of another model `ahead` tokens from here."""
         own = logits[: self._chooser.vocabulary]
