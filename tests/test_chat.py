@@ -18,6 +18,7 @@ from tiny import fake_session, tiny_artifact
 import gristmill
 from gristmill.cli import cli
 from gristmill.cli_chat import ChatHistory, History, TextHistory, converse
+from gristmill.runtime.decoding.contrastive import generate_contrastive
 from gristmill.runtime.decoding.generate_beams import generate_beams
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.session import Session
@@ -125,6 +126,15 @@ def test_beams(artifact: str) -> None:
     assert isinstance(error, GristmillError) and "beam search has no option 'temperature'" in str(error)
 
 
+def test_contrastive_search(artifact: str) -> None:
+    session = gristmill.load(artifact)
+    expected = [
+        generate_contrastive(session, "ab", max_new_tokens=8, top_k=k, penalty_alpha=0.6).text for k in (4, 2)
+    ]
+    found = [texts(artifact, "--penalty-alpha", "0.6", *more)[0] for more in ((), ("--top-k", "2"))]
+    assert found == expected
+
+
 def test_constraints(artifact: str, tmp_path: Path) -> None:
     pytest.importorskip("llguidance", reason="needs llguidance (`pip install 'gristmill[constrain]'`)")
     assert texts(artifact, "--regex", "[xy]{3}z")[0][3:] == "z"
@@ -140,7 +150,10 @@ def test_constraints(artifact: str, tmp_path: Path) -> None:
         (("--logit-bias", "a=1"), 2, "is not ID=BIAS"),
         (("--logprobs", "1"), 2, "--logprobs needs --json"),
         (("--length-penalty", "1"), 2, "--length-penalty needs --beams"),
-        (("--beams", "2", "--draft", "x"), 2, "leave out one"),
+        (("--beams", "2", "--draft", "x"), 2, "--beams does not go with --draft"),
+        (("--beams", "2", "--penalty-alpha", "0.5"), 2, "does not go with --penalty-alpha"),
+        (("--penalty-alpha", "7"), 1, "penalty_alpha is 7"),
+        (("--penalty-alpha", "0.6", "--top-p", "0.5"), 1, "contrastive search has no option 'top_p'"),
         (("--schema", "/nowhere"), 1, "schema /nowhere cannot be read"),
         (("--regex", "a", "--choice", "b"), 1, "exclude each other"),
         (("--n", "0"), 1, "n is 0"),
@@ -156,7 +169,7 @@ def test_options_that_do_not_go_together(
 
 def test_conversations_are_of_one_text(artifact: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda self: True, raising=False)
-    for option in (("--n", "2"), ("--beams", "2"), ("--json",)):
+    for option in (("--n", "2"), ("--beams", "2"), ("--penalty-alpha", "1"), ("--json",)):
         assert "needs --prompt" in run(artifact, *option).stderr
 
 
