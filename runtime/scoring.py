@@ -159,7 +159,7 @@ def _share_beginning(session: Session, lanes: list[Lane], jobs: list[Job]) -> No
         _forward(session, [(source, tokens)], [0])
         source.held += tokens
     for lane in busy[1:]:
-        session._copy_slot(source.slot, lane.slot, len(beginning), ())
+        session._copy_slot(source.slot, lane.slot, len(beginning))
         lane.held = list(beginning)
 
 
