@@ -10,7 +10,6 @@ import click
 
 from gristmill.runtime.errors import GristmillError
 
-CONTRASTIVE = ("max_new_tokens", "top_k", "stop", "stop_ids", "ignore_eos")
 CONTRASTIVE_TOP_K = 4
 
 def _bias(context: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[int, float]:
@@ -99,12 +98,8 @@ def beam_keywords(keywords: dict[str, Any], beams: int, length_penalty: float | 
 
 
 def contrastive_keywords(keywords: dict[str, Any], penalty_alpha: float) -> dict[str, Any]:
-    """Keywords of contrastive search for those of Session.generate. Raises GristmillError for others."""
-    from gristmill.runtime.decoding.options import refuse_unknown
-
-    found = {"top_k": CONTRASTIVE_TOP_K, **_changed(keywords)}
-    refuse_unknown(found, CONTRASTIVE, "contrastive search")
-    return {**found, "penalty_alpha": penalty_alpha}
+    """Keywords of contrastive search for those of Session.generate."""
+    return {"top_k": CONTRASTIVE_TOP_K, **_changed(keywords), "penalty_alpha": penalty_alpha}
 
 
 def _changed(keywords: dict[str, Any]) -> dict[str, Any]:

@@ -91,14 +91,10 @@ def run_command(
         return
     ids = _prompt(session, text, bool(chat), system)
     if beams is not None:
-        from gristmill.runtime.decoding.generate_beams import generate_beams
-
-        found: Any = generate_beams(session, ids, **beam_keywords(options, beams, length_penalty))
+        found: Any = session.beam_search(ids, **beam_keywords(options, beams, length_penalty))
         _show(found if given["n"] > 1 else found[0], as_json)
     elif penalty_alpha is not None:
-        from gristmill.runtime.decoding.contrastive import generate_contrastive
-
-        _show(generate_contrastive(session, ids, **contrastive_keywords(options, penalty_alpha)), as_json)
+        _show(session.contrastive_search(ids, **contrastive_keywords(options, penalty_alpha)), as_json)
     elif as_json or given["n"] > 1:
         _show(session.generate(ids, **options), as_json)
     else:

@@ -18,8 +18,6 @@ from tiny import fake_session, tiny_artifact
 import gristmill
 from gristmill.cli import cli
 from gristmill.cli_chat import ChatHistory, History, TextHistory, converse
-from gristmill.runtime.decoding.contrastive import generate_contrastive
-from gristmill.runtime.decoding.generate_beams import generate_beams
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.session import Session
 
@@ -116,8 +114,8 @@ def test_logprobs(artifact: str) -> None:
 
 def test_beams(artifact: str) -> None:
     session = gristmill.load(artifact, max_slots=3)
-    expected = generate_beams(
-        session, "ab", num_beams=3, num_return_sequences=2, length_penalty=0.5, max_new_tokens=8
+    expected = session.beam_search(
+        "ab", num_beams=3, num_return_sequences=2, length_penalty=0.5, max_new_tokens=8
     )
     beams = ("--beams", "3", "--length-penalty", "0.5")
     assert texts(artifact, *beams, "--n", "2") == [beam.text for beam in expected]
@@ -129,7 +127,7 @@ def test_beams(artifact: str) -> None:
 def test_contrastive_search(artifact: str) -> None:
     session = gristmill.load(artifact)
     expected = [
-        generate_contrastive(session, "ab", max_new_tokens=8, top_k=k, penalty_alpha=0.6).text for k in (4, 2)
+        session.contrastive_search("ab", max_new_tokens=8, top_k=k, penalty_alpha=0.6).text for k in (4, 2)
     ]
     found = [texts(artifact, "--penalty-alpha", "0.6", *more)[0] for more in ((), ("--top-k", "2"))]
     assert found == expected
