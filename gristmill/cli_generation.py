@@ -10,6 +10,7 @@ import click
 
 from gristmill.runtime.errors import GristmillError
 
+CONTRASTIVE_TOP_K = 4
 
 def _bias(context: click.Context, option: click.Parameter, given: tuple[str, ...]) -> dict[int, float]:
     """ID=BIAS texts as a mapping."""
@@ -89,15 +90,25 @@ def generation_keywords(given: dict[str, Any]) -> dict[str, Any]:
     return keywords
 
 
-def beam_keywords(keywords: dict[str, Any], beams: int, length_penalty: float) -> dict[str, Any]:
+def beam_keywords(keywords: dict[str, Any], beams: int, length_penalty: float | None) -> dict[str, Any]:
     """Keywords of beam search for those of Session.generate, without what they leave as it is."""
+    found = _changed(keywords)
+    found.update(num_beams=beams, num_return_sequences=found.pop("n", 1))
+    return found if length_penalty is None else {**found, "length_penalty": length_penalty}
+
+
+def contrastive_keywords(keywords: dict[str, Any], penalty_alpha: float) -> dict[str, Any]:
+    """Keywords of contrastive search for those of Session.generate."""
+    return {"top_k": CONTRASTIVE_TOP_K, **_changed(keywords), "penalty_alpha": penalty_alpha}
+
+
+def _changed(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Those that are not as by default; lookup is for speed alone."""
     from gristmill.runtime.decoding.options import GenerationOptions
 
     chosen, default = GenerationOptions.of(**keywords), GenerationOptions()
-    changed = {name: getattr(chosen, name) for name in keywords if name != "n"}
-    found = {name: value for name, value in changed.items() if value != getattr(default, name)}
-    shape = {"num_beams": beams, "num_return_sequences": chosen.n, "length_penalty": length_penalty}
-    return {**found, **shape}
+    values = {name: getattr(chosen, name) for name in keywords if name != "lookup"}
+    return {name: value for name, value in values.items() if value != getattr(default, name)}
 
 
 def _read_schema(path: str) -> str:

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gristmill.cli_generation import beam_keywords, generation_keywords, generation_options
+from gristmill.cli_generation import (
+    CONTRASTIVE_TOP_K,
+    beam_keywords,
+    contrastive_keywords,
+    generation_keywords,
+    generation_options,
+)
 from gristmill.cli_options import ARTIFACT, DEVICE, HUGEPAGES, JSON, MAX_LEN, PIN, THREADS
 from gristmill.cli_output import echo_json, note
 from gristmill.runtime.errors import GristmillError
@@ -32,6 +38,9 @@ MOST_SLOTS = 8  # for several answers: more wait in turn
     "--length-penalty", type=float, help="With --beams: above 0 favours long texts.  [default: 1]"
 )
 @click.option(
+    "--penalty-alpha", type=float, help="Contrastive search: 0 to 1, among the --top-k (4) likeliest tokens."
+)
+@click.option(
     "--draft", type=click.Path(), help="Artifact of a smaller model, same tokenizer, that proposes tokens."
 )
 @click.option(
@@ -49,7 +58,7 @@ MOST_SLOTS = 8  # for several answers: more wait in turn
 def run_command(
     artifact: str, prompt: str | None, chat: bool | None, system: str | None, max_len: int | None,
     device: str, threads: int | None, hugepages: bool, pin: bool, draft: str | None, beams: int | None,
-    length_penalty: float | None, as_json: bool, **given: Any,
+    length_penalty: float | None, penalty_alpha: float | None, as_json: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Continue a text, or answer with --chat; without --prompt, the text comes from stdin.
 
@@ -69,11 +78,12 @@ def run_command(
     from gristmill.runtime.session import load
 
     interactive = prompt is None and sys.stdin.isatty()
-    _refuse_mixed(interactive, as_json, beams, length_penalty, draft, given)
+    searches = {"--beams": beams is not None, "--penalty-alpha": penalty_alpha is not None}
+    _refuse_mixed(interactive, as_json, searches, length_penalty, draft, given)
     options = generation_keywords(given)
     text = prompt if prompt is not None or interactive else _read_stdin()
     session = load(
-        artifact, device, threads=threads, max_len=max_len, max_slots=beams or min(given["n"], MOST_SLOTS),
+        artifact, device, threads=threads, max_len=max_len, max_slots=_slots(beams, penalty_alpha, given),
         hugepages=hugepages, pin=pin, draft=draft,
     )  # fmt: skip
     if text is None:
@@ -81,31 +91,38 @@ def run_command(
         return
     ids = _prompt(session, text, bool(chat), system)
     if beams is not None:
-        from gristmill.runtime.decoding.generate_beams import generate_beams
-
-        penalty = 1.0 if length_penalty is None else length_penalty
-        found: Any = generate_beams(session, ids, **beam_keywords(options, beams, penalty))
+        found: Any = session.beam_search(ids, **beam_keywords(options, beams, length_penalty))
         _show(found if given["n"] > 1 else found[0], as_json)
+    elif penalty_alpha is not None:
+        _show(session.contrastive_search(ids, **contrastive_keywords(options, penalty_alpha)), as_json)
     elif as_json or given["n"] > 1:
         _show(session.generate(ids, **options), as_json)
     else:
         _stream(session, text if not chat else None, ids, options)
 
 
+def _slots(beams: int | None, penalty_alpha: float | None, given: dict[str, Any]) -> int:
+    """The slots that the way to decode takes at once."""
+    if beams is not None:
+        return max(1, beams)
+    return given["top_k"] or CONTRASTIVE_TOP_K if penalty_alpha is not None else min(given["n"], MOST_SLOTS)
+
+
 def _refuse_mixed(
-    interactive: bool, as_json: bool, beams: int | None, length_penalty: float | None, draft: str | None,
-    given: dict[str, Any],
+    interactive: bool, as_json: bool, searches: dict[str, bool], length_penalty: float | None,
+    draft: str | None, given: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Raises UsageError for options that do not go together."""
-    for name, used in (("--json", as_json), ("--beams", beams is not None), ("--n", given["n"] != 1)):
-        if interactive and used:
-            raise click.UsageError(f"{name} needs --prompt, or a text on stdin")
+    """Raises UsageError for options that do not go together. searches: other ways to decode, by option."""
+    asked = [name for name, used in searches.items() if used]
+    if interactive and (as_json or asked or given["n"] != 1):
+        name = "--json" if as_json else asked[0] if asked else "--n"
+        raise click.UsageError(f"{name} needs --prompt, or a text on stdin")
     if given["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs needs --json")
-    if length_penalty is not None and beams is None:
+    if length_penalty is not None and "--beams" not in asked:
         raise click.UsageError("--length-penalty needs --beams")
-    if draft is not None and beams is not None:
-        raise click.UsageError("--draft proposes nothing to beam search; leave out one of them")
+    if len(asked) > 1 or (asked and draft is not None):
+        raise click.UsageError(f"{asked[0]} does not go with {asked[1] if len(asked) > 1 else '--draft'}")
 
 
 def _show(found: Any, as_json: bool) -> None:

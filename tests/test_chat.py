@@ -18,7 +18,6 @@ from tiny import fake_session, tiny_artifact
 import gristmill
 from gristmill.cli import cli
 from gristmill.cli_chat import ChatHistory, History, TextHistory, converse
-from gristmill.runtime.decoding.generate_beams import generate_beams
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.session import Session
 
@@ -115,14 +114,23 @@ def test_logprobs(artifact: str) -> None:
 
 def test_beams(artifact: str) -> None:
     session = gristmill.load(artifact, max_slots=3)
-    expected = generate_beams(
-        session, "ab", num_beams=3, num_return_sequences=2, length_penalty=0.5, max_new_tokens=8
+    expected = session.beam_search(
+        "ab", num_beams=3, num_return_sequences=2, length_penalty=0.5, max_new_tokens=8
     )
     beams = ("--beams", "3", "--length-penalty", "0.5")
     assert texts(artifact, *beams, "--n", "2") == [beam.text for beam in expected]
     assert texts(artifact, *beams) == [expected[0].text]
     error = run(artifact, "--prompt", "a", "--beams", "2", "--temperature", "1").exception
     assert isinstance(error, GristmillError) and "beam search has no option 'temperature'" in str(error)
+
+
+def test_contrastive_search(artifact: str) -> None:
+    session = gristmill.load(artifact)
+    expected = [
+        session.contrastive_search("ab", max_new_tokens=8, top_k=k, penalty_alpha=0.6).text for k in (4, 2)
+    ]
+    found = [texts(artifact, "--penalty-alpha", "0.6", *more)[0] for more in ((), ("--top-k", "2"))]
+    assert found == expected
 
 
 def test_constraints(artifact: str, tmp_path: Path) -> None:
@@ -140,7 +148,10 @@ def test_constraints(artifact: str, tmp_path: Path) -> None:
         (("--logit-bias", "a=1"), 2, "is not ID=BIAS"),
         (("--logprobs", "1"), 2, "--logprobs needs --json"),
         (("--length-penalty", "1"), 2, "--length-penalty needs --beams"),
-        (("--beams", "2", "--draft", "x"), 2, "leave out one"),
+        (("--beams", "2", "--draft", "x"), 2, "--beams does not go with --draft"),
+        (("--beams", "2", "--penalty-alpha", "0.5"), 2, "does not go with --penalty-alpha"),
+        (("--penalty-alpha", "7"), 1, "penalty_alpha is 7"),
+        (("--penalty-alpha", "0.6", "--top-p", "0.5"), 1, "contrastive search has no option 'top_p'"),
         (("--schema", "/nowhere"), 1, "schema /nowhere cannot be read"),
         (("--regex", "a", "--choice", "b"), 1, "exclude each other"),
         (("--n", "0"), 1, "n is 0"),
@@ -156,7 +167,7 @@ def test_options_that_do_not_go_together(
 
 def test_conversations_are_of_one_text(artifact: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda self: True, raising=False)
-    for option in (("--n", "2"), ("--beams", "2"), ("--json",)):
+    for option in (("--n", "2"), ("--beams", "2"), ("--penalty-alpha", "1"), ("--json",)):
         assert "needs --prompt" in run(artifact, *option).stderr
 
 
