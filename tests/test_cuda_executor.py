@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -36,12 +37,15 @@ from triton_device import DEVICE
 
 import gristmill
 from gristmill.runtime import cuda
+from gristmill.runtime.cpu import _native
 from gristmill.runtime.cuda import device as cuda_device
 from gristmill.runtime.cuda import drawing as cuda_drawing
 from gristmill.runtime.cuda import executor as cuda_executor
 from gristmill.runtime.cuda import weights as cuda_weights
+from gristmill.runtime.decoding.contrastive import generate_contrastive
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.program import NO_HIDDEN_STATES, Program
+from gristmill.runtime.session import Session
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -70,6 +74,18 @@ def test_hidden_states_are_what_the_head_multiplies(tmp_path: Path) -> None:
     program.add("gather_rows", **{"in": [0, 0, 64], "out": program.value(64, "R")})
     with pytest.raises(GristmillError, match=NO_HIDDEN_STATES):
         make(program, tmp_path).forward_hidden(*batch)
+
+
+def test_contrastive_search_says_what_it_says_on_the_cpu(tmp_path: Path) -> None:
+    """The prompt in two chunks, the candidates in one bucket, rows copied between slots."""
+    made = llama(CASES["f32"])
+    program, weights = Program.from_json(made.json), str(made.write(tmp_path))
+    native = _native.Executor(made.text(), weights, threads=1, max_len=64, max_slots=3)
+    texts = [
+        generate_contrastive(Session(None, program, executor), list(range(2, 12)), 4, 0.6, 3).token_ids
+        for executor in (make(made, tmp_path), cast(Any, native))
+    ]
+    assert texts[0] == texts[1] and len(texts[0]) == 4
 
 
 def test_up_to_four_rows_lose_nothing_of_their_activations(tmp_path: Path) -> None:

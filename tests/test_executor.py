@@ -16,8 +16,6 @@ from programs import Array, Format, Llama, Program, llama
 from gristmill.runtime.cpu import _native
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.machine import resident_bytes
-from gristmill.runtime.program import NO_HIDDEN_STATES
-from gristmill.runtime.program import Program as Parsed
 
 FLOAT_TOLERANCE = 2e-5  # of the largest logit, f32 against f64 through two layers
 INTEGER_TOLERANCE = 2e-2  # an activation rounded the other way moves by 1/127 of its group's largest
@@ -142,38 +140,6 @@ def test_equals_the_interpreter(case: str, isa: str, tmp_path: Path) -> None:
     assert_close(
         in_chunks(executor, tokens, [11, 1, 16, 2]), in_chunks(reference, tokens, [11, 1, 16, 2]), tolerance
     )
-
-
-@pytest.mark.parametrize("case", ["f32", "order_float", "bf16", "int4"])
-def test_hidden_states_are_what_the_head_multiplies(case: str, tmp_path: Path) -> None:
-    """Of the rows asked for, in their order, beside the same logits; an integer head rounds its own copy."""
-    program = llama(CASES[case])
-    tokens, count = tokens_for(program, 20), np.arange(20, dtype=np.int32)
-    batch = (tokens, count, np.zeros_like(count), ints([19, 0, 7, 7]))
-    executor = make(program, tmp_path)
-    logits, hidden = executor.forward_hidden(*batch)
-    assert hidden.shape == (4, executor.hidden_width) == (4, CASES[case].hidden)
-    assert logits.tobytes() == make(program, tmp_path).forward(*batch).tobytes()
-    tolerance = INTEGER_TOLERANCE if CASES[case].act_group else FLOAT_TOLERANCE
-    assert_close(hidden, Reference(program).forward_hidden(*batch)[1], tolerance)
-    assert executor.forward_hidden(*batch[:3], ints([]))[1].shape == (0, CASES[case].hidden)
-
-
-def test_programs_without_hidden_states(tmp_path: Path) -> None:
-    """Logits that something else writes, and a head that is not the last: its input may be gone by then."""
-    change = (
-        "i = j['instructions']; i[-1]['out'] = [len(j['values']), 0, 97]; "
-        "j['values'].append({'rows': 'R', 'width': 97, 'offset': j['arena_bytes']}); "
-        "j['arena_bytes'] += 12416; "
-        "i.append({'op': 'pointwise', 'in': [i[-1]['out']], 'steps': [['neg', 0]], 'out': [-1, 0, 97]})"
-    )
-    for edited in (edit(change), edit("j['instructions'].append(j['instructions'][0])")):
-        executor = make(edited, tmp_path)
-        assert executor.hidden_width == 0 and Parsed.from_json(edited.json).hidden is None
-        batch = ints([1]), ints([0]), ints([0]), ints([0])
-        executor.forward(*batch)
-        with pytest.raises(GristmillError, match=NO_HIDDEN_STATES):
-            executor.forward_hidden(*batch)
 
 
 @pytest.mark.parametrize("isa", _native.isas())
