@@ -182,7 +182,7 @@ def _stopped_by_control_c(stream: Stream) -> Iterator[None]:
 
     def stop(number: int, frame: Any) -> None:
         # A flag that the scheduler reads: close() takes locks, which the interrupted code may hold.
-        stream._sequence.cancelled = True
+        stream.cancel()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = signal.signal(signal.SIGINT, stop)

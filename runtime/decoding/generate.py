@@ -91,6 +91,10 @@ class Stream:
         """Ends the generation where it stands."""
         self._pieces.close()
 
+    def cancel(self) -> None:
+        """Ends the generation with its next step; takes no lock, so that a handler of a signal may call it."""
+        self._sequence.cancelled = True
+
     def _run(self) -> Generator[str, None, None]:
         sequence = self._sequence
         sequence.owner = threading.get_ident()
