@@ -6,6 +6,7 @@
 
 // For functions over registers: a call would send them through memory.
 #define GRISTMILL_INLINE inline __attribute__((always_inline))
+#define GRISTMILL_APART inline __attribute__((noinline))  // spares the registers of the loops around it
 // Loops over arrays of registers must vanish, at any level of optimization.
 #if defined(__clang__)
 #define GRISTMILL_UNROLL _Pragma("unroll")
