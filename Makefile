@@ -6,7 +6,7 @@ PROMPT ?= def read_lines(path):
 ARGS ?=
 BIN := .venv/bin
 FOLDERS := $(wildcard gristmill compiler passes quant kernels runtime report export integrations)
-FILES := $(shell find $(FOLDERS) -type f -not -name '*.pyc' | sort)
+FILES := $(shell find $(FOLDERS) -type f -not -name '*.pyc' -not -name '*.so' | sort)
 NATIVE := $(filter %.cpp %.h %.inc,$(FILES))
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 EDITABLE := --no-build-isolation --config-settings editable_mode=strict --editable
@@ -24,9 +24,16 @@ test: .venv/.dev
 	$(BIN)/pytest -n 2 --dist worksteal tests $(ARGS)
 
 # On an NVIDIA GPU, where the same tests otherwise run in Triton's interpreter; torch must be built for CUDA.
-# Several processes, for compiling the kernels takes longest.
+# Without .venv it is tested with PYTHON (3.11 or later) and the packages it has, the extension built with them.
+GPU_TESTS = $(wildcard tests/test_cuda_*.py tests/kernels/test_triton_*.py)
+ifneq ($(wildcard $(BIN)/python),)
 test-gpu: .venv/.dev
-	TRITON_INTERPRET=0 $(BIN)/pytest -n 4 $(wildcard tests/test_cuda_*.py tests/kernels/test_triton_*.py) $(ARGS)
+	TRITON_INTERPRET=0 $(BIN)/pytest $(GPU_TESTS) $(ARGS)
+else
+test-gpu: build/links
+	$(PYTHON) setup.py --quiet build_ext --build-lib build/links
+	TRITON_INTERPRET=0 PYTHONPATH=$(CURDIR)/build/links $(PYTHON) -P -m pytest $(GPU_TESTS) $(ARGS)
+endif
 
 # What needs no Python, in an emulator where this machine is another: see tests/cpp/aarch64.
 test-aarch64:

@@ -1,4 +1,4 @@
-"""Measure the CUDA target on one GPU against its targets, in less than nine minutes.
+"""Measure the CUDA target on one GPU against its targets; planned for nine minutes.
 
 A Llama-3.1-8B of random packed weights is written for every format (random_artifact.py) while the first
 sections run. Sections come in the order in which they are wanted most; each prints its rows as it measures
@@ -107,10 +107,10 @@ def _start_anew(bench: Bench, names: list[str]) -> None:
     """This program again, in the place of this process, with what is left to do and the same file."""
     print("the device is lost to this process; a new one goes on", flush=True)
     given = sys.argv[1:]
-    more = ["--sections", ",".join(names) or "none", "--budget", f"{bench.left:.0f}"]
-    more += ["--append", str(bench.results.path)]
     if bench.writer is not None:
         bench.writer.wait()  # it is this process's child, and what it writes is needed
+    more = ["--sections", ",".join(names) or "none", "--budget", f"{max(0, bench.left):.0f}"]
+    more += ["--append", str(bench.results.path)]
     os.execv(sys.executable, [sys.executable, __file__, *given, *more])
 
 

@@ -22,7 +22,8 @@ from gristmill.cli_run import timing
 from gristmill.runtime.errors import GristmillError
 
 if TYPE_CHECKING:
-    from gristmill.runtime.decoding.generate import Generation, Stream
+    from gristmill.runtime.decoding.generate import Stream
+    from gristmill.runtime.decoding.sequence import Generation
     from gristmill.runtime.session import Session
 
 HELP = """\

@@ -19,7 +19,7 @@ from gristmill.cli_output import echo_json, note
 from gristmill.runtime.errors import GristmillError
 
 if TYPE_CHECKING:
-    from gristmill.runtime.decoding.generate import Generation
+    from gristmill.runtime.decoding.sequence import Generation
     from gristmill.runtime.session import Session
 
 RESULT_KEYS = (

@@ -30,10 +30,7 @@ def run_hidden(
     if session.program.hidden is None:
         raise GristmillError(NO_HIDDEN_STATES)
     executor: Any = session.executor
-    session._check_batch(tokens, positions, slots, rows)
-    with session._lock:
-        ids, first, ends = session._slots.check(positions, slots, held)
-        session._slots.lengths[ids] = first  # what a failure leaves: the rows before this batch
-        logits, states = executor.forward_hidden(tokens, positions, slots, rows)
-        session._slots.advance(ids, first, ends)
-    return logits, states
+    found: tuple[np.ndarray, np.ndarray] = session._execute(
+        executor.forward_hidden, tokens, positions, slots, rows, held
+    )
+    return found

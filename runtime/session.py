@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -30,18 +30,11 @@ from gristmill.runtime.artifact import (
 from gristmill.runtime.decoding.constrain import Constrainer, Constraint
 from gristmill.runtime.decoding.draft import Draft
 from gristmill.runtime.decoding.draws import Draws
-from gristmill.runtime.decoding.generate import (
-    AsyncDriver,
-    AsyncStream,
-    Generation,
-    Prompt,
-    Stream,
-    generate_all,
-    samples,
-)
+from gristmill.runtime.decoding.generate import AsyncDriver, AsyncStream, Stream, generate_all, samples
 from gristmill.runtime.decoding.options import GenerationOptions, refuse_unknown
 from gristmill.runtime.decoding.sampling import Workspace
 from gristmill.runtime.decoding.scheduler import Scheduler, Statistics
+from gristmill.runtime.decoding.sequence import Generation, Prompt
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.footprint import refuse_malformed, refuse_too_large, smallest_ring
 from gristmill.runtime.hidden import run_hidden
@@ -53,6 +46,7 @@ if TYPE_CHECKING:
     from gristmill.runtime.decoding.generate_beams import BeamText
 
 MAX_WAITING = 4096
+Result = TypeVar("Result")
 
 
 class Executor(Protocol):
@@ -197,12 +191,13 @@ class Session:
         self._slots = Slots(executor.max_slots, executor.max_len, ring, program.limits.max_tokens)
         self._scheduler = Scheduler(self, max_waiting)
         self._async_driver = AsyncDriver(self)
+        self._compiling = threading.Lock()
         self._compiled: tuple[tuple[str, Any], Constraint] | None = None
         _sessions.add(self)
 
     def _after_fork(self) -> None:
         """A thread of the parent may have held the lock; it is not in this process."""
-        self._lock = threading.Lock()
+        self._lock, self._compiling = threading.Lock(), threading.Lock()
         self._slots.after_fork()
         self._scheduler.after_fork()
         self._async_driver.after_fork()
@@ -284,9 +279,10 @@ class Session:
         asked = options.constraint
         if asked is None:
             return None
-        if self._compiled is None or self._compiled[0] != asked:
-            self._compiled = (asked, self._constrainer.constraint(*asked))
-        return self._compiled[1].copy()
+        with self._compiling:
+            if self._compiled is None or self._compiled[0] != asked:
+                self._compiled = (asked, self._constrainer.constraint(*asked))
+            return self._compiled[1].copy()
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
@@ -315,9 +311,13 @@ class Session:
         own = getattr(self.executor, "tune", None)
         if own is None:
             raise GristmillError("a session on the CPU has nothing to tune; load with device='cuda'")
-        with self._lock:
-            for product, config in own(max_rows):
-                yield product, asdict(config)
+        steps = own(max_rows)
+        while True:
+            with self._lock:
+                found = next(steps, None)
+            if found is None:
+                return
+            yield found[0], asdict(found[1])
 
     def reset(self, slot: int) -> None:
         """Forgets the sequence that `forward` put into `slot`."""
@@ -339,8 +339,9 @@ class Session:
         Generations; with n > 1 a list of n Generations takes the place of each.
 
         All run as one batch over the slots, together with what other threads generate; prompts beyond the
-        slots wait in turn. on_text: called with a prompt's number and each new piece of its text. Options:
-        see GenerationOptions. Raises GristmillError for an empty or too long prompt and for unknown options.
+        slots wait in turn. on_text: called with a result's number (n for each prompt) and each new piece of
+        its text. Options: see GenerationOptions. Raises GristmillError for an empty or too long prompt and
+        for unknown options.
         """
         on_text = options.pop("on_text", None)
         if not (on_text is None or callable(on_text)):
@@ -431,17 +432,17 @@ class Session:
 
     def _execute(
         self,
-        execute: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray],
+        execute: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], Result],
         tokens: np.ndarray,
         positions: np.ndarray,
         slots: np.ndarray,
         rows: np.ndarray,
         held: bool,
-    ) -> np.ndarray:
+    ) -> Result:
         self._check_batch(tokens, positions, slots, rows)
         with self._lock:
             ids, first, ends = self._slots.check(positions, slots, held)
-            self._slots.lengths[ids] = first  # what a failure leaves: the rows before this batch
+            self._slots.begin(ids, first, ends)
             result = execute(tokens, positions, slots, rows)
             self._slots.advance(ids, first, ends)
         return result

@@ -9,7 +9,7 @@ tokens its rows are of: a sequence that begins with the same ones can then start
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -38,27 +38,34 @@ class Slots:
         wait: bool = True,
         lend: bool = False,
         owner: int | None = None,
-        stuck: Callable[[], Collection[int]] = tuple,
         spare: int = -1,
     ) -> int | None:
         """An empty slot, to be given back with `give_back`; waits for one, or returns None if not to wait.
 
         lend: `Session.forward` may use it. owner: the thread it is for, default this one. spare: the last
         slot to be taken for what it keeps. Raises GristmillError where waiting cannot end: no thread but this
-        one and those that are `stuck` holds a slot.
+        one holds a slot.
         """
         me = threading.get_ident()
         with self._freed:
             while (slot := self._free_slot(spare)) is None:
                 if not wait:
                     return None
-                self._refuse_deadlock({me, *stuck()})
+                self._refuse_deadlock({me})
                 self._freed.wait(timeout=0.2)
             self._holders[slot] = me if owner is None else owner
             self._forget(slot)
             if lend:
                 self._forwarded.add(slot)
             return slot
+
+    def pause(self, stuck: Collection[int]) -> None:
+        """Waits a moment for a slot to be freed. Raises GristmillError where no thread but this one and those
+        that are `stuck` holds one."""
+        with self._freed:
+            if not self.free():
+                self._refuse_deadlock({threading.get_ident(), *stuck})
+                self._freed.wait(timeout=0.2)
 
     def give_back(self, slot: int, tokens: Sequence[int] = ()) -> None:
         """Frees a slot that `take` gave; its sequence is forgotten but for `tokens`, those of its first
@@ -119,7 +126,8 @@ class Slots:
         _refuse_outside("slot", np.array([slot]), self.max_slots, "load with a larger max_slots")
         with self._freed:
             self._refuse_held(np.array([slot]))
-            self._forwarded.discard(slot)
+            if slot not in self._holders:  # else it is lent, and stays so
+                self._forwarded.discard(slot)
             self._forget(slot)
             self._freed.notify_all()
 
@@ -144,6 +152,11 @@ class Slots:
                 for slot in self._kept.keys() & set(ids.tolist()):
                     self._forget(slot)
         return ids, first, ends
+
+    def begin(self, ids: np.ndarray, first: np.ndarray, ends: np.ndarray) -> None:
+        """Notes what a batch that fails leaves: the rows before it, and rings that it may have written."""
+        self.lengths[ids] = first
+        self._highest[ids] = np.maximum(self._highest[ids], ends)
 
     def advance(self, ids: np.ndarray, first: np.ndarray, ends: np.ndarray) -> None:
         """Notes the lengths that `check` returned."""
@@ -181,8 +194,8 @@ class Slots:
     def _refuse_deadlock(self, waiting: Collection[int]) -> None:
         if all(holder in waiting for holder in self._holders.values()):
             raise GristmillError(
-                f"all {self.max_slots} slots are in use; leave session.slot(), reset slots used by forward, "
-                "or load with a larger max_slots"
+                f"all {self.max_slots} slots are in use; end open streams, leave session.slot(), reset slots "
+                "used by forward, or load with a larger max_slots"
             )
 
     def _refuse_held(self, slots: np.ndarray) -> None:

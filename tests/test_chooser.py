@@ -26,7 +26,7 @@ from gristmill.runtime.decoding import sampling
 from gristmill.runtime.decoding.chooser import Choice, Chooser, most_likely_ids
 from gristmill.runtime.decoding.history import NGrams, Tally
 from gristmill.runtime.decoding.options import GenerationOptions
-from gristmill.runtime.decoding.sampling import Workspace, choose, nucleus, typical, uniform
+from gristmill.runtime.decoding.sampling import Workspace, nucleus, typical, uniform
 from gristmill.runtime.errors import GristmillError
 
 EOS = (2, 7)
@@ -324,25 +324,6 @@ def test_a_choice_is_the_inverse_of_its_distribution(options: dict[str, Any]) ->
         assert (ends[place - 1] if place else 0.0) - 1e-6 <= point <= ends[place] + 1e-6
         assert shared.choose(scores, position).token == token
         shared.choose(-scores, position)  # leaves nothing behind in the buffers
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"top_k": 700}, {"top_p": 0.9}, {"top_k": 60, "top_p": 0.9, "repetition_penalty": 1.2}],
-    ids=str,
-)
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_texts_are_those_of_choose(options: dict[str, Any], temperature: float) -> None:
-    """Same seed, same text as before there were choosers."""
-    chosen = GenerationOptions.of(temperature=temperature, **options)
-    made = Chooser(chosen, TEXT, 3, 1, EOS, 3000)
-    text = list(TEXT)
-    for position in range(len(TEXT) - 1, 60):
-        scores = logits_of(position, 3000)
-        expected = choose(scores, chosen, np.unique(text), 3, 1, position)
-        assert made.choose(scores, position).token == expected
-        made.accept(expected)
-        text.append(expected)
 
 
 def test_a_mask_leaves_what_it_allows() -> None:

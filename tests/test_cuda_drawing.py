@@ -13,13 +13,15 @@ from programs import Array, llama
 
 pytest.importorskip("triton", reason="needs triton, which exists for Linux on x86-64")
 
+from chosen import choose
 from cuda_cases import CASES, a_small_gpu, ints, make, run, tokens_for  # noqa: F401
 
 from gristmill.runtime.cuda import device as cuda_device
+from gristmill.runtime.cuda import drawing as cuda_drawing
+from gristmill.runtime.cuda import executor as cuda_executor
 from gristmill.runtime.decoding import next_tokens
 from gristmill.runtime.decoding.draws import Draws
 from gristmill.runtime.decoding.options import GenerationOptions
-from gristmill.runtime.decoding.sampling import choose
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.program import Program
 from gristmill.runtime.session import Session
@@ -147,6 +149,21 @@ def test_a_session_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with session.stream(prompts[2], max_new_tokens=30) as left:
         assert not left.result.token_ids
     assert not session._slots._holders
+
+
+def test_a_vocabulary_too_large_to_count_is_drawn_from_on_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (cuda_drawing, cuda_executor):
+        monkeypatch.setattr(module, "MAX_VOCABULARY", 8)
+    program = llama(CASES["f32"])
+    executor = make(program, tmp_path)
+    assert not executor.draws_tokens
+    with pytest.raises(GristmillError, match="is drawn from on the host, up to 8 here; use forward"):
+        executor.sample(ints([1]), ints([0]), ints([0]), ints([0]), draws([GREEDY], [0]))
+    session = Session(None, Program.from_json(program.json), executor)
+    expected = int(run(Reference(program), ints([3, 1]))[-1].argmax())
+    assert session.generate([3, 1], max_new_tokens=1).token_ids == [expected]
 
 
 def test_a_session_refuses_logits_that_are_not_finite(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chosen import choose
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import byte_tokenizer
@@ -20,11 +21,9 @@ from gristmill.runtime.decoding.options import GenerationOptions
 from gristmill.runtime.decoding.sampling import (
     Workspace,
     candidates,
-    choose,
     draw,
     kth_largest,
     nucleus,
-    penalize_repetition,
     uniform,
 )
 from gristmill.runtime.decoding.stops import StopStrings
@@ -69,14 +68,6 @@ def test_candidates_are_those_of_transformers(size: int, top_k: int, top_p: floa
 def test_ties_of_the_kth_stay() -> None:
     ids, _ = candidates(np.array([1, 3, 2, 2, 2, 0], np.float32), 2, 1.0)
     assert ids.tolist() == [1, 2, 3, 4]
-
-
-def test_penalty_is_that_of_transformers() -> None:
-    scores, seen = logits_of(1, 100), np.array([3, 5, 3, 99])
-    expected = RepetitionPenaltyLogitsProcessor(1.3)(
-        torch.from_numpy(seen)[None], torch.from_numpy(scores)[None]
-    )
-    np.testing.assert_array_equal(penalize_repetition(scores, np.unique(seen), 1.3), expected[0].numpy())
 
 
 def test_the_whole_chain_is_that_of_transformers() -> None:

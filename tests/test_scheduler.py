@@ -1,7 +1,6 @@
 """Many generations in one session: batches, prefixes, speculation, waiting, ends; over a fake executor."""
 
 import asyncio
-import gc
 import json
 import os
 import re
@@ -263,11 +262,75 @@ def test_a_stream_forgotten_is_ended() -> None:
     next(stream)
     result = stream.result
     del stream
-    gc.collect()
     assert result.finish_reason == "cancelled" and nothing_is_left(session)
     with session.stream("abc", max_new_tokens=100) as stream:
         next(stream)
     assert nothing_is_left(session)
+
+
+def test_what_is_cancelled_behind_the_last_step_is_let_go() -> None:
+    session = fake_session(max_slots=1, max_len=200)
+    scheduler, stream = session._scheduler, session.stream("abc", max_new_tokens=100)
+    next(stream)
+    assert scheduler._take_the_reins(lambda: False), "as another thread that has made its last step"
+    stream.close()
+    assert session._slots._holders
+    scheduler._hand_over()
+    assert nothing_is_left(session) and stream.result.finish_reason == "cancelled"
+
+
+def test_time_runs_while_others_hold_the_slots() -> None:
+    session = fake_session(max_slots=1, max_len=200)
+    held, done = threading.Event(), threading.Event()
+
+    def holds() -> str:
+        with session.slot():
+            held.set()
+            done.wait()
+        return ""
+
+    def asks() -> str:
+        held.wait()
+        late = session.generate("x", timeout_s=0.1)
+        done.set()
+        return str(late.finish_reason)
+
+    assert in_threads(holds, asks) == ["", "timeout"] and nothing_is_left(session)
+
+
+def test_slots_beyond_the_rows_of_a_forward_take_turns() -> None:
+    session = fake_session(max_slots=6, max_tokens=2, max_len=100)
+    ends: list[int] = []
+    session.generate(
+        [chr(97 + n) for n in range(6)], max_new_tokens=40, lookup=False,
+        on_text=lambda number, piece: ends.append(number),
+    )  # fmt: skip
+    assert set(ends[len(ends) // 2 :]) == set(range(6)), "all are on their way when half is done"
+
+
+def test_a_draft_that_fails_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    session, draft = fake_session(max_len=200), fake_session(max_len=200)
+    session.draft_with(draft)
+    monkeypatch.setattr(draft.executor, "forward", None)
+    with pytest.warns(RuntimeWarning, match="the draft is given up"):
+        found = session.generate("abc", max_new_tokens=9, lookup=False)
+    assert found.token_ids == alone("abc", max_new_tokens=9)
+
+
+def test_a_slot_lent_stays_lent_when_it_is_reset() -> None:
+    session = fake_session()
+    with session.slot() as slot:
+        session.forward([1], [0], [slot])
+        session.reset(slot)
+        session.forward([1], [0], [slot])
+
+
+def test_a_forward_that_fails_may_have_written_a_ring() -> None:
+    slots = Slots(max_slots=1, max_len=100, ring=14, reach=4)
+    one, first, ends = np.array([0]), np.array([0]), np.array([20])
+    slots.advance(one, first, ends)
+    slots.begin(one, np.array([20]), np.array([24]))  # and no advance
+    assert slots.reachable(0, 17) == 0 and slots.reachable(0, 20) == 20
 
 
 def test_waiting_for_a_slot_that_cannot_come_is_refused() -> None:

@@ -118,7 +118,7 @@ class Decoder:
 
     def launch(self) -> None:
         """The step by launches of its kernels."""
-        self.executor._launcher.run(self._rows, self._rows, None)
+        self.executor._launch_batch(self._rows)
 
     def step(self) -> NDArray[np.float32]:
         """The step as a session runs it: ids go to the device, logits come back."""

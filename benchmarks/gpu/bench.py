@@ -134,14 +134,16 @@ class Bench:
     def artifact(self, name: str) -> Path:
         """The artifact of a format, once it is complete. Raises GristmillError where it cannot be written."""
         path = self.folder / f"{self.shape}-{format_name(options_of(name))}"
-        while not path.exists():
-            if self.writer is None or self.writer.poll() is not None:
+        while True:
+            ended = self.writer is None or self.writer.poll() is not None  # asked before the path is
+            if path.exists():
+                return path
+            if ended:
                 said = self.log.read_text()[-1000:] if self.log.exists() else ""
                 raise GristmillError(f"{path} was not written\n{said}")
             if self.left < 0:
                 raise GristmillError(f"{path} is not complete yet, and the time is over")
             time.sleep(0.05)
-        return path
 
     def close(self) -> None:
         if self.writer is not None and self.writer.poll() is None:

@@ -289,7 +289,7 @@ def fastest(configs: Sequence[Config], time: Callable[[Config], float]) -> Confi
     for config in configs:
         try:
             times[config] = time(config)
-        except (OutOfResources, CompilationError, PTXASError):
+        except (OutOfResources, CompilationError, PTXASError, torch.OutOfMemoryError):
             continue
     assert times, "no candidate runs on this device"
     return min(times, key=lambda config: times[config])

@@ -50,8 +50,8 @@ class Drawing:
         tokens, positions, slots = (self._batch.ids(n, count) for n in ("tokens", "positions", "slots"))
         record(tokens, positions, slots, self._history)
 
-    def copy_slot(self, source: int, target: int, length: int) -> None:
-        self._history[target, :length].copy_(self._history[source, :length])
+    def copy_slot(self, source: int, target: int, length: int, start: int) -> None:
+        self._history[target, start:length].copy_(self._history[source, start:length])
 
     def fill(self, draws: Draws) -> None:
         """Sends the options; rows beyond the given ones are greedy."""
@@ -84,7 +84,7 @@ class Drawing:
 def _cut(words: Tensor, rows: int) -> dict[str, Tensor]:
     """The fields of `Options`, all rows of one after all rows of another."""
     longs = words[: 2 * len(LONGS) * rows].view(torch.int64).view(len(LONGS), rows)
-    rest = words[2 * len(LONGS) * rows :].view(-1, rows)
+    rest = words[2 * len(LONGS) * rows :].view(len(INTS) + len(FLOATS), rows)
     found = {name: longs[n] for n, name in enumerate(LONGS)}
     found |= {name: rest[n] for n, name in enumerate(INTS)}
     return found | {name: rest[len(INTS) + n].view(torch.float32) for n, name in enumerate(FLOATS)}

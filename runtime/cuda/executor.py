@@ -184,7 +184,7 @@ class CudaExecutor:
         if source != target:
             with self._current():
                 copy_slot(self._caches, source, target, length, start)
-                self._drawing.copy_slot(source, target, length)
+                self._drawing.copy_slot(source, target, length, start)
 
     def relaunch(self, instructions: Sequence[int]) -> Callable[[], None]:
         """What launches some instructions of the last batch once more, to be timed; values are spoilt by it,
@@ -205,7 +205,9 @@ class CudaExecutor:
         """What measures this device, for `gristmill bench`."""
         from gristmill.runtime.cuda.probe import CudaProbe
 
-        return CudaProbe(self, session)
+        remedy = "measure with a smaller --context or --prompt, or load with fewer max_slots"
+        with refuse_out_of_memory(self.device, "measuring", remedy):
+            return CudaProbe(self, session)
 
     def tune(self, max_rows: int | None = None, time: Timer | None = None) -> Iterator[tuple[str, Config]]:
         """Times the candidates for every product of the program in its buckets of up to ``max_rows`` rows.

@@ -49,7 +49,8 @@ def identity(device: torch.device) -> dict[str, Any]:
 def cache_file(of: dict[str, Any]) -> Path:
     """Where the configurations of an identity are kept."""
     root = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(root) if Path(root).is_absolute() else Path.home() / ".cache"
+    home = Path(os.path.expanduser("~"))  # stays "~" for a user without one
+    folder = Path(root) if Path(root).is_absolute() else home / ".cache"
     digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
     return folder / "gristmill" / f"tuned-{digest[:16]}.json"
 
@@ -98,6 +99,8 @@ class Tuned:
         """Stores all, at once or not at all. Raises GristmillError where that cannot be."""
         of = identity(device)
         path = cache_file(of)
+        if not path.is_absolute():
+            raise GristmillError("there is no home directory to keep tuned configs in; set XDG_CACHE_HOME")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(prefix=path.name, dir=path.parent)
@@ -157,6 +160,7 @@ def tune_all(
         config = tuned.config(work.matrix, work.rows, work.glu)
         if config is None:
             config = tune(work.matrix, work.rows, torch.float32, glu=work.glu, time=time)
+            tuned = Tuned.read(device)  # with what another process has found meanwhile
             tuned.found[work.key] = asdict(config)
             tuned.write(device)
         yield work, config

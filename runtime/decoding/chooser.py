@@ -91,6 +91,10 @@ class Chooser:
         top = most_likely_ids(logits, self.options.logprobs)
         return Choice(token, float(logits[token]) - total, tuple((i, float(logits[i]) - total) for i in top))
 
+    def token(self, logits: np.ndarray, position: int) -> int:
+        """What `choose` takes without a mask, and no log-probabilities."""
+        return self._pick(logits, most_likely(logits), position, None)
+
     def accept(self, token: int) -> None:
         """Notes that `token` was taken, whoever chose it."""
         self._accepted += 1

@@ -15,35 +15,33 @@ from gristmill.runtime.decoding.options import GenerationOptions
 from gristmill.runtime.decoding.sequence import Generation, Prompt, Sequence
 
 if TYPE_CHECKING:
+    from gristmill.runtime.decoding.scheduler import Scheduler
     from gristmill.runtime.session import Session
-
-__all__ = ["AsyncStream", "Generation", "Prompt", "Stream", "generate_all", "samples"]
 
 
 def generate_all(
     session: Session, prompts: list[Prompt], on_text: Callable[[int, str], None] | None = None
 ) -> list[Generation]:
-    """Runs all prompts side by side. on_text: called in this thread with a prompt's number and new text of
+    """Runs all prompts side by side. on_text: called in this thread with a result's number and new text of
     it; what it raises ends all of them. Raises the first error of any."""
+
+    def news() -> bool:
+        if any(s.error for s in sequences) or all(s.done for s in sequences):
+            return True
+        return on_text is not None and any(s.pieces for s in sequences)
+
     started = time.perf_counter()
     sequences = [Sequence(session, prompt, started) for prompt in prompts]
     scheduler = session._scheduler
     try:
         scheduler.submit(sequences)
         while not all(sequence.done for sequence in sequences):
+            scheduler.run_until(news)
+            _raise_first(sequences)
             if on_text:
-                scheduler.run_until(
-                    lambda: any(s.pieces for s in sequences) or all(s.done for s in sequences)
-                )
                 _tell(sequences, on_text)
-            else:
-                scheduler.run_until(lambda: all(s.done for s in sequences) or any(s.error for s in sequences))
-                _raise_first(sequences)
-        if on_text:
-            _tell(sequences, on_text)
     finally:
         scheduler.cancel([sequence for sequence in sequences if not sequence.done])
-    _raise_first(sequences)
     return [sequence.result for sequence in sequences]
 
 
@@ -73,7 +71,7 @@ class Stream:
         self._scheduler = session._scheduler
         self._sequence = Sequence(session, prompt, time.perf_counter())
         self.result = self._sequence.result
-        self._pieces = self._run()
+        self._pieces = _pieces(self._scheduler, self._sequence)
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -92,22 +90,24 @@ class Stream:
         self._pieces.close()
 
     def cancel(self) -> None:
-        """Ends the generation with its next step; takes no lock, so that a handler of a signal may call it."""
+        """Ends the generation with its next step; takes no lock, so that a handler of a signal may call
+        it."""
         self._sequence.cancelled = True
 
-    def _run(self) -> Generator[str, None, None]:
-        sequence = self._sequence
-        sequence.owner = threading.get_ident()
-        self._scheduler.submit([sequence])
-        try:
-            while not (sequence.done and not sequence.pieces):
-                self._scheduler.run_until(lambda: bool(sequence.pieces) or sequence.done)
-                while sequence.pieces:
-                    yield sequence.pieces.popleft()
-            _raise_first([sequence])
-        finally:
-            if not sequence.done:
-                self._scheduler.cancel([sequence])
+
+def _pieces(scheduler: Scheduler, sequence: Sequence) -> Generator[str, None, None]:
+    """Does not hold the Stream, which can so be forgotten: its end ends the generation."""
+    sequence.owner = threading.get_ident()
+    try:
+        scheduler.submit([sequence])
+        while not (sequence.done and not sequence.pieces):
+            scheduler.run_until(lambda: bool(sequence.pieces) or sequence.done)
+            while sequence.pieces:
+                yield sequence.pieces.popleft()
+        _raise_first([sequence])
+    finally:
+        if not sequence.done:
+            scheduler.cancel([sequence])
 
 
 class AsyncStream:
@@ -115,11 +115,10 @@ class AsyncStream:
     in one batch."""
 
     def __init__(self, session: Session, prompt: Prompt):
-        self._driver = session._async_driver
         self._scheduler = session._scheduler
         self._sequence = Sequence(session, prompt, time.perf_counter())
         self.result = self._sequence.result
-        self._pieces = self._run()
+        self._pieces = _async_pieces(self._scheduler, session._async_driver, self._sequence)
 
     def __aiter__(self) -> AsyncStream:
         return self
@@ -131,26 +130,29 @@ class AsyncStream:
         """Ends the generation where it stands."""
         await self._pieces.aclose()
 
-    async def _run(self) -> AsyncGenerator[str, None]:
-        sequence, loop, news = self._sequence, asyncio.get_running_loop(), asyncio.Event()
 
-        def notify() -> None:
-            with suppress(RuntimeError):  # the loop was closed with the stream open
-                loop.call_soon_threadsafe(news.set)
+async def _async_pieces(
+    scheduler: Scheduler, driver: AsyncDriver, sequence: Sequence
+) -> AsyncGenerator[str, None]:
+    loop, news = asyncio.get_running_loop(), asyncio.Event()
 
-        sequence.notify = notify
-        self._scheduler.submit([sequence])
-        self._driver.drive(sequence)
-        try:
-            while not (sequence.done and not sequence.pieces):
-                await news.wait()
-                news.clear()
-                while sequence.pieces:
-                    yield sequence.pieces.popleft()
-            _raise_first([sequence])
-        finally:
-            if not sequence.done:
-                self._scheduler.cancel([sequence])
+    def notify() -> None:
+        with suppress(RuntimeError):  # the loop was closed with the stream open
+            loop.call_soon_threadsafe(news.set)
+
+    sequence.notify = notify
+    try:
+        scheduler.submit([sequence])
+        driver.drive(sequence)
+        while not (sequence.done and not sequence.pieces):
+            await news.wait()
+            news.clear()
+            while sequence.pieces:
+                yield sequence.pieces.popleft()
+        _raise_first([sequence])
+    finally:
+        if not sequence.done:
+            scheduler.cancel([sequence])
 
 
 class AsyncDriver:
@@ -167,22 +169,30 @@ class AsyncDriver:
         with self._lock:
             self._sequences.append(sequence)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="gristmill-async", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="gristmill-async", daemon=True)
+                thread.start()
+                self._thread = thread
 
     def after_fork(self) -> None:
         """In a child process: the thread is not here, nor what it drove."""
         self._lock, self._sequences, self._thread = threading.Lock(), [], None
 
     def _run(self) -> None:
-        while True:
-            with self._lock:
-                self._sequences = [sequence for sequence in self._sequences if not sequence.done]
-                if not self._sequences:
-                    self._thread = None
-                    return
-                current = self._sequences
-            self._scheduler.run_until(partial(_any_done, current))
+        while current := self._left():
+            try:
+                self._scheduler.run_until(partial(_any_done, current))
+            except BaseException as error:  # of the scheduler itself: all that it drives would wait for ever
+                for sequence in current:
+                    sequence.fail(error)
+                self._scheduler.cancel(current)
+
+    def _left(self) -> list[Sequence]:
+        """Those that are not done; where there are none this thread is to end."""
+        with self._lock:
+            self._sequences = [sequence for sequence in self._sequences if not sequence.done]
+            if not self._sequences:
+                self._thread = None
+            return self._sequences
 
 
 def _any_done(sequences: list[Sequence]) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from gristmill.runtime.decoding.beam_scores import Process, process_of
-from gristmill.runtime.decoding.beams import Beam, BeamOptions, Run, beam_search
+from gristmill.runtime.decoding.beams import Beam, BeamOptions, beam_search
 from gristmill.runtime.decoding.options import GenerationOptions, refuse_unknown
 from gristmill.runtime.tokenizer import StreamDecoder
 
@@ -53,16 +53,12 @@ def generate_beams(
     slots = session._slots.take_many(beams.num_beams)
     try:
         found = beam_search(
-            _run_of(session), session._copy_slot, slots, ids, beams, ending, limit,
+            session._run, session._copy_slot, slots, ids, beams, ending, limit,
             session.vocabulary, session.max_tokens, _both(penalties, process),
         )  # fmt: skip
     finally:
         session._slots.give_back_many(slots)
     return [_with_text(session, ids, beam, general.skip_special_tokens) for beam in found]
-
-
-def _run_of(session: Session) -> Run:
-    return lambda tokens, positions, slots, rows: session._run(tokens, positions, slots, rows)
 
 
 def _both(first: Process | None, second: Process | None) -> Process | None:

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from gristmill.runtime.decoding.greedy import most_likely
-from gristmill.runtime.decoding.options import GenerationOptions
-
 FIRST_CANDIDATES = 1024  # top-p and typical-p look at this many tokens before they look at all
 BINS = 4096  # of the histogram that tells how many tokens reach a probability
 BLOCK = 512  # entries whose weights are summed together when one is drawn
@@ -24,38 +21,6 @@ class Workspace:
     def __init__(self, size: int):
         self.scores = np.empty(size, np.float32)
         self.weights = np.zeros(-(-size // BLOCK) * BLOCK, np.float32)
-
-
-def choose(
-    logits: np.ndarray,
-    options: GenerationOptions,
-    seen: np.ndarray,
-    seed: int,
-    sequence: int,
-    position: int,
-    workspace: Workspace | None = None,
-) -> int:
-    """The token after `position`: logits [V] f32; seen [n] ids that the penalty is for."""
-    if options.repetition_penalty != 1.0:
-        logits = penalize_repetition(logits, seen, options.repetition_penalty)
-    best = most_likely(logits)
-    if options.temperature == 0.0:
-        return best
-    buffers = workspace or Workspace(logits.size)
-    scaled = np.subtract(logits, logits[best], out=buffers.scores)  # shifted first: no temperature overflows
-    scaled /= np.float32(options.temperature)
-    point = uniform(seed, sequence, position)
-    if options.top_k == 0 and options.top_p == 1.0:
-        return draw(scaled, point, buffers.weights)
-    ids, scores = candidates(scaled, options.top_k, options.top_p, buffers.weights)
-    return int(ids[draw(scores, point)])
-
-
-def penalize_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
-    """A copy of `logits` with CTRL's penalty on the ids `seen`."""
-    out = logits.copy()
-    out[seen] = penalize(logits[seen], penalty)
-    return out
 
 
 def penalize(scores: np.ndarray, penalty: float) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -82,7 +83,7 @@ class Scheduler:
 
     def __init__(self, session: Session, max_waiting: int):
         self._session, self._max_waiting = session, max_waiting
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a forgotten stream may be cancelled by whoever holds it
         self._driving = False
         self._waiters: list[_Waiter] = []
         self._waiting: deque[Sequence] = deque()
@@ -106,8 +107,10 @@ class Scheduler:
     def cancel(self, sequences: Iterable[Sequence]) -> None:
         """Ends those that are not done, and frees their slots: at once, or after the step that is under
         way."""
-        for sequence in sequences:
+        for sequence in (sequences := list(sequences)):
             sequence.cancelled = True
+        if not sequences:
+            return
         with self._lock:
             if self._driving:
                 return
@@ -130,7 +133,7 @@ class Scheduler:
 
     def after_fork(self) -> None:
         """In a child process: sequences of threads that are not here are gone."""
-        self._lock, self._driving, self._waiters = threading.Lock(), False, []
+        self._lock, self._driving, self._waiters = threading.RLock(), False, []
         me = threading.get_ident()
         self._waiting = deque(s for s in self._waiting if s.owner == me)
         self._running = [s for s in self._running if s.owner == me]
@@ -166,12 +169,17 @@ class Scheduler:
 
     def _hand_over(self) -> None:
         self._wake_the_ready()
-        with self._lock:
-            self._driving = bool(self._waiters)
-            if self._waiters:
-                waiter = self._waiters.pop(0)
-                waiter.drives = True
-                waiter.event.set()
+        while True:
+            with self._lock:
+                if self._waiters:
+                    waiter = self._waiters.pop(0)
+                    waiter.drives = True
+                    waiter.event.set()
+                    return
+                if not any(s.done or s.cancelled for s in [*self._running, *self._waiting]):
+                    self._driving = False
+                    return
+            self._sweep()  # cancelled since the last step
 
     # ---- a step ----
 
@@ -181,7 +189,7 @@ class Scheduler:
         chunks = [chunk for chunk in self._plan() if not chunk.sequence.done]
         if chunks:
             self._forward(chunks)
-        self._sweep()
+        self._sweep_done()
 
     def _sweep(self) -> None:
         """Lets go of what is done, cancelled or out of time."""
@@ -192,7 +200,13 @@ class Scheduler:
                 sequence.end("cancelled")
             elif timeout is not None and now - sequence.started > timeout:
                 sequence.end("timeout")
-            if sequence.done:
+        self._sweep_done()
+
+    def _sweep_done(self) -> None:
+        for sequence in [s for s in self._running if s.done]:
+            self._let_go(sequence)
+        if any(s.done for s in self._waiting):
+            for sequence in [s for s in self._waiting if s.done]:
                 self._let_go(sequence)
 
     def _let_go(self, sequence: Sequence) -> None:
@@ -217,7 +231,7 @@ class Scheduler:
             try:
                 if not self._place(sequence):
                     return
-            except GristmillError as error:  # no slot will ever be free
+            except Exception as error:  # no slot will ever be free, or its rows could not be had
                 sequence.fail(error)
                 self._let_go(sequence)
                 continue
@@ -253,11 +267,18 @@ class Scheduler:
         if whole and slots.take_kept(source, length, sequence.owner):
             sequence.slot = source
         else:
-            slot = slots.take(not self._running, False, sequence.owner, self._stuck, source)
+            slot = slots.take(False, False, sequence.owner, source)
             if slot is None:
+                if not self._running:
+                    slots.pause(self._stuck())
                 return False
             sequence.slot = slot
-            if length < WORTH_COPYING or not self._session._copy_slot(source, slot, length, kept=kept):
+            try:
+                copied = length >= WORTH_COPYING and self._session._copy_slot(source, slot, length, kept=kept)
+            except BaseException:
+                slots.give_back(slot)
+                raise
+            if not copied:
                 return True
         sequence.cached = sequence.result.reused_tokens = length
         return True
@@ -270,18 +291,22 @@ class Scheduler:
     def _plan(self) -> list[Chunk]:
         """The next tokens of all: those that only decode first, then prompts, as far as the rows reach."""
         decoding = [s for s in self._running if s.missing == 1]
+        prompts = [s for s in self._running if s.missing > 1]
         left = self._session.max_tokens
-        chunks = [Chunk(s, s.tokens[-1:]) for s in decoding[:left]]
+        chunks = [Chunk(s, s.tokens[-1:]) for s in decoding[: max(left - bool(prompts), 1)]]
         left -= len(chunks)
+        if len(chunks) < len(decoding):  # more slots than rows: in turn
+            turn = decoding[: len(chunks)]
+            self._running = [*(s for s in self._running if s not in turn), *turn]
+        if not prompts:
+            self._propose(chunks)
         if chunks:
             left = min(left, PROMPT_ROWS)
-        for sequence in self._running:
-            if sequence.missing > 1 and left > 0:
+        for sequence in prompts:
+            if left > 0:
                 tokens = sequence.tokens[sequence.cached : sequence.cached + left]
                 chunks.append(Chunk(sequence, tokens))
                 left -= len(tokens)
-        if len(chunks) == len(decoding):
-            self._propose(chunks)
         return chunks
 
     def _propose(self, chunks: list[Chunk]) -> None:
@@ -295,13 +320,15 @@ class Scheduler:
                 chunk.drafted = sequence.lookup.propose(chunk.judge.length(self._pace, room))
             if not chunk.drafted and self.draft is not None:
                 chunk.judge = sequence.draft_acceptance
-                asked.append((chunk, chunk.judge.length(self._pace, room, self.draft.seconds)))
+                length = chunk.judge.length(self._pace, room, self.draft.seconds)
+                if length:
+                    asked.append((chunk, length))
         if self.draft is not None and asked:
             try:
                 found = self.draft.propose([(chunk.sequence, length) for chunk, length in asked])
-            except Exception as error:
-                for chunk, _ in asked:
-                    chunk.sequence.fail(error)
+            except Exception as error:  # a draft is for speed: the text goes on without it
+                self.draft = None
+                warnings.warn(f"the draft is given up: {error}", RuntimeWarning, stacklevel=2)
                 return
             for (chunk, _), drafted in zip(asked, found, strict=True):
                 chunk.drafted = drafted

@@ -24,7 +24,6 @@ from gristmill.runtime.tokenizer import StreamDecoder
 if TYPE_CHECKING:
     from gristmill.runtime.session import Session
 
-LOWEST = float(np.finfo(np.float32).min)
 PLAIN = GenerationOptions()
 HOST_ONLY = (  # options that Draws does not have
     "min_p", "typical_p", "presence_penalty", "frequency_penalty", "no_repeat_ngram", "logit_bias",
@@ -154,8 +153,8 @@ class Sequence:
         """The token that would be chosen from `logits` [V] of another model `ahead` tokens from here."""
         own = logits[: self._chooser.vocabulary]
         if own.size < self._chooser.vocabulary:
-            own = np.pad(own, (0, self._chooser.vocabulary - own.size), constant_values=LOWEST)
-        return self._chooser.choose(own, len(self.tokens) - 1 + ahead).token
+            own = np.pad(own, (0, self._chooser.vocabulary - own.size), constant_values=-np.inf)
+        return self._chooser.token(own, len(self.tokens) - 1 + ahead)
 
     def _choose(self, logits: np.ndarray) -> Choice:
         mask = self._constraint.mask() if self._constraint else None

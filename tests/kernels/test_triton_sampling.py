@@ -7,11 +7,11 @@ import torch
 pytest.importorskip("triton", reason="needs triton, which exists for Linux on x86-64")
 
 
+from chosen import choose
 from triton_device import DEVICE, generator, on_device  # noqa: F401  (the fixture is for all)
 
 from gristmill.kernels.triton.sampling import Options, allocate_workspace, sample
 from gristmill.runtime.decoding.options import GenerationOptions
-from gristmill.runtime.decoding.sampling import choose
 
 NONE = np.empty(0, np.int64)
 MIXES = [  # temperature, top_k, top_p
