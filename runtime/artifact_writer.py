@@ -6,10 +6,12 @@ nothing opens by accident, and the next compile to the same place clears it away
 flock while its writer lives.
 
     with ArtifactWriter(out) as writer:
-        weights = writer.declare_weights(specs) weights.write("embed.weight", array)          # in the
-        declared order, in as many pieces as wanted writer.write_json("program.json", program)
-        writer.seal(manifest)                         # from here on writer.path opens as an artifact: for the
-        gate writer.write_json("evaluation.json", result) writer.commit(manifest)
+        weights = writer.declare_weights(specs)
+        weights.write("embed.weight", array)  # in the declared order, in as many pieces as wanted
+        writer.write_json("program.json", program)
+        writer.seal(manifest)                 # from here on writer.path opens as an artifact: for the gate
+        writer.write_json("evaluation.json", result)
+        writer.commit(manifest)
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 import numpy as np
 
 from gristmill.runtime import machine
+from gristmill.runtime.arguments import batch, int32, is_batch, within
 from gristmill.runtime.artifact import (
     GENERATION_CONFIG,
     PROGRAM,
@@ -138,16 +139,16 @@ def _open(
     program = Program.from_json(parse_json(program_json, PROGRAM))
     refuse_malformed(program)
     limits = program.limits
-    max_len = _within("max_len", max_len, limits.max_len, limits.max_position)
-    max_slots = _within("max_slots", max_slots, limits.max_slots, 65536)
-    max_waiting = _within("max_waiting", max_waiting, MAX_WAITING, 2**31 - 1)
+    max_len = within("max_len", max_len, limits.max_len, limits.max_position)
+    max_slots = within("max_slots", max_slots, limits.max_slots, 65536)
+    max_waiting = within("max_waiting", max_waiting, MAX_WAITING, 2**31 - 1)
     if device == "cuda":
         from gristmill.runtime.cuda import open_executor
 
         opened = open_executor(program, artifact.weights_path, max_len, max_slots)
         return Session(artifact, program, opened, max_waiting=max_waiting)
     cores = min(machine.usable_cpus(), native().default_threads())
-    threads = _within("threads", threads, cores, 1024)
+    threads = within("threads", threads, cores, 1024)
     weights = artifact.weights_path
     refuse_too_large(program, max_len, max_slots, weights.stat().st_size if hugepages else 0)
     executor = native().Executor(
@@ -301,7 +302,7 @@ class Session:
         slots[t]. A slot's rows continue it without gap or duplicate; a position before its end rolls it back.
         rows: [R] int32 indices of rows.
         """
-        return self._run(*_batch(tokens, positions, slots, rows), held=False)
+        return self._run(*batch(tokens, positions, slots, rows), held=False)
 
     def tune(self, max_rows: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Times how products of up to `max_rows` rows are cut best on this device, and keeps that for the
@@ -347,11 +348,11 @@ class Session:
         if not (on_text is None or callable(on_text)):
             raise GristmillError(f"on_text is {on_text!r}, expected a function of a number and a text")
         chosen = GenerationOptions.of(**options)
-        given = prompt if _is_batch(prompt) else [prompt]
+        given = prompt if is_batch(prompt) else [prompt]
         prompts = [sample for one in given for sample in samples(self._prompt_ids(one), chosen)]
         found = generate_all(self, prompts, on_text)
         each = found if chosen.n == 1 else [found[i : i + chosen.n] for i in range(0, len(found), chosen.n)]
-        return each if _is_batch(prompt) else each[0]
+        return each if is_batch(prompt) else each[0]
 
     def stream(self, prompt: str | Sequence[int], **options: Any) -> Stream:
         """Continues one prompt and yields its text in pieces that never split a character or a stop string.
@@ -393,10 +394,8 @@ class Session:
         return Prompt(self._prompt_ids(prompt), chosen)
 
     def _prompt_ids(self, prompt: Any) -> list[int]:
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt)
-        else:
-            ids = _int32("a prompt", prompt).tolist()
+        text = isinstance(prompt, str)
+        ids = self.tokenizer.encode(prompt) if text else int32("a prompt", prompt).tolist()
         if not ids:
             raise GristmillError("the prompt is empty and the tokenizer adds no BOS; give text or token ids")
         if len(ids) > self.max_len:
@@ -486,7 +485,7 @@ class Session:
         An artifact compiled with --rotate has them turned and without the norm's weight. Raises
         GristmillError where the program has none to give, see Program.hidden.
         """
-        return run_hidden(self, *_batch(tokens, positions, slots, rows), held=False)
+        return run_hidden(self, *batch(tokens, positions, slots, rows), held=False)
 
 
 def native() -> Any:
@@ -498,39 +497,3 @@ def native() -> Any:
             f"the CPU executor is not built ({error}); install with `pip install .`"
         ) from error
     return _native
-
-
-def _within(name: str, value: int | None, default: int, limit: int) -> int:
-    chosen = default if value is None else value
-    if type(chosen) is not int or not 1 <= chosen <= limit:
-        raise GristmillError(f"{name} is {chosen!r}, expected an integer from 1 to {limit}")
-    return chosen
-
-
-def _int32(name: str, values: Any) -> np.ndarray:
-    try:
-        array = np.asarray(values)
-    except (ValueError, TypeError) as error:
-        raise GristmillError(f"{name}: expected a list of integers ({error})") from error
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise GristmillError(
-            f"{name}: got {array.dtype} of shape {list(array.shape)}, expected one list of integers"
-        )
-    if array.size and (int(array.min()) < -(2**31) or int(array.max()) >= 2**31):
-        raise GristmillError(f"{name}: an entry does not fit 32 bits")
-    return np.ascontiguousarray(array, dtype=np.int32)
-
-
-def _batch(
-    tokens: Any, positions: Any, slots: Any, rows: Any
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Arrays of a batch; all rows where none are named."""
-    named = (("tokens", tokens), ("positions", positions), ("slots", slots))
-    t, p, s = (_int32(name, values) for name, values in named)
-    return t, p, s, np.arange(len(t), dtype=np.int32) if rows is None else _int32("rows", rows)
-
-
-def _is_batch(prompt: Any) -> bool:
-    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
-        return False
-    return len(prompt) > 0 and not isinstance(prompt[0], (int, np.integer))

@@ -253,13 +253,13 @@ def _ranges(positions: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.nd
     return ids, first, ends
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """The number of first entries that are equal."""
+def common_prefix(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
+    """The number of first entries that are equal, of lists or of arrays."""
     most = min(len(a), len(b))
-    if a[:most] == b[:most]:
+    if isinstance(a, list) and a[:most] == b[:most]:  # mostly equal, and quicker than making arrays of them
         return most
-    differing = np.flatnonzero(np.asarray(a[:most]) != np.asarray(b[:most]))
-    return int(differing[0]) if len(differing) else most
+    differing = np.asarray(a[:most]) != np.asarray(b[:most])
+    return int(differing.argmax()) if differing.any() else most
 
 
 def _refuse_outside(name: str, values: np.ndarray, limit: int, remedy: str) -> None:

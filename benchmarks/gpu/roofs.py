@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gristmill.runtime.cuda.graphs import captured
+
 Run = Callable[[], object]
 LAUNCH_AHEAD_CYCLES = 60_000_000  # some 30 ms in which the host gets ahead of the device
 
@@ -60,18 +62,10 @@ class Clock:
 
     def graphed(self, run: Run) -> Run:
         """The same as one replay of a CUDA Graph; without a device as it is."""
+        if self.on_gpu:
+            return captured(run).replay
         run()
-        if not self.on_gpu:
-            return run
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        return graph.replay
+        return run
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import torch
 WARM_UPS = 3  # runs before a capture: kernels are compiled and loaded then
 
 
-def captured(launch: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
+def captured(launch: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGraph:
     """What ``launch`` launches, after warming up on another stream, as a graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from gristmill.runtime.decoding.sampling import kth_largest
-from gristmill.runtime.errors import GristmillError
+from gristmill.runtime.decoding.greedy import refuse_not_finite
+from gristmill.runtime.decoding.sampling import kth_largest, penalize
 
 # (log-probabilities [n, V] f32, which it may change, sequences [n, length] i32 with the prompt) -> [n, V] f32
 Process = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -31,10 +31,7 @@ def log_softmax(logits: np.ndarray, buffers: ScoreBuffers) -> np.ndarray:
     scores, weights = buffers.scores[:count], buffers.weights[:count]
     largest = logits.max(axis=1, keepdims=True)  # NaN if there is one
     if not np.isfinite(largest).all():
-        bad = largest[~np.isfinite(largest)][0]
-        raise GristmillError(
-            f"the model gave {bad} as a logit: damaged weights (see `gristmill verify`) or overflow"
-        )
+        refuse_not_finite(largest[~np.isfinite(largest)][0])
     np.subtract(logits, largest, out=scores)
     np.exp(scores, out=weights)
     scores -= np.log(weights.sum(axis=1, keepdims=True))
@@ -88,7 +85,7 @@ def penalize_repetition(scores: np.ndarray, sequences: np.ndarray, penalty: floa
     """CTRL's penalty (arXiv 1909.05858) on log-probabilities, which are negative: multiplied where seen."""
     rows = np.arange(len(scores))[:, None]
     seen = scores[rows, sequences]
-    scores[rows, sequences] = np.where(seen < 0, seen * np.float32(penalty), seen / np.float32(penalty))
+    scores[rows, sequences] = penalize(seen, penalty)
     return scores
 
 

@@ -12,7 +12,6 @@ now.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -20,8 +19,9 @@ from typing import Any, Literal
 import numpy as np
 
 from gristmill.runtime.decoding.beam_scores import Process, ScoreBuffers, best_of, log_softmax
-from gristmill.runtime.decoding.options import refuse_unknown
+from gristmill.runtime.decoding.options import check_integer, check_number, refuse_unknown
 from gristmill.runtime.errors import GristmillError
+from gristmill.runtime.slots import common_prefix
 
 MOST_BEAMS = 1024
 MOST_LENGTH_PENALTY = 5.0  # a million tokens to this power is still an f32
@@ -58,11 +58,11 @@ class BeamOptions:
         return options
 
     def _check(self) -> None:
-        _count("num_beams", self.num_beams, MOST_BEAMS)
-        _count("num_return_sequences", self.num_return_sequences, self.num_beams)
-        _count("num_beam_groups", self.num_beam_groups, self.num_beams)
-        _number("length_penalty", self.length_penalty, -MOST_LENGTH_PENALTY, MOST_LENGTH_PENALTY)
-        _number("diversity_penalty", self.diversity_penalty, 0.0, 1e6)
+        check_integer("num_beams", self.num_beams, 1, MOST_BEAMS)
+        check_integer("num_return_sequences", self.num_return_sequences, 1, self.num_beams)
+        check_integer("num_beam_groups", self.num_beam_groups, 1, self.num_beams)
+        check_number("length_penalty", self.length_penalty, -MOST_LENGTH_PENALTY, MOST_LENGTH_PENALTY)
+        check_number("diversity_penalty", self.diversity_penalty, 0.0, 1e6)
         if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
             raise GristmillError(
                 f"early_stopping is {self.early_stopping!r}, expected False, True or 'never'"
@@ -272,21 +272,3 @@ def settle(running: list[Running], held: dict[int, np.ndarray], copy_slot: CopyS
         if shared[target] < len(rows):  # beams of two groups may say the same
             copy_slot(beam.slot, target, len(rows), shared[target])
         held[target], beam.slot = rows, target
-
-
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """How many first entries are equal."""
-    length = min(len(a), len(b))
-    differing = a[:length] != b[:length]
-    return int(differing.argmax()) if differing.any() else length
-
-
-def _count(name: str, value: Any, most: int) -> None:
-    if type(value) is not int or not 1 <= value <= most:
-        raise GristmillError(f"{name} is {value!r}, expected an integer from 1 to {most}")
-
-
-def _number(name: str, value: Any, low: float, high: float) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not low <= value <= high:
-        raise GristmillError(f"{name} is {value!r}, expected a number from {low:g} to {high:g}")

@@ -23,7 +23,7 @@ import numpy as np
 
 from gristmill.runtime.decoding.chooser import Choice
 from gristmill.runtime.decoding.greedy import most_likely
-from gristmill.runtime.decoding.options import GenerationOptions
+from gristmill.runtime.decoding.options import GenerationOptions, check_number
 from gristmill.runtime.decoding.sampling import candidates
 from gristmill.runtime.decoding.sequence import Generation, Prompt, Sequence
 from gristmill.runtime.errors import GristmillError
@@ -54,9 +54,8 @@ class ContrastiveOptions:
     top_k: int = 4
 
     def __post_init__(self) -> None:
-        alpha, k = self.penalty_alpha, self.top_k
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
-            raise GristmillError(f"penalty_alpha is {alpha!r}, expected a number from 0 to 1")
+        k = self.top_k
+        check_number("penalty_alpha", self.penalty_alpha, 0.0, 1.0)
         if type(k) is not int or k < 1:
             raise GristmillError(f"top_k is {k!r}, expected an integer from 1")
 
@@ -201,8 +200,7 @@ def generate_contrastive(
         )
         while not text.done:
             text._append(Choice(next(tokens)))
-            while text.pieces:
-                piece = text.pieces.popleft()
+            for piece in text.take_pieces():
                 if on_text is not None:
                     on_text(piece)
     finally:

@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -33,16 +33,23 @@ def generate_all(
     started = time.perf_counter()
     sequences = [Sequence(session, prompt, started) for prompt in prompts]
     scheduler = session._scheduler
-    try:
-        scheduler.submit(sequences)
+    with _submitted(scheduler, sequences):
         while not all(sequence.done for sequence in sequences):
             scheduler.run_until(news)
             _raise_first(sequences)
             if on_text:
                 _tell(sequences, on_text)
+    return [sequence.result for sequence in sequences]
+
+
+@contextmanager
+def _submitted(scheduler: Scheduler, sequences: list[Sequence]) -> Iterator[None]:
+    """Those that are not done at the end of the block are cancelled."""
+    try:
+        scheduler.submit(sequences)
+        yield
     finally:
         scheduler.cancel([sequence for sequence in sequences if not sequence.done])
-    return [sequence.result for sequence in sequences]
 
 
 def samples(ids: list[int], options: GenerationOptions) -> list[Prompt]:
@@ -53,8 +60,8 @@ def samples(ids: list[int], options: GenerationOptions) -> list[Prompt]:
 
 def _tell(sequences: list[Sequence], on_text: Callable[[int, str], None]) -> None:
     for number, sequence in enumerate(sequences):
-        while sequence.pieces:
-            on_text(number, sequence.pieces.popleft())
+        for piece in sequence.take_pieces():
+            on_text(number, piece)
 
 
 def _raise_first(sequences: list[Sequence]) -> None:
@@ -98,16 +105,11 @@ class Stream:
 def _pieces(scheduler: Scheduler, sequence: Sequence) -> Generator[str, None, None]:
     """Does not hold the Stream, which can so be forgotten: its end ends the generation."""
     sequence.owner = threading.get_ident()
-    try:
-        scheduler.submit([sequence])
-        while not (sequence.done and not sequence.pieces):
+    with _submitted(scheduler, [sequence]):
+        while not sequence.told:
             scheduler.run_until(lambda: bool(sequence.pieces) or sequence.done)
-            while sequence.pieces:
-                yield sequence.pieces.popleft()
+            yield from sequence.take_pieces()
         _raise_first([sequence])
-    finally:
-        if not sequence.done:
-            scheduler.cancel([sequence])
 
 
 class AsyncStream:
@@ -141,18 +143,14 @@ async def _async_pieces(
             loop.call_soon_threadsafe(news.set)
 
     sequence.notify = notify
-    try:
-        scheduler.submit([sequence])
+    with _submitted(scheduler, [sequence]):
         driver.drive(sequence)
-        while not (sequence.done and not sequence.pieces):
+        while not sequence.told:
             await news.wait()
             news.clear()
-            while sequence.pieces:
-                yield sequence.pieces.popleft()
+            for piece in sequence.take_pieces():
+                yield piece
         _raise_first([sequence])
-    finally:
-        if not sequence.done:
-            scheduler.cancel([sequence])
 
 
 class AsyncDriver:

@@ -91,9 +91,9 @@ class GenerationOptions:
         self._check_penalties()
         self._check_constraints()
         if self.timeout_s is not None:
-            _number("timeout_s", self.timeout_s, 0.0, math.inf)
+            check_number("timeout_s", self.timeout_s, 0.0, math.inf)
         if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+            check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
 
     @property
     def constraint(self) -> tuple[str, Any] | None:
@@ -109,8 +109,8 @@ class GenerationOptions:
             raise GristmillError("regex, choices and schema exclude each other; give one of them")
 
     def _check_lengths(self) -> None:
-        _integer("max_new_tokens", self.max_new_tokens, 1, MAX_INTEGER)
-        _integer("min_new_tokens", self.min_new_tokens, 0, MAX_INTEGER)
+        check_integer("max_new_tokens", self.max_new_tokens, 1, MAX_INTEGER)
+        check_integer("min_new_tokens", self.min_new_tokens, 0, MAX_INTEGER)
         if self.min_new_tokens > self.max_new_tokens:
             raise GristmillError(
                 f"min_new_tokens is {self.min_new_tokens}, expected at most max_new_tokens, "
@@ -121,34 +121,34 @@ class GenerationOptions:
                 "stop holds something that is not text or is empty; expected one text or several"
             )
         for token in self.stop_ids:
-            _integer("a token id in stop_ids", token, 0, MAX_INTEGER)
+            check_integer("a token id in stop_ids", token, 0, MAX_INTEGER)
 
     def _check_draws(self) -> None:
-        _number("temperature", self.temperature, 0.0, math.inf)
+        check_number("temperature", self.temperature, 0.0, math.inf)
         if 0 < self.temperature < 1e-6:
             raise GristmillError(
                 f"temperature is {self.temperature!r}, expected 0 (greedy) or a number from 0.000001"
             )
-        _integer("top_k", self.top_k, 0, MAX_INTEGER)
+        check_integer("top_k", self.top_k, 0, MAX_INTEGER)
         for name in ("top_p", "min_p", "typical_p"):
-            _number(name, getattr(self, name), 0.0, 1.0)
+            check_number(name, getattr(self, name), 0.0, 1.0)
         if self.typical_p == 0:
             raise GristmillError("typical_p is 0, expected a number above 0 (1 is off)")
         if self.seed is not None:
-            _integer("seed", self.seed, 0, MAX_SEED)
-        _integer("n", self.n, 1, MAX_SAMPLES)
+            check_integer("seed", self.seed, 0, MAX_SEED)
+        check_integer("n", self.n, 1, MAX_SAMPLES)
 
     def _check_penalties(self) -> None:
-        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf)
+        check_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf)
         if self.repetition_penalty == 0:
             raise GristmillError("repetition_penalty is 0, expected a number above 0 (1 is off)")
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _integer("no_repeat_ngram", self.no_repeat_ngram, 0, MAX_INTEGER)
+        check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        check_integer("no_repeat_ngram", self.no_repeat_ngram, 0, MAX_INTEGER)
         for token, bias in self.logit_bias:
-            _integer("a token id in logit_bias", token, 0, MAX_INTEGER)
+            check_integer("a token id in logit_bias", token, 0, MAX_INTEGER)
             if bias != -math.inf:
-                _number(f"logit_bias of token {token}", bias, -MAX_BIAS, MAX_BIAS, " or -inf")
+                check_number(f"logit_bias of token {token}", bias, -MAX_BIAS, MAX_BIAS, " or -inf")
 
 
 def _several(value: Any) -> tuple[Any, ...]:
@@ -177,12 +177,14 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
             raise GristmillError(f"{where} has no option {name!r}; {hint}")
 
 
-def _integer(name: str, value: Any, low: int, high: int) -> None:
+def check_integer(name: str, value: Any, low: int, high: int) -> None:
+    """Raises GristmillError for what is no integer from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise GristmillError(f"{name} is {value!r}, expected an integer from {low} to {high}")
 
 
-def _number(name: str, value: Any, low: float, high: float, also: str = "") -> None:
+def check_number(name: str, value: Any, low: float, high: float, also: str = "") -> None:
+    """Raises GristmillError for what is no finite number from `low` to `high`; also: ends what it says."""
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float))

@@ -6,7 +6,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -121,6 +121,16 @@ class Sequence:
     @property
     def done(self) -> bool:
         return self.result.finish_reason is not None or self.error is not None
+
+    @property
+    def told(self) -> bool:
+        """Whether it is done and all its text was taken."""
+        return self.done and not self.pieces
+
+    def take_pieces(self) -> Iterator[str]:
+        """The text that nobody has taken yet."""
+        while self.pieces:
+            yield self.pieces.popleft()
 
     def end(self, reason: str) -> None:
         """Ends it where it stands; the text held back until now comes out."""
