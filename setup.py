@@ -1,7 +1,8 @@
 """The parts of setup that need a program: which folder is which package, and the C++ extension.
 
 The folders stand at the top of the repository and are imported under `gristmill`. The extension is compiled
-here, two files at a time, into build/native, and only what changed: the compiler's dependency files tell.
+here, a file for each processor at a time, into build/native, and only what changed: the compiler's
+dependency files tell.
 """
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ def compile_object(source: str) -> Path:
 
 class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [str(path) for path in pool.map(compile_object, ext.sources)]
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
