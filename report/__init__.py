@@ -1,1 +1,1 @@
-"""What each choice of formats and methods costs in accuracy and gains in speed, and why it is as fast as it is."""
+"""What each choice of formats and methods costs in accuracy and gains in speed, and the reason for either."""

@@ -1,7 +1,7 @@
 """report.json: every number that a page shows, as frozen dataclasses.
 
-Seconds, bytes, and operations (a multiply-add counts as two) unless a name says otherwise; shares and relative
-increases are fractions (0.01: one percent). What was not measured is None, never 0.
+Seconds, bytes, and operations (a multiply-add counts as two) unless a name says otherwise; shares and
+relative increases are fractions (0.01: one percent). What was not measured is None, never 0.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PositionBin:
 
 @dataclass(frozen=True)
 class WorstToken:
-    """One of the tokens with the largest divergence: the text before it, what came, what either model preferred."""
+    """One of the tokens that diverge most: the text before it, what came, what either model preferred."""
 
     kl: float
     position: int
@@ -187,8 +187,8 @@ class ScalePoint:
 class PhaseWhy:
     """Why one phase is as fast as it is. name: "decode", "prefill 512", "decode at 4096", ...
 
-    communication: seconds between ranks or over PCIe, None on one device. growth: the same forward with more and
-    more rows: time that does not grow with the work is overhead.
+    communication: seconds between ranks or over PCIe, None on one device. growth: the same forward with
+    more and more rows: time that does not grow with the work is overhead.
     """
 
     name: str
