@@ -63,7 +63,12 @@ class Clock:
     def graphed(self, run: Run) -> Run:
         """The same as one replay of a CUDA Graph; without a device as it is."""
         if self.on_gpu:
-            return captured(run).replay
+            graph = captured(run)
+
+            def replay(kept: Run = run) -> None:  # the graph does not keep the memory that it works on
+                graph.replay()
+
+            return replay
         run()
         return run
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cache import CacheRows, LayerCache, data_columns, scale_planes
+from .overlap import let_next_begin, options, wait_for_inputs
 
 TINY = tl.constexpr(1e-35)  # the inverse of less would overflow; such rows count as zero or constant
 
@@ -187,8 +188,11 @@ def _append_kernel(
     DIMS: tl.constexpr, INTERLEAVED: tl.constexpr, PASSES: tl.constexpr, FACTOR: tl.constexpr,
     K_TYPE: tl.constexpr, K_BYTES: tl.constexpr, K_PLANES: tl.constexpr, K_BLOCK: tl.constexpr,
     V_TYPE: tl.constexpr, V_BYTES: tl.constexpr, V_PLANES: tl.constexpr, V_BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Heads of a row, by the second index: HEADS queries (0 where they need no work), keys, values."""
+    let_next_begin(OVERLAP)
+    wait_for_inputs(OVERLAP)
     t = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     cos += t * (DIMS // 2)
@@ -263,5 +267,5 @@ def append(
         K_PLANES=scale_planes(cache.k.dtype, cache.k.dim), K_BLOCK=_block(cache.k),
         V_TYPE=cache.v.dtype, V_BYTES=data_columns(cache.v.dtype, cache.v.dim),
         V_PLANES=scale_planes(cache.v.dtype, cache.v.dim), V_BLOCK=_block(cache.v),
-        num_warps=1,
+        num_warps=1, **options(),
     )  # fmt: skip

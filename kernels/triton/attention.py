@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cache import LayerCache, data_columns, scale_planes
+from .overlap import let_next_begin, options, wait_for_inputs
 
 LOG2E = tl.constexpr(math.log2(math.e))
 SPLIT = tl.constexpr(256)  # positions of the shortest split
@@ -180,9 +181,11 @@ def _attend_kernel(
     K_DIM: tl.constexpr, K_BLOCK: tl.constexpr, K_TYPE: tl.constexpr, K_BYTES: tl.constexpr,
     K_PLANES: tl.constexpr,
     V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, V_TYPE: tl.constexpr, V_BYTES: tl.constexpr,
-    V_PLANES: tl.constexpr,
+    V_PLANES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One block, kv head and split. Query m of the tile is head m % GROUP of the block's row m // GROUP."""
+    let_next_begin(OVERLAP)
+    wait_for_inputs(OVERLAP)
     head = tl.program_id(1)
     if blocks is not None:
         first_row = tl.load(blocks + tl.program_id(0) * 4)
@@ -270,8 +273,10 @@ def _attend_kernel(
 def _combine_kernel(
     m_in, l_in, acc_in, sinks, out, positions, out_stride,
     HEADS: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
-    V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, STEP: tl.constexpr,
+    V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, STEP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    let_next_begin(OVERLAP)
+    wait_for_inputs(OVERLAP)
     t, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position = tl.load(positions + t)
     length = _split_length(position, WINDOW, SPLITS)
@@ -418,13 +423,14 @@ def attend(
         blocks, positions, slots, q.stride(0), out.stride(0), cache.ring, scale, softcap,
         KV_HEADS=cache.kv_heads, GROUP=group, M=queries, N=tiles.columns, SPLITS=tiles.splits,
         WINDOW=cache.window, CAPPED=softcap > 0, ALWAYS_MASKED=queries == 16, **_shape(cache),
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages, **options(),
     )  # fmt: skip
     if split:
         _combine_kernel[(len(q), heads)](
             *left, sinks, out, positions, out.stride(0),
             HEADS=heads, SPLITS=tiles.splits, WINDOW=cache.window, V_DIM=cache.v.dim,
             V_BLOCK=triton.next_power_of_2(cache.v.dim), STEP=min(16, tiles.splits), num_warps=4,
+            **options(),
         )  # fmt: skip
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .overlap import let_next_begin, wait_for_inputs
+
 
 @triton.jit
 def tanh(x):
@@ -77,11 +79,30 @@ def weight_rows(tile, n_out, GLU: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def deliver(
+    y, bias, residual, ldr, out, ldo, work, work_width, split, token, tokens, rows, column, n_out, factor,
+    softcap, GLU: tl.constexpr, ACTIVATION: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Where a kernel's sums y [B, T] go: finished to out, or with `work` as they are to ``split``'s place."""
+    mask = (column < n_out)[:, None] & (token < tokens)[None, :]
+    if work is not None:
+        place = (split * tokens + token).to(tl.int64)[None, :] * work_width
+        tl.store(work + place + column[:, None], y, mask)
+    else:
+        if bias is not None:
+            y += tl.load(bias + rows).to(tl.float32)[:, None]
+        write(y, out, ldo, residual, ldr, token, column, mask, factor, softcap, GLU, ACTIVATION, SOFTCAP)
+
+
+@triton.jit
 def combine_kernel(
     work, splits, width, bias, residual, ldr, out, ldo, tokens, n_out, factor, softcap,
     GLU: tl.constexpr, ACTIVATION: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Sums partial products work [splits, tokens, width] in the order of the splits, then the epilogue."""
+    let_next_begin(OVERLAP)
+    wait_for_inputs(OVERLAP)
     token = tl.program_id(1) + tl.arange(0, 1)
     rows, column = weight_rows(tl.program_id(0), n_out, GLU, BLOCK)
     y = tl.zeros([BLOCK], tl.float32)

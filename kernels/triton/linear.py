@@ -2,14 +2,15 @@
 
 One linear is one kernel for each format among its segments (`matrix.merge` joins neighbours), plus a gather
 where the columns are ordered, plus one that combines where k is split or a gated pair has two formats. All
-memory comes from the caller: `workspace_bytes` says how much for a Plan. Activations are never quantized but
-by choice beside fp8.
+memory comes from the caller: `workspace_bytes` says how much for a Plan. Beside integer weights activations
+are quantized to int8 where the plan says so, and multiplied as integers; many rows are multiplied as they
+were before, as 16-bit floats.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -20,8 +21,12 @@ from .dequantize import constants, dequantize
 from .epilogue import combine_kernel
 from .linear_configs import Config, candidates, choose
 from .linear_decode import decode_kernel
+from .linear_integer import constants as integer_constants
+from .linear_integer import integer_kernel, quads
 from .linear_tensor_cores import quantize_fp8_kernel, tensor_core_kernel
 from .matrix import Matrix
+from .overlap import options
+from .quantize import Quantized, quantize, room
 
 ALIGNMENT = 256  # of the pieces of a workspace
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -32,7 +37,8 @@ class Plan:
     """How a linear runs for one number of tokens: a config for each segment, all with the same splits.
 
     multiply: the type that tensor cores multiply, torch.bfloat16 or torch.float16. native_fp8: fp8 weights of
-    whole rows multiply e4m3 activations on the tensor cores.
+    whole rows multiply e4m3 activations on the tensor cores. act_group: columns of int8 activations that
+    share a scale, 0 where no config multiplies those.
     """
 
     tokens: int
@@ -40,6 +46,7 @@ class Plan:
     partial: bool  # sums go through the workspace and are combined
     multiply: torch.dtype = torch.bfloat16
     native_fp8: bool = False
+    act_group: int = 0
 
 
 def plan(
@@ -49,20 +56,23 @@ def plan(
     configs: Sequence[Config] | None = None,
     multiply: torch.dtype = torch.bfloat16,
     native_fp8: bool = False,
+    act_group: int = 0,
 ) -> Plan:
-    """A Plan with the given configs, or the table's."""
-    chosen = list(configs) if configs else [choose(segment, tokens) for segment in segments]
+    """A Plan with the given configs, or the table's; act_group: as the program has it, 0 for floats."""
+    chosen = list(configs) if configs else [choose(s, tokens, act_group > 0, multiply) for s in segments]
     assert len(chosen) == len(segments), f"{len(segments)} segments need as many configs, got {len(chosen)}"
     splits = max(config.splits for config in chosen)
     if splits > 1:
         chosen = [_with_splits(config, splits) for config in chosen]
     native = native_fp8 and all(s.format == "fp8" and not s.group and s.k % 16 == 0 for s in segments)
     partial = splits > 1 or (glu and len(segments) > 1) or any(config.dense for config in chosen)
-    return Plan(tokens, tuple(chosen), partial, multiply, native and all(c.tokens for c in chosen))
+    native = native and all(c.tokens and not c.dense for c in chosen)
+    group = act_group if any(c.integer for c in chosen) else 0
+    return Plan(tokens, tuple(chosen), partial, multiply, native, group)
 
 
 def _with_splits(config: Config, splits: int) -> Config:
-    return Config(config.rows, config.chunks, config.tokens, splits, config.warps, config.stages)
+    return replace(config, splits=splits, dense=False)
 
 
 class _Workspace:
@@ -93,20 +103,25 @@ class _Pieces:
     fp8_scale: Tensor | None  # [tokens] f32
     x16: Tensor | None  # [tokens, k], x as cuBLAS multiplies it
     dense: Tensor | None  # [n, k], a segment as cuBLAS multiplies it
-    product: Tensor | None  # [tokens, n] what cuBLAS writes
+    quantized: Quantized | None
 
 
 def _pieces(segments: Sequence[Matrix], p: Plan, order: bool, x_dtype: torch.dtype, w: _Workspace) -> _Pieces:
     k, n, t = segments[0].k, sum(segment.n for segment in segments), p.tokens
-    tallest = max((s.n for s, c in zip(segments, p.configs) if c.dense), default=0)
+    dense = [s for s, c in zip(segments, p.configs) if c.dense]
+    tallest = max((s.n for s in dense if s.data.dtype != p.multiply), default=0)
+    floats = not all(config.integer for config in p.configs)
+    quantized = None
+    if p.act_group:
+        quantized = Quantized(*(w.take(*part) for part in room(t, k, p.act_group)), p.act_group)
     return _Pieces(
-        w.take((t, k), x_dtype) if order else None,
+        w.take((t, k), x_dtype) if order and floats else None,
         w.take((p.configs[0].splits, t, n), torch.float32) if p.partial else None,
         w.take((t, k), torch.uint8) if p.native_fp8 else None,
         w.take((t,), torch.float32) if p.native_fp8 else None,
-        w.take((t, k), p.multiply) if tallest else None,
+        w.take((t, k), p.multiply) if dense else None,
         w.take((tallest, k), p.multiply) if tallest else None,
-        w.take((t, tallest), p.multiply) if tallest else None,
+        quantized,
     )
 
 
@@ -115,6 +130,13 @@ def workspace_bytes(segments: Sequence[Matrix], p: Plan, order: bool, x_dtype: t
     counted = _Workspace(None)
     _pieces(segments, p, order, x_dtype, counted)
     return counted.used
+
+
+def quantized_input(
+    segments: Sequence[Matrix], p: Plan, order: bool, x_dtype: torch.dtype, workspace: Tensor
+) -> Quantized | None:
+    """Where `linear` looks for int8 activations that are ``at_hand``, if it multiplies such."""
+    return _pieces(segments, p, order, x_dtype, _Workspace(workspace)).quantized
 
 
 @triton.jit
@@ -165,13 +187,15 @@ def linear(
     glu: bool = False,
     scale: float = 1.0,
     softcap: float = 0.0,
+    at_hand: bool = False,
 ) -> None:
     """out = softcap(scale * activation(x[:, order] W^T + bias) [* up half]) + residual.
 
     x [T, k], residual and out [T, n], or n / 2 with `glu`: floats of any type whose last dimension has stride
     1; out may be the residual. segments: W from top to bottom; p: their plan for T tokens; bias [n] of any
-    float type; order [k] int32, a permutation; workspace: uint8, `workspace_bytes()` of it. T > 4 rounds x to
-    `p.multiply`, except beside f32 weights. Launches only: no allocation, no synchronization.
+    float type; order [k] int32, a permutation; workspace: uint8, `workspace_bytes()` of it; at_hand: what
+    `quantized_input` names holds x already. T > 4 rounds x to `p.multiply`, except beside f32 weights and
+    where it is multiplied as int8. Launches only: no allocation, no synchronization.
     """
     n = sum(segment.n for segment in segments)
     wanted = (p.tokens, n // 2 if glu else n)
@@ -181,6 +205,8 @@ def linear(
     space = _Workspace(workspace if workspace is not None else x.new_empty(0, dtype=torch.uint8))
     pieces = _pieces(segments, p, order is not None, x.dtype, space)
     end = _Epilogue(out, bias, residual, activation, glu, scale, softcap)
+    if pieces.quantized is not None and not at_hand:
+        quantize(x, pieces.quantized, order)
     if order is not None and pieces.ordered is not None:
         grid = (triton.cdiv(x.shape[1], 1024), p.tokens)
         gather_columns_kernel[grid](x, x.stride(0), order, pieces.ordered, x.shape[1], BLOCK=1024)
@@ -203,12 +229,11 @@ def _product(
 ) -> None:
     """One segment, whose rows begin at `first`."""
     if config.dense:
-        _dense_product(m, first, pieces)
+        _dense_product(m, first, p, pieces)
         return
     partial = pieces.partial
     glu = end.glu and partial is None
     n_out = m.n // 2 if glu else m.n
-    steps = triton.cdiv(m.chunks, config.chunks * config.splits)
     where = (
         end.arguments(first, None if glu else m.n)
         if partial is None
@@ -217,16 +242,25 @@ def _product(
             "work": partial[0, :, first:],
         }
     )
-    arguments = {
-        "work": None, "work_width": 0 if partial is None else partial.shape[2], **where, **constants(m),
-        "x": x, "ldx": x.stride(0), "data": m.data, "stride": m.data.stride(0), "scale": m.scale,
-        "zero": m.zero, "groups": m.groups, "tokens": p.tokens, "n_out": n_out, "k": m.k,
-        "chunks": m.chunks, "split_chunks": steps * config.chunks, "GLU": glu,
-        "ROWS": config.rows, "CHUNKS": config.chunks, "num_warps": config.warps,
-    }  # fmt: skip
     tiles = triton.cdiv(n_out, config.rows // 2 if glu else config.rows)
+    arguments = {
+        "work": None, "work_width": 0 if partial is None else partial.shape[2], **where, "scale": m.scale,
+        "zero": m.zero, "groups": m.groups, "tokens": p.tokens, "n_out": n_out, "GLU": glu,
+        "ROWS": config.rows, "num_warps": config.warps,
+    }  # fmt: skip
+    if config.integer:
+        assert pieces.quantized is not None
+        _integer_product(m, config, tiles, pieces.quantized, arguments)
+        return
+    steps = triton.cdiv(m.chunks, config.chunks * config.splits)
+    arguments |= {
+        **constants(m), "x": x, "ldx": x.stride(0), "data": m.data, "stride": m.data.stride(0), "k": m.k,
+        "chunks": m.chunks, "split_chunks": steps * config.chunks, "CHUNKS": config.chunks,
+    }  # fmt: skip
     if not config.tokens:
-        decode_kernel[(tiles, config.splits)](**arguments, TOKENS=triton.next_power_of_2(p.tokens))
+        decode_kernel[(tiles, config.splits)](
+            **arguments, TOKENS=triton.next_power_of_2(p.tokens), **options()
+        )
         return
     dtype = tl.float32 if m.format == "f32" else _TYPES[p.multiply]
     grid = (triton.cdiv(p.tokens, config.tokens), tiles, config.splits)
@@ -236,14 +270,32 @@ def _product(
     )  # fmt: skip
 
 
-def _dense_product(m: Matrix, first: int, pieces: _Pieces) -> None:
-    """A segment by cuBLAS: dequantized to 16 bits, multiplied, its sums widened into the partial ones."""
-    assert pieces.x16 is not None and pieces.dense is not None and pieces.partial is not None
-    assert pieces.product is not None
-    weights, product = pieces.dense[: m.n], pieces.product[:, : m.n]
-    dequantize(m, weights)
-    torch.mm(pieces.x16, weights.t(), out=product)
-    pieces.partial[0, :, first : first + m.n].copy_(product)
+def _integer_product(
+    m: Matrix, config: Config, tiles: int, x: Quantized, arguments: dict[str, object]
+) -> None:
+    words, x_words, count = m.data.view(torch.int32), x.q.view(torch.int32), quads(m)
+    steps = triton.cdiv(count, config.chunks * config.splits)
+    integer_kernel[(tiles, config.splits, triton.cdiv(len(x.q), config.tokens))](
+        **arguments, **integer_constants(m), xq=x_words, ldx=x_words.stride(0), xs=x.scale,
+        x_groups=x.scale.shape[1], words=words, stride=words.stride(0), quads=count,
+        split_quads=steps * config.chunks, X_GROUP=x.group, TOKENS=config.tokens, QUADS=config.chunks,
+        **options(),
+    )  # fmt: skip
+
+
+def _dense_product(m: Matrix, first: int, p: Plan, pieces: _Pieces) -> None:
+    """A segment by cuBLAS, dequantized to 16 bits where it is not stored so, into the partial sums in f32."""
+    assert pieces.x16 is not None and pieces.partial is not None
+    weights = m.data
+    if weights.dtype != p.multiply:
+        assert pieces.dense is not None
+        weights = pieces.dense[: m.n]
+        dequantize(m, weights)
+    sums = pieces.partial[0, :, first : first + m.n]
+    if weights.is_cuda:
+        torch.mm(pieces.x16, weights.t(), out_dtype=torch.float32, out=sums)
+    else:
+        torch.mm(pieces.x16.float(), weights.float().t(), out=sums)
 
 
 def _combine(partial: Tensor, end: _Epilogue) -> None:
@@ -252,13 +304,13 @@ def _combine(partial: Tensor, end: _Epilogue) -> None:
     tiles = triton.cdiv(end.out.shape[1], block // 2 if end.glu else block)
     combine_kernel[(tiles, tokens)](
         partial, splits, width, tokens=tokens, n_out=end.out.shape[1], GLU=end.glu, BLOCK=block,
-        **end.arguments(),
+        **end.arguments(), **options(),
     )  # fmt: skip
 
 
 def tune(
     matrix: Matrix, tokens: int, x_dtype: torch.dtype, multiply: torch.dtype = torch.bfloat16,
-    glu: bool = False, time: Callable[[Callable[[], None]], float] | None = None,
+    glu: bool = False, time: Callable[[Callable[[], None]], float] | None = None, act_group: int = 0,
 ) -> Config:  # fmt: skip
     """The fastest candidate for a matrix, or gated pair, by medians with a cold L2 cache.
 
@@ -270,7 +322,8 @@ def tune(
     out = torch.empty(tokens, matrix.n // 2 if glu else matrix.n, dtype=x_dtype, device=device)
     clock = time or _median
     return fastest(
-        candidates(matrix, tokens, glu), lambda config: clock(_call(matrix, x, out, config, multiply, glu))
+        candidates(matrix, tokens, glu, act_group > 0),
+        lambda config: clock(_call(matrix, x, out, config, multiply, glu, act_group)),
     )
 
 
@@ -296,9 +349,9 @@ def fastest(configs: Sequence[Config], time: Callable[[Config], float]) -> Confi
 
 
 def _call(
-    matrix: Matrix, x: Tensor, out: Tensor, config: Config, multiply: torch.dtype, glu: bool
+    matrix: Matrix, x: Tensor, out: Tensor, config: Config, multiply: torch.dtype, glu: bool, act_group: int
 ) -> Callable[[], None]:
-    p = plan([matrix], len(x), glu, configs=[config], multiply=multiply)
+    p = plan([matrix], len(x), glu, [config], multiply, act_group=act_group)
     size = workspace_bytes([matrix], p, False, x.dtype)
     workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
     return lambda: linear(x, [matrix], out, p=p, workspace=workspace, glu=glu)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from .matrix import Matrix
 
 MULTIPROCESSORS = 132
@@ -34,6 +36,7 @@ class Config:
     warps: int = 4
     stages: int = 3
     dense: bool = False
+    integer: bool = False
 
 
 # family of formats -> bucket -> config
@@ -63,6 +66,16 @@ TABLE: dict[str, dict[int, Config]] = {
         16: Config(64, 8, 16), 64: Config(64, 8, 64), 128: Config(128, 8, 128, warps=8, stages=2),
     },
 }  # fmt: skip
+# The same for int8 activations, by the tokens of a program; all are in flight at once.
+INTEGER_TABLE: dict[int, Config] = {
+    1: Config(8, 128, 1, warps=4, integer=True), 2: Config(8, 64, 2, warps=2, integer=True),
+    4: Config(4, 64, 4, warps=2, integer=True), 8: Config(4, 32, 8, warps=1, integer=True),
+    16: Config(4, 32, 16, warps=1, integer=True),
+}  # fmt: skip
+INTEGER_TOKENS = 32  # up to here
+DENSE_TOKENS = 33  # from here on
+DENSE_FLOAT_TOKENS = 5  # of weights that cuBLAS can take as they are
+DENSE_BYTES = 512 << 20  # of a matrix at most, dequantized
 FAMILIES = {"bf16": "16", "f16": "16", "int8": "8", "fp8": "8"}
 
 
@@ -71,12 +84,36 @@ def bucket(tokens: int) -> int:
     return next((b for b in BUCKETS if tokens <= b), BUCKETS[-1])
 
 
-def choose(matrix: Matrix, tokens: int) -> Config:
-    """The table's config for a matrix; where that leaves a GPU idle, smaller programs, then splits."""
+def choose(
+    matrix: Matrix, tokens: int, integers: bool = False, multiply: torch.dtype = torch.bfloat16
+) -> Config:
+    """The table's config for a matrix; where that leaves a GPU idle, smaller programs, then splits.
+
+    integers: the activations are given as int8.
+    """
+    if integers and tokens <= INTEGER_TOKENS:
+        return _choose_integer(matrix, tokens)
+    if is_dense(matrix, tokens, multiply):
+        return Config(64, 8, 64, dense=True)
     config = TABLE[FAMILIES.get(matrix.format, matrix.format)][bucket(tokens)]
     while not config.tokens and config.rows > 2 and _programs(matrix, tokens, config) < 2 * MULTIPROCESSORS:
         config = replace(config, rows=config.rows // 2)
     return replace(config, splits=_splits(matrix, tokens, config))
+
+
+def is_dense(matrix: Matrix, tokens: int, multiply: torch.dtype) -> bool:
+    """Whether cuBLAS is faster, with the time to dequantize for it."""
+    if matrix.format == "f32" or 2 * matrix.n * matrix.k > DENSE_BYTES:
+        return False
+    as_it_is = matrix.is_float and matrix.data.dtype == multiply
+    return tokens >= (DENSE_FLOAT_TOKENS if as_it_is else DENSE_TOKENS)
+
+
+def _choose_integer(matrix: Matrix, tokens: int) -> Config:
+    config = INTEGER_TABLE[min(16, 1 << (tokens - 1).bit_length())]
+    while config.rows > 2 and _programs(matrix, tokens, config) < 2 * MULTIPROCESSORS:
+        config = replace(config, rows=config.rows // 2)
+    return config
 
 
 def _programs(matrix: Matrix, tokens: int, config: Config) -> int:
@@ -92,21 +129,24 @@ def _splits(matrix: Matrix, tokens: int, config: Config) -> int:
     return splits
 
 
-def candidates(matrix: Matrix, tokens: int, glu: bool = False) -> list[Config]:
+def candidates(matrix: Matrix, tokens: int, glu: bool = False, integers: bool = False) -> list[Config]:
     """What is worth timing on a real device: the table's config and its neighbours; glu: of a gated pair, of
     which a program takes two rows at least.
     """
-    base = choose(matrix, tokens)
+    base = choose(matrix, tokens, integers)
     found = [base]
+    if base.dense:  # its neighbours are of the kernel that it stands for
+        base = replace(base, dense=False)
     for rows in (base.rows // 2, base.rows, base.rows * 2):
         for chunks in (base.chunks // 2, base.chunks, base.chunks * 2):
             for warps in (base.warps, base.warps * 2):
                 found.append(replace(base, rows=rows, chunks=chunks, warps=warps))
-    if not base.tokens:
+    if not base.tokens or base.integer:
         found += [replace(base, splits=splits) for splits in (2, 4)]
-    if base.tokens:
+    else:
         found += [replace(base, stages=stages) for stages in (2, 3, 4, 5)]
     if tokens >= 64:
-        found.append(replace(base, splits=1, dense=True))
-    least = 16 if base.tokens else 2 if glu else 1  # rows of a tile that tensor cores take
+        found.append(replace(base, splits=1, dense=True, integer=False))
+    tiled = base.tokens and not base.integer
+    least = 16 if tiled else 2 if glu else 1  # rows of a tile that tensor cores take
     return list(dict.fromkeys(c for c in found if c.rows >= least and c.chunks >= 1))

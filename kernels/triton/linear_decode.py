@@ -23,7 +23,8 @@ from .dequantize import (
     part_group,
     part_values,
 )
-from .epilogue import weight_rows, write
+from .epilogue import deliver, weight_rows
+from .overlap import let_next_begin, wait_for_inputs
 
 # Tensors are [chunks, tokens, rows, inside a chunk]. Triton gives the last dimension to a thread, as far as
 # its loads are wide, and then the lanes of a warp to the first dimension that has room: the chunks.
@@ -57,15 +58,11 @@ def group_scale(
 
 @triton.jit
 def chunk_products(
-    x, ldx, data, stride, scale, zero, groups, magic, rows, chunk, token, tokens, k, last,
-    FORMAT: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr,
-    GROUP: tl.constexpr, ZERO: tl.constexpr,
+    x, ldx, raw, third, scale, zero, groups, magic, rows, chunk, token, tokens, k, last, inside,
+    FORMAT: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
     """The products of chunks, f32 [C, T, B, 1]."""
-    inside = tl.arange(0, WIDTH)[None, None, None, :]
     stored = tl.minimum(chunk, last)
-    raw = load_chunks(data, stride, rows, stored, inside, k, FORMAT, RAGGED)
-    third = load_third_bits(data, stride, rows, stored) if FORMAT == "int3" else None
     # Ahead of the arithmetic, so as not to wait twice a step, though ptxas moves these loads behind it.
     s, z = group_scale(scale, zero, groups, rows, stored, PARTS - 1, FORMAT, GROUP, ZERO)
     if GROUP == 32 and PARTS > 1:  # a chunk lies in two groups
@@ -91,28 +88,45 @@ def decode_kernel(
     tokens, n_out, k, chunks, split_chunks, factor, softcap,
     FORMAT: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr, GROUP: tl.constexpr,
     ZERO: tl.constexpr, GLU: tl.constexpr, ACTIVATION: tl.constexpr, SOFTCAP: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """out[t, :] for t < tokens <= TOKENS, or with `work` the sums of split program_id(1), at its place."""
+    """out[t, :] for t < tokens <= TOKENS, or with `work` the sums of split program_id(1), at its place.
+
+    The next step's weights are asked for before a step's are multiplied, the first ones before x is there.
+    """
+    let_next_begin(OVERLAP)
     token = tl.arange(0, TOKENS)
     rows, column = weight_rows(tl.program_id(0), n_out, GLU, ROWS)
     rows = rows.to(tl.int64)
+    rows4, token4 = rows[None, None, :, None], token[None, :, None, None]
+    inside = tl.arange(0, WIDTH)[None, None, None, :]
     first = tl.program_id(1) * split_chunks
+    end = tl.minimum(first + split_chunks, chunks)
+    chunk = (first + tl.arange(0, CHUNKS))[:, None, None, None]
+    stored = tl.minimum(chunk, chunks - 1)
+    raw = load_chunks(data, stride, rows4, stored, inside, k, FORMAT, RAGGED)
+    third = None
+    if FORMAT == "int3":
+        third = load_third_bits(data, stride, rows4, stored)
+    wait_for_inputs(OVERLAP)
     total = tl.zeros([CHUNKS, TOKENS, ROWS, 1], tl.float32)
-    for at in range(first, tl.minimum(first + split_chunks, chunks), CHUNKS):
+    for at in range(first, end, CHUNKS):
+        chunk = (at + tl.arange(0, CHUNKS))[:, None, None, None]
+        following = tl.minimum(chunk + CHUNKS, end - 1)  # the last chunk again at the end, from a cache
+        next_raw = load_chunks(data, stride, rows4, following, inside, k, FORMAT, RAGGED)
+        if FORMAT == "int3":
+            next_third = load_third_bits(data, stride, rows4, following)
         total += chunk_products(
-            x, ldx, data, stride, scale, zero, groups, magic, rows[None, None, :, None],
-            (at + tl.arange(0, CHUNKS))[:, None, None, None], token[None, :, None, None], tokens, k,
-            chunks - 1, FORMAT, WIDTH, PARTS, RAGGED, GROUP, ZERO,
+            x, ldx, raw, third, scale, zero, groups, magic, rows4, chunk, token4, tokens, k, chunks - 1,
+            inside, FORMAT, PARTS, GROUP, ZERO,
         )  # fmt: skip
+        raw = next_raw
+        if FORMAT == "int3":
+            third = next_third
     y = tl.trans(tl.sum(tl.sum(total, 3), 0))
     if scale is not None and GROUP == 0:
         y *= tl.load(scale + rows).to(tl.float32)[:, None]
-    mask = (column < n_out)[:, None] & (token < tokens)[None, :]
-    if work is not None:
-        place = (tl.program_id(1) * tokens + token).to(tl.int64)[None, :] * work_width
-        tl.store(work + place + column[:, None], y, mask)
-    else:
-        if bias is not None:
-            y += tl.load(bias + rows).to(tl.float32)[:, None]
-        write(y, out, ldo, residual, ldr, token, column, mask, factor, softcap, GLU, ACTIVATION, SOFTCAP)
+    deliver(
+        y, bias, residual, ldr, out, ldo, work, work_width, tl.program_id(1), token, tokens, rows, column,
+        n_out, factor, softcap, GLU, ACTIVATION, SOFTCAP,
+    )  # fmt: skip

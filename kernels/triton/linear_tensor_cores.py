@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .dequantize import first_column, load_chunks, load_third_bits, part_weights
-from .epilogue import weight_rows, write
+from .epilogue import deliver, weight_rows
 
 
 @triton.jit
@@ -84,14 +84,10 @@ def tensor_core_kernel(
         y *= tl.load(scale + rows).to(tl.float32)[:, None]
     if x_scale is not None:
         y *= tl.load(x_scale + token, token < tokens, 0.0)[None, :]
-    mask = (column < n_out)[:, None] & (token < tokens)[None, :]
-    if work is not None:
-        place = (tl.program_id(2) * tokens + token).to(tl.int64)[None, :] * work_width
-        tl.store(work + place + column[:, None], y, mask)
-    else:
-        if bias is not None:
-            y += tl.load(bias + rows).to(tl.float32)[:, None]
-        write(y, out, ldo, residual, ldr, token, column, mask, factor, softcap, GLU, ACTIVATION, SOFTCAP)
+    deliver(
+        y, bias, residual, ldr, out, ldo, work, work_width, tl.program_id(2), token, tokens, rows, column,
+        n_out, factor, softcap, GLU, ACTIVATION, SOFTCAP,
+    )  # fmt: skip
 
 
 @triton.jit

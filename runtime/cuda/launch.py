@@ -12,9 +12,10 @@ from gristmill.kernels.triton.attention import Tiling, attend, cut_partials, par
 from gristmill.kernels.triton.cache import LayerCache
 from gristmill.kernels.triton.embedding import embedding
 from gristmill.kernels.triton.gather import gather_rows
-from gristmill.kernels.triton.linear import Plan, linear, plan, workspace_bytes
+from gristmill.kernels.triton.linear import Plan, linear, plan, quantized_input, workspace_bytes
 from gristmill.kernels.triton.norms import layer_norm, rms_norm
 from gristmill.kernels.triton.pointwise import pointwise
+from gristmill.kernels.triton.quantize import Quantized
 from gristmill.runtime.cuda.buffers import Batch, Values
 from gristmill.runtime.cuda.tuning import Tuned
 from gristmill.runtime.cuda.weights import Weights
@@ -70,8 +71,9 @@ class Launcher:
         assert i.weight is not None
         segments = self.weights.matrices[i.weight]
         glu = i.attribute("glu")
-        configs = self._tuned.configs(segments, rows, glu) if self._tuned else None
-        chosen = self._plans[index, rows] = plan(segments, rows, glu, configs)
+        act_group = i.attribute("act_group")
+        configs = self._tuned.configs(segments, rows, glu, act_group) if self._tuned else None
+        chosen = self._plans[index, rows] = plan(segments, rows, glu, configs, act_group=act_group)
         return workspace_bytes(segments, chosen, "order" in i.vectors, torch.float32)
 
     def _tile(self, index: int, i: Instruction, rows: int) -> int:
@@ -164,13 +166,34 @@ class Launcher:
     def _rms_norm(self, index: int, i: Instruction) -> None:
         rms_norm(
             self._given(i, "in"), self._vector(i, "weight"), self._input(i, "residual"), i.attribute("eps"),
-            self._view(i.out),
+            self._view(i.out), self._quantized(index, i),
         )  # fmt: skip
 
     def _layer_norm(self, index: int, i: Instruction) -> None:
         layer_norm(
             self._given(i, "in"), self._vector(i, "weight"), self._vector(i, "bias"),
-            self._input(i, "residual"), i.attribute("eps"), self._view(i.out),
+            self._input(i, "residual"), i.attribute("eps"), self._view(i.out), self._quantized(index, i),
+        )  # fmt: skip
+
+    def _quantized(self, index: int, norm: Instruction) -> Quantized | None:
+        """Where the next instruction looks for what a norm writes as int8, if it is a product of that."""
+        after = self.program.instructions[index + 1] if self._follows(index + 1) else None
+        if after is None or after.weight is None:
+            return None
+        chosen = self._plans[index + 1, self._count(after.out)]
+        return quantized_input(
+            self.weights.matrices[after.weight], chosen, False, torch.float32, self._workspace
+        )
+
+    def _follows(self, index: int) -> bool:
+        """Whether an instruction is a product of what a norm before it wrote, with its columns in order."""
+        if not 0 < index < len(self.program.instructions):
+            return False
+        norm, i = self.program.instructions[index - 1 : index + 1]
+        return (
+            norm.op in ("rms_norm", "layer_norm") and i.op == "linear" and i.views["in"] == norm.out
+            and "order" not in i.vectors and i.out.value != LOGITS
+            and self._count(norm.out) == self._count(i.out)
         )  # fmt: skip
 
     def _linear(self, index: int, i: Instruction) -> None:
@@ -181,7 +204,7 @@ class Launcher:
             p=self._plans[index, len(out)], workspace=self._workspace, bias=self._vector(i, "bias"),
             residual=self._input(i, "residual"), order=self._vector(i, "order"),
             activation=i.attribute("activation"), glu=i.attribute("glu"), scale=i.attribute("scale"),
-            softcap=i.attribute("softcap"),
+            softcap=i.attribute("softcap"), at_hand=self._follows(index),
         )  # fmt: skip
 
     def _attention(self, index: int, i: Instruction) -> None:

@@ -55,11 +55,12 @@ def cache_file(of: dict[str, Any]) -> Path:
     return folder / "gristmill" / f"tuned-{digest[:16]}.json"
 
 
-def key_of(matrix: Matrix, rows: int, glu: bool) -> str:
+def key_of(matrix: Matrix, rows: int, glu: bool, act_group: int) -> str:
     """What a config depends on beside the device."""
     scales = "symmetric" if matrix.symmetric else "asymmetric"
     pair = " pair" if glu else ""
-    return f"{matrix.format} {matrix.n}x{matrix.k} group {matrix.group} {scales}{pair}, {rows} rows"
+    by = f" by int8 of {act_group}" if act_group else ""
+    return f"{matrix.format} {matrix.n}x{matrix.k} group {matrix.group} {scales}{pair}{by}, {rows} rows"
 
 
 @dataclass
@@ -68,13 +69,17 @@ class Tuned:
 
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def configs(self, segments: Sequence[Matrix], rows: int, glu: bool) -> list[Config]:
+    def configs(self, segments: Sequence[Matrix], rows: int, glu: bool, act_group: int) -> list[Config]:
         """A config for each segment of a linear, the table's where none was timed."""
-        return [self.config(s, rows, glu and len(segments) == 1) or choose(s, rows) for s in segments]
+        pair = glu and len(segments) == 1
+        return [
+            self.config(s, rows, pair, act_group) or choose(s, rows, act_group > 0) for s in segments
+        ]
 
-    def config(self, matrix: Matrix, rows: int, glu: bool) -> Config | None:
-        given = self.found.get(key_of(matrix, rows, glu))
-        known = {json.dumps(asdict(c)): c for c in candidates(matrix, rows, glu)} if given else {}
+    def config(self, matrix: Matrix, rows: int, glu: bool, act_group: int) -> Config | None:
+        given = self.found.get(key_of(matrix, rows, glu, act_group))
+        found = candidates(matrix, rows, glu, act_group > 0) if given else []
+        known = {json.dumps(asdict(c)): c for c in found}
         return known.get(json.dumps(given))
 
     @staticmethod
@@ -126,10 +131,11 @@ class Work:
     matrix: Matrix
     rows: int
     glu: bool
+    act_group: int
 
     @property
     def key(self) -> str:
-        return key_of(self.matrix, self.rows, self.glu)
+        return key_of(self.matrix, self.rows, self.glu, self.act_group)
 
 
 def works(
@@ -145,7 +151,8 @@ def works(
             if i.out.value == LOGITS and rows > logit_rows:
                 continue
             for matrix in segments:
-                work = Work(matrix, rows, bool(i.attribute("glu")) and len(segments) == 1)
+                pair = bool(i.attribute("glu")) and len(segments) == 1
+                work = Work(matrix, rows, pair, i.attribute("act_group"))
                 found.setdefault(work.key, work)
     return list(found.values())
 
@@ -157,9 +164,11 @@ def tune_all(
     come. What was timed before is kept, so that a run that was interrupted goes on."""
     tuned = Tuned.read(device)
     for work in wanted:
-        config = tuned.config(work.matrix, work.rows, work.glu)
+        config = tuned.config(work.matrix, work.rows, work.glu, work.act_group)
         if config is None:
-            config = tune(work.matrix, work.rows, torch.float32, glu=work.glu, time=time)
+            config = tune(
+                work.matrix, work.rows, torch.float32, glu=work.glu, time=time, act_group=work.act_group
+            )
             tuned = Tuned.read(device)  # with what another process has found meanwhile
             tuned.found[work.key] = asdict(config)
             tuned.write(device)

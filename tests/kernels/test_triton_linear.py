@@ -13,6 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs triton, which exists for Linux on x86-64")
 
 from compile_sm90 import Compiled, compile_launches
+from interpreter import quantize_rows
 from triton_device import DEVICE, ahead_of_time
 from triton_matrices import FORMATS, random_matrix
 
@@ -22,6 +23,7 @@ from gristmill.kernels.triton.embedding import embedding
 from gristmill.kernels.triton.linear import Plan, fastest, linear, plan, workspace_bytes
 from gristmill.kernels.triton.linear_configs import BUCKETS, TABLE, Config, candidates, choose
 from gristmill.kernels.triton.matrix import FLOATS, Matrix, merge
+from gristmill.kernels.triton.quantize import Quantized, quantize
 
 GROUPS = (0, 32, 64, 128)
 TOKENS = (1, 2, 3, 4, 5, 16, 17, 33)
@@ -144,6 +146,42 @@ def test_products_are_exact_but_for_rounding(fmt: str, tokens: int) -> None:
 def test_every_group_of_integers(fmt: str, group: int, symmetric: bool, tokens: int) -> None:
     config = Config(8, 4) if tokens == 1 else Config(16, 4, 16)
     check(Case(tokens, 300, ((fmt, 9, group, symmetric),), (config,)))
+
+
+@pytest.mark.parametrize("act_group", [32, 64, 128])
+@pytest.mark.parametrize("fmt", ["int8", "int4", "int3", "int2"])
+def test_products_of_integers(fmt: str, act_group: int) -> None:
+    """Activations rounded as by the interpreter of programs, sums that are exact."""
+    r = random.Random(f"{fmt} {act_group}")
+    for tokens, k in ((1, 31), (1, 300), (2, 257), (3, 192), (4, 65), (9, 130), (16, 64), (33, 100)):
+        group = r.choice([g for g in GROUPS if g % act_group == 0])
+        glu, symmetric = r.random() < 0.5, r.random() < 0.5
+        n = 2 * r.randint(1, 9)
+        m, weights = random_matrix(fmt, n, k, group, symmetric, tokens, r.choice(tuple(FLOATS)))
+        sizes = [r.choice(of) for of in ((2, 8), (2, 16), (1, 2, 16), (1, 2))]
+        config, segments = Config(*sizes, integer=True), [move(m)]
+        order = torch.randperm(k).int().to(DEVICE) if r.random() < 0.5 else None
+        p = plan(segments, tokens, glu, [config], act_group=act_group)
+        x = strided(tokens, k, torch.float32, tokens)
+        end: dict[str, Any] = {"activation": "silu", "glu": glu, "scale": 0.5, "softcap": 3.0}
+        got = run(x, segments, p, n // 2 if glu else n, torch.float32, order=order, **end)
+        ordered = x.cpu() if order is None else x.cpu()[:, order.cpu()]
+        rounded = torch.from_numpy(quantize_rows(ordered.numpy(), act_group))
+        wanted = reference.linear(
+            rounded @ weights.T, [torch.eye(n, dtype=torch.float64)], [None], None, **end
+        )
+        torch.testing.assert_close(got.double(), wanted, **FLOAT32)
+
+
+def test_what_is_no_number_is_none_in_its_group_alone() -> None:
+    x = torch.ones(1, 96, device=DEVICE)
+    x[0, 40] = float("inf")
+    to = Quantized(
+        torch.full((1, 128), 7, dtype=torch.int8, device=DEVICE), torch.empty(1, 3, device=DEVICE), 32
+    )
+    quantize(x, to)
+    assert to.scale.isfinite().tolist() == [[True, False, True]]
+    assert to.q[0, :32].eq(127).all() and to.q[0, 96:].eq(0).all()
 
 
 @pytest.mark.parametrize("name", reference.ACTIVATIONS)
@@ -282,7 +320,7 @@ def compiled() -> list[Compiled]:
 
 @ahead_of_time
 def test_all_table_entries_compile_for_sm_90(compiled: list[Compiled]) -> None:
-    assert len({kernel.kernel for kernel in compiled}) == 7
+    assert len({kernel.kernel for kernel in compiled}) == 9
     wrong = [kernel.summary() for kernel in compiled if not kernel.fits()]
     assert not wrong, "\n".join(wrong)
 

@@ -12,7 +12,7 @@ from triton_matrices import meta_matrix
 
 from gristmill.kernels.triton.embedding import embedding
 from gristmill.kernels.triton.linear import linear, plan, workspace_bytes
-from gristmill.kernels.triton.linear_configs import BUCKETS, choose
+from gristmill.kernels.triton.linear_configs import BUCKETS, FAMILIES, TABLE, bucket, choose
 from gristmill.kernels.triton.matrix import Matrix
 
 # format -> group, symmetric
@@ -27,10 +27,18 @@ CASES = {
 }
 
 
-def call(m: Matrix, tokens: int, glu: bool = False, splits: int = 1, **more: bool) -> None:
+INTEGERS = {"int4": 128, "int8": 64, "int3": 128, "int2": 32}  # format -> activation group
+
+
+def call(
+    m: Matrix, tokens: int, glu: bool = False, splits: int = 1, act_group: int = 0, **more: bool
+) -> None:
     """What a decoder asks of a linear, with activations in bf16."""
-    configs = [replace(choose(m, tokens), splits=splits, dense=more.get("dense", False))]
-    p = plan([m], tokens, glu, configs, native_fp8=more.get("native_fp8", False))
+    dense = more.get("dense", False)
+    chosen = choose(m, tokens, act_group > 0)
+    config = replace(TABLE[FAMILIES.get(m.format, m.format)][bucket(tokens)], dense=dense)
+    configs = [replace(chosen if act_group else config, splits=splits)]
+    p = plan([m], tokens, glu, configs, native_fp8=more.get("native_fp8", False), act_group=act_group)
     n = m.n // 2 if glu else m.n
     x, out = (torch.empty(tokens, w, dtype=torch.bfloat16, device="meta") for w in (m.k, n))
     ordered = more.get("order", False)
@@ -50,7 +58,11 @@ def launches() -> Iterator[Launch]:
             m = meta_matrix(fmt, 4096, 14336, group, symmetric)
             name = f"{fmt} {tokens} rows" if tokens > 1 else f"{fmt} one row"
             yield name, partial(call, m, tokens)
+        for tokens in (1, 2, 4, 8, 16) if fmt in INTEGERS else ():
+            m = meta_matrix(fmt, 4096, 14336, group, symmetric)
+            yield f"{fmt} by int8, {tokens} rows", partial(call, m, tokens, act_group=INTEGERS[fmt])
     wide = meta_matrix("int4", 28672, 4096, 128)
+    yield "gate and up by int8, one row", lambda: call(wide, 1, glu=True, act_group=128)
     yield "gate and up, one row", lambda: call(wide, 1, glu=True)
     yield "gate and up, 16 rows", lambda: call(wide, 16, glu=True)
     yield "splits of ordered columns", lambda: call(wide, 1, glu=True, splits=2, order=True)

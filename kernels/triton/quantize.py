@@ -1,0 +1,81 @@
+"""Activations as int8 with a scale for each group of columns, as integer weights multiply them.
+
+    s = max |x| / 127 of the group,  q = round(x 127 / max |x|) to nearest even
+
+which is what the CPU's kernels do. Rows of q are padded with zeros to whole blocks of 64 columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .overlap import let_next_begin, options, wait_for_inputs
+
+BLOCK = 1024  # columns of a program
+ROUNDS = tl.constexpr(12582912.0)  # 1.5 * 2^23: a float near it has no bits behind the point
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """q: [T, columns] int8, the padded columns; scale: [T, ceil(k / group)] f32."""
+
+    q: Tensor
+    scale: Tensor
+    group: int
+
+
+def padded(k: int) -> int:
+    return -(-k // 64) * 64
+
+
+@triton.jit
+def store_quantized(value, column, q, scale, token, k, GROUP: tl.constexpr):
+    """value [BLOCK] f32 of ``column`` [BLOCK], 0 beyond k, whose first column begins a group."""
+    block: tl.constexpr = value.shape[0]
+    columns = (k + 63) // 64 * 64
+    groups = tl.reshape(value, [block // GROUP, GROUP])
+    most = tl.max(tl.abs(groups), 1)
+    poison = tl.sum(groups * 0.0, 1)  # what is no number stays so
+    step = tl.where(most > 0, 127.0 / most, 0.0)
+    rounded = (groups * step[:, None] + ROUNDS) - ROUNDS
+    rounded = tl.where((poison == 0)[:, None], rounded, 0.0)
+    bytes = tl.reshape(rounded.to(tl.int8), [block])
+    tl.store(q + token * columns + column, bytes, column < columns)
+    first = tl.min(column, 0) // GROUP + tl.arange(0, block // GROUP)
+    count = (k + GROUP - 1) // GROUP
+    tl.store(scale + token * count + first, most / 127.0 + poison, first < count)
+
+
+@triton.jit
+def quantize_kernel(
+    x, ldx, order, q, scale, k, GROUP: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
+    """A part of a row; with ``order`` of x[:, order]."""
+    let_next_begin(OVERLAP)
+    token = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    source = column
+    if order is not None:
+        source = tl.load(order + column, column < k, 0)
+    wait_for_inputs(OVERLAP)
+    value = tl.load(x + token * ldx + source, column < k, 0.0).to(tl.float32)
+    store_quantized(value, column, q, scale, token, k, GROUP)
+
+
+def quantize(x: Tensor, to: Quantized, order: Tensor | None = None) -> None:
+    """x [T, k] of any float type, rows any stride apart; order: [k] i32, a permutation of the columns."""
+    tokens, k = x.shape
+    block = min(BLOCK, max(128, triton.next_power_of_2(k)))
+    quantize_kernel[(triton.cdiv(padded(k), block), tokens)](
+        x, x.stride(0), order, to.q, to.scale, k, GROUP=to.group, BLOCK=block, num_warps=4, **options()
+    )
+
+
+def room(tokens: int, k: int, group: int) -> tuple[tuple[tuple[int, int], torch.dtype], ...]:
+    """Shapes and types of a Quantized's tensors."""
+    return ((tokens, padded(k)), torch.int8), ((tokens, -(-k // group)), torch.float32)
