@@ -50,6 +50,8 @@ def versions(device: str) -> list[str]:
         f"triton {triton.__version__}, transformers {transformers.__version__}, "
         f"Python {platform.python_version()}",
     ]
+    if os.environ.get("GRISTMILL_OVERLAP") == "1":
+        lines.append("with GRISTMILL_OVERLAP=1: kernels begin before those ahead have ended")
     if torch.cuda.is_available():
         lines.append(f"driver and clocks: {_smi('driver_version,clocks.max.sm,clocks.max.mem,power.limit')}")
     return lines

@@ -27,14 +27,16 @@ SMALL = Llama(
 CASES = {
     "f32": SMALL,
     "int4_int8": dataclasses.replace(
-        SMALL, form=Format("int4", 32, False), embedding=Format("int8"), cache="int8", bias=True, sinks=True
+        SMALL, form=Format("int4", 32, False), embedding=Format("int8"), act_group=32, cache="int8",
+        bias=True, sinks=True,
     ),
     "f16_mixed_cache": dataclasses.replace(
         SMALL, form=Format("f16"), embedding=Format("f16"), cache="int4", cache_v="f16", qk_norm=True,
         hadamard=16, rope_style="interleaved", final_softcap=2.0,
     ),
     "window_order": dataclasses.replace(
-        SMALL, form=Format("int8", 32), window=5, order=True, cache="f16", cache_v="fp8", softcap=3.0
+        SMALL, form=Format("int8", 32), act_group=32, window=5,
+        order=True, cache="f16", cache_v="fp8", softcap=3.0
     ),
 }  # fmt: skip
 

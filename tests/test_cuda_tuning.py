@@ -63,8 +63,8 @@ def test_winners_are_kept_and_planned_with(tmp_path: Path, cache: Path) -> None:
     again = make(program, tmp_path)._launcher._plans
     head = len(program.json["instructions"]) - 1
     matrix = executor._weights.matrices["head"][0]
-    assert plans[head, 1].configs == (choose(matrix, 1),)
-    assert again[head, 1].configs == (candidates(matrix, 1)[-1],) != plans[head, 1].configs
+    assert plans[head, 1].configs == (choose(matrix, 1, 32),)
+    assert again[head, 1].configs == (candidates(matrix, 1, False, 32)[-1],) != plans[head, 1].configs
     assert again[head, 8].configs == plans[head, 8].configs, "what was not timed is the table's"
     assert again.keys() == plans.keys()
 
@@ -88,11 +88,13 @@ def test_a_damaged_file_is_left_out(content: str, cache: Path) -> None:
 
 def test_what_is_no_candidate_is_not_believed() -> None:
     matrix = random_matrix("int4", 64, 256, 128)[0]
-    good, key = candidates(matrix, 1)[-1], tuning.key_of(matrix, 1, False)
-    assert tuning.Tuned({key: asdict(good)}).configs([matrix], 1, False) == [good]
+    good, key = candidates(matrix, 1)[-1], tuning.key_of(matrix, 1, False, 0)
+    assert tuning.Tuned({key: asdict(good)}).configs([matrix], 1, False, 0) == [good]
     for bad in (asdict(replace(good, rows=7)), {"rows": 4}, None, "fast", asdict(good) | {"more": 1}):
-        assert tuning.Tuned({key: bad}).configs([matrix], 1, False) == [choose(matrix, 1)]  # type: ignore[dict-item]
-    assert tuning.Tuned({key: asdict(good)}).configs([matrix], 2, False) == [choose(matrix, 2)]
+        found = tuning.Tuned({key: bad}).configs([matrix], 1, False, 0)  # type: ignore[dict-item]
+        assert found == [choose(matrix, 1)]
+    assert tuning.Tuned({key: asdict(good)}).configs([matrix], 2, False, 0) == [choose(matrix, 2)]
+    assert tuning.Tuned({key: asdict(good)}).configs([matrix], 1, False, 128) == [choose(matrix, 1, 128)]
 
 
 def test_a_file_is_for_one_device_and_one_state_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -326,8 +326,10 @@ def _meta(s: Segment) -> Matrix:
     return Matrix(s.format, s.n, s.k, s.group, True, data, scale)
 
 
-def weights_of_lane(segments: Sequence[Segment]) -> float:
+def weights_of_lane(segments: Sequence[Segment], act_group: int) -> float:
     """Weights that a lane takes in one turn of the loop of a product with one row."""
     first = merge([_meta(segment) for segment in segments])[0]
-    config = linear_configs.choose(first, 1)
+    config = linear_configs.choose(first, 1, act_group)
+    if config.integer:
+        return config.rows * config.chunks * (first.k / linear_configs.quads(first)) / (32 * config.warps)
     return config.rows * config.chunks * first.width * first.parts / (32 * config.warps)

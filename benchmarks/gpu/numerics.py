@@ -23,9 +23,15 @@ from gristmill.quant.scheme import Scheme
 from gristmill.runtime.program import FLOAT_BYTES, Segment
 
 F32 = NDArray[np.float32]
-# Of the largest logit. One row multiplies f32 activations; its keys and values are rounded to f16. More rows
-# multiply bf16 ones, of 8 significant bits.
-ONE_ROW, MANY_ROWS = 4e-3, 3e-2
+# Of the largest logit. Beside float weights one row multiplies f32 activations, but over keys and values that
+# the prompt's rows have left, which multiply bf16 ones, of 8 significant bits. Beside integers they are int8.
+ONE_ROW, MANY_ROWS = 1e-2, 3e-2
+
+
+def limits(format: str) -> tuple[float, float]:
+    """Of the errors of many rows and of one row."""
+    return MANY_ROWS, MANY_ROWS if format.startswith("int") else ONE_ROW
+
 
 
 def reference_model(decoder: Decoder, weights: Path, config: dict[str, Any], device: torch.device) -> Any:

@@ -67,6 +67,8 @@ INSTRUCTIONS = {
     ("int8", False): 6.66, ("int8", True): 7.94, ("int4", True): 6.13, ("int3", True): 9.19,
     ("int2", True): 5.29,
 }  # fmt: skip
+# The same of kernels/triton/linear_integer.py, where activations are int8.
+INTEGER_INSTRUCTIONS = {"int8": 1.28, "int4": 1.62, "int3": 2.58, "int2": 1.42}
 # Of the read stream that a kernel which only reads reaches: an assumption until a run has measured it.
 REACHED = 0.92
 # Between two kernels of a graph that depend on each other, seconds: an assumption as well.
@@ -185,8 +187,11 @@ class Cost:
         return max(self.bytes / bandwidth, issue) + self.kernels * GAP
 
 
-def instructions_of(segment: Segment) -> float:
-    """Of a lane for each weight; where one scale is not counted, as with several."""
+def instructions_of(segment: Segment, integers: bool) -> float:
+    """Of a lane for each weight; where one scale is not counted, as with several. integers: beside int8
+    activations."""
+    if integers:
+        return INTEGER_INSTRUCTIONS[segment.format]
     several, one = (segment.format, True), (segment.format, False)
     return INSTRUCTIONS[several if segment.group or one not in INSTRUCTIONS else one]
 
@@ -202,7 +207,8 @@ def costs(program: Program, context: int, kernels: dict[str, int]) -> list[Cost]
         cost.kernels += kernels.get(name, 1)
         for segment in program.weights.get(i.weight or "", []) if i.op == "linear" else []:
             cost.weights += segment.n * segment.k
-            cost.lane_instructions += segment.n * segment.k * instructions_of(segment)
+            each = instructions_of(segment, i.attribute("act_group") > 0)
+            cost.lane_instructions += segment.n * segment.k * each
     return list(found.values())
 
 
@@ -287,7 +293,7 @@ def loops_table(name: str, program: Program, compiled: Iterable[Compiled]) -> Ta
     """Instructions per weight, counted in what ptxas makes of the kernels, beside the table's."""
     from gpu.adapter import weights_of_lane
 
-    by_label = {k.label: k for k in compiled if k.kernel == "decode_kernel"}
+    by_label = {k.label: k for k in compiled if k.kernel in ("decode_kernel", "integer_kernel")}
     table = Table(title=f"{name}: instructions of a lane per weight", title_justify="left")
     for column in ("kind", "counted", "in the table"):
         table.add_column(column, justify="left" if column == "kind" else "right")
@@ -298,8 +304,9 @@ def loops_table(name: str, program: Program, compiled: Iterable[Compiled]) -> Ta
         if kernel is not None and kind not in seen:
             seen.add(kind)
             segments = program.weights[i.weight or ""]
-            counted = loop_instructions(kernel.ptx) / weights_of_lane(segments)
-            table.add_row(kind, f"{counted:.2f}", f"{instructions_of(segments[0]):.2f}")
+            group = i.attribute("act_group")
+            counted = loop_instructions(kernel.ptx) / weights_of_lane(segments, group)
+            table.add_row(kind, f"{counted:.2f}", f"{instructions_of(segments[0], group > 0):.2f}")
     return table
 
 

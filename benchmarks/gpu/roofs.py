@@ -15,7 +15,7 @@ from torch import Tensor
 from gristmill.runtime.cuda.graphs import captured
 
 Run = Callable[[], object]
-LAUNCH_AHEAD_CYCLES = 60_000_000  # some 30 ms in which the host gets ahead of the device
+LAUNCH_AHEAD_CYCLES = 200_000_000  # some 100 ms in which the host gets ahead of the device
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ def check_numbers(bench: Bench) -> None:
             found = numerics.errors(
                 model, options_of(name), Path(folder), sizes.check_prompt, sizes.check_steps, bench.device
             )  # fmt: skip
-            limits = numerics.MANY_ROWS, numerics.ONE_ROW
-            for rows, error, limit in zip((f"{sizes.check_prompt} rows", "one row"), found, limits):
+            rows_of = f"{sizes.check_prompt} rows", "one row"
+            for rows, error, limit in zip(rows_of, found, numerics.limits(name)):
                 bench.results.add(
                     "numerics", name, f"error of {rows} against f32", error, "of the largest logit",
                     f"at most {limit:g}", passed=error <= limit,
@@ -274,11 +274,11 @@ def torch_compile(bench: Bench) -> None:
     bench.results.add("peer", PEER_FORMAT, f"{PEER}, with ids in and logits out", times, "", note)
 
 
-# name -> what it does, seconds that it takes at least on an H100 (a guess before the first run)
+# name -> what it does, seconds that it takes at least on an H200
 SECTIONS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "numerics": (check_numbers, 30),
     "int4": (lambda bench: measure_format(bench, "int4"), 40),
-    "bf16": (lambda bench: measure_format(bench, "bf16"), 40),
+    "bf16": (lambda bench: measure_format(bench, "bf16"), 30),
     "int8": (lambda bench: measure_format(bench, "int8"), 20),
     "fp8": (lambda bench: measure_format(bench, "fp8"), 20),
     "attention": (attention, 15),

@@ -181,6 +181,28 @@ def _prepared(
 
 
 @triton.jit
+def _append_head(
+    k, v, k_data, k_scales, v_data, v_scales, k_norm, cos, sin, slot, ring_at, head, ring, eps,
+    KV_HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    DIMS: tl.constexpr, INTERLEAVED: tl.constexpr, PASSES: tl.constexpr, FACTOR: tl.constexpr,
+    K_TYPE: tl.constexpr, K_BYTES: tl.constexpr, K_PLANES: tl.constexpr, K_BLOCK: tl.constexpr,
+    V_TYPE: tl.constexpr, V_BYTES: tl.constexpr, V_PLANES: tl.constexpr, V_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A row's key, or from KV_HEADS on its value, of one head to the cache."""
+    if head < KV_HEADS:
+        value = _prepared(k + head * K_DIM, k_norm, cos, sin, eps, K_DIM, DIMS, INTERLEAVED, PASSES, FACTOR,
+                          K_BLOCK)  # fmt: skip
+        _write_row(value, k_data, k_scales, slot * KV_HEADS + head, ring_at, ring, K_DIM, K_TYPE, K_BYTES,
+                   K_PLANES, K_BLOCK)  # fmt: skip
+    else:
+        head -= KV_HEADS
+        at = tl.arange(0, V_BLOCK)
+        value = tl.load(v + head * V_DIM + at, at < V_DIM, 0.0).to(tl.float32)
+        _write_row(value, v_data, v_scales, slot * KV_HEADS + head, ring_at, ring, V_DIM, V_TYPE, V_BYTES,
+                   V_PLANES, V_BLOCK)  # fmt: skip
+
+
+@triton.jit
 def _append_kernel(
     q, k, v, queries, k_data, k_scales, v_data, v_scales, q_norm, k_norm, cos, sin, positions, slots,
     q_stride, k_stride, v_stride, queries_stride, ring, eps,
@@ -197,27 +219,21 @@ def _append_kernel(
     head = tl.program_id(1)
     cos += t * (DIMS // 2)
     sin += t * (DIMS // 2)
-    if head < HEADS:
-        value = _prepared(q + t * q_stride + head * K_DIM, q_norm, cos, sin, eps, K_DIM, DIMS, INTERLEAVED,
-                          PASSES, FACTOR, K_BLOCK)  # fmt: skip
-        at = tl.arange(0, K_BLOCK)
-        out = queries + t * queries_stride + head * K_DIM
-        tl.store(out + at, value.to(queries.dtype.element_ty), at < K_DIM)
-    else:
+    if HEADS:  # noqa: SIM102  (a constant: without queries there is nothing to compile)
+        if head < HEADS:
+            value = _prepared(q + t * q_stride + head * K_DIM, q_norm, cos, sin, eps, K_DIM, DIMS,
+                              INTERLEAVED, PASSES, FACTOR, K_BLOCK)  # fmt: skip
+            at = tl.arange(0, K_BLOCK)
+            out = queries + t * queries_stride + head * K_DIM
+            tl.store(out + at, value.to(queries.dtype.element_ty), at < K_DIM)
+    if head >= HEADS:
         slot = tl.load(slots + t).to(tl.int64)
         ring_at = tl.load(positions + t) % ring
-        if head < HEADS + KV_HEADS:
-            head -= HEADS
-            value = _prepared(k + t * k_stride + head * K_DIM, k_norm, cos, sin, eps, K_DIM, DIMS,
-                              INTERLEAVED, PASSES, FACTOR, K_BLOCK)  # fmt: skip
-            _write_row(value, k_data, k_scales, slot * KV_HEADS + head, ring_at, ring, K_DIM, K_TYPE, K_BYTES,
-                       K_PLANES, K_BLOCK)  # fmt: skip
-        else:
-            head -= HEADS + KV_HEADS
-            at = tl.arange(0, V_BLOCK)
-            value = tl.load(v + t * v_stride + head * V_DIM + at, at < V_DIM, 0.0).to(tl.float32)
-            _write_row(value, v_data, v_scales, slot * KV_HEADS + head, ring_at, ring, V_DIM, V_TYPE, V_BYTES,
-                       V_PLANES, V_BLOCK)  # fmt: skip
+        _append_head(
+            k + t * k_stride, v + t * v_stride, k_data, k_scales, v_data, v_scales, k_norm, cos, sin, slot,
+            ring_at, head - HEADS, ring, eps, KV_HEADS, K_DIM, V_DIM, DIMS, INTERLEAVED, PASSES, FACTOR,
+            K_TYPE, K_BYTES, K_PLANES, K_BLOCK, V_TYPE, V_BYTES, V_PLANES, V_BLOCK,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .cache import LayerCache, data_columns, scale_planes
 from .overlap import let_next_begin, options, wait_for_inputs
+from .quantize import Quantized, store_quantized
 
 LOG2E = tl.constexpr(math.log2(math.e))
 SPLIT = tl.constexpr(256)  # positions of the shortest split
@@ -271,9 +272,10 @@ def _attend_kernel(
 
 @triton.jit
 def _combine_kernel(
-    m_in, l_in, acc_in, sinks, out, positions, out_stride,
+    m_in, l_in, acc_in, sinks, out, q, scale, positions, out_stride,
     HEADS: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
-    V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, STEP: tl.constexpr, OVERLAP: tl.constexpr,
+    V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_next_begin(OVERLAP)
     wait_for_inputs(OVERLAP)
@@ -305,7 +307,10 @@ def _combine_kernel(
         )  # fmt: skip
         acc += tl.sum(tl.where((some < count)[:, None], parts * weight[:, None], 0.0), 0)
     to = out + t * out_stride + head * V_DIM + column
-    tl.store(to, (acc / total).to(out.dtype.element_ty), column < V_DIM)
+    acc /= total
+    tl.store(to, acc.to(out.dtype.element_ty), column < V_DIM)
+    if GROUP:
+        store_quantized(acc, head * V_DIM + column, q, scale, t, HEADS * V_DIM, GROUP)
 
 
 @dataclass(frozen=True)
@@ -369,7 +374,7 @@ def tiling(cache: LayerCache, heads: int, rows: int, blocks: int, processors: in
     while 2 * block_rows * group <= most and block_rows < rows:
         block_rows *= 2
     programs, splits = blocks * cache.kv_heads, 1
-    while splits < 64 and programs * splits < 4 * processors:
+    while splits < 64 and programs * splits < 4 * processors and splits * SPLIT.value < cache.ring:
         splits *= 2
     if cache.window and splits == 2:
         splits = 4
@@ -401,14 +406,15 @@ def blocks_of(positions: Tensor, slots: Tensor, rows: int) -> Tensor:
 def attend(
     q: Tensor, cache: LayerCache, positions: Tensor, slots: Tensor, scale: float, tiles: Tiling, out: Tensor,
     softcap: float = 0.0, sinks: Tensor | None = None, blocks: Tensor | None = None,
-    partials: Partials | None = None,
+    partials: Partials | None = None, quantized: Quantized | None = None,
 ) -> None:  # fmt: skip
     """softmax(scale q K^T) V of each row over what its position may see in its slot, itself included.
 
     q: [T, heads * k_dim], prepared by `append`, f16 to lose nothing, or any float type; positions, slots:
     [T] i32; out: [T, heads * v_dim] of any float type; sinks: [heads], logits that count in the softmax's
     sum; blocks: [B, 4] i32 as `blocks_of` makes them for ``tiles.rows``, unused ones with 0 rows; None: each
-    row is a block of its own. partials: of T rows or more and ``tiles.splits`` splits, where these are not 1.
+    row is a block of its own. partials: of T rows or more and ``tiles.splits`` splits, where these are not 1;
+    quantized: what else gets the result, as int8, where `can_quantize`.
     """
     heads, split = q.shape[1] // cache.k.dim, tiles.splits > 1
     group = heads // cache.kv_heads
@@ -426,12 +432,20 @@ def attend(
         num_warps=tiles.warps, num_stages=tiles.stages, **options(),
     )  # fmt: skip
     if split:
+        to = (None, None) if quantized is None else (quantized.q, quantized.scale)
         _combine_kernel[(len(q), heads)](
-            *left, sinks, out, positions, out.stride(0),
+            *left, sinks, out, *to, positions, out.stride(0), GROUP=quantized.group if quantized else 0,
             HEADS=heads, SPLITS=tiles.splits, WINDOW=cache.window, V_DIM=cache.v.dim,
             V_BLOCK=triton.next_power_of_2(cache.v.dim), STEP=min(16, tiles.splits), num_warps=4,
             **options(),
         )  # fmt: skip
+
+
+def can_quantize(cache: LayerCache, heads: int, tiles: Tiling, group: int) -> bool:
+    """Whether `attend` can write its result as int8 too: every head is combined, of whole groups."""
+    dim = cache.v.dim
+    whole = dim & (dim - 1) == 0 and dim % group == 0 and heads * dim % 64 == 0
+    return tiles.splits > 1 and whole
 
 
 def _shape(cache: LayerCache) -> dict[str, int | str]:

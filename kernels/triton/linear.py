@@ -19,10 +19,10 @@ from torch import Tensor
 
 from .dequantize import constants, dequantize
 from .epilogue import combine_kernel
-from .linear_configs import Config, candidates, choose
+from .linear_configs import Config, candidates, choose, quads
 from .linear_decode import decode_kernel
 from .linear_integer import constants as integer_constants
-from .linear_integer import integer_kernel, quads
+from .linear_integer import integer_kernel, integer_tile_kernel
 from .linear_tensor_cores import quantize_fp8_kernel, tensor_core_kernel
 from .matrix import Matrix
 from .overlap import options
@@ -59,7 +59,7 @@ def plan(
     act_group: int = 0,
 ) -> Plan:
     """A Plan with the given configs, or the table's; act_group: as the program has it, 0 for floats."""
-    chosen = list(configs) if configs else [choose(s, tokens, act_group > 0, multiply) for s in segments]
+    chosen = list(configs) if configs else [choose(s, tokens, act_group, multiply) for s in segments]
     assert len(chosen) == len(segments), f"{len(segments)} segments need as many configs, got {len(chosen)}"
     splits = max(config.splits for config in chosen)
     if splits > 1:
@@ -273,13 +273,23 @@ def _product(
 def _integer_product(
     m: Matrix, config: Config, tiles: int, x: Quantized, arguments: dict[str, object]
 ) -> None:
+    grid = (tiles, config.splits, triton.cdiv(len(x.q), config.tokens))
+    groups = x.scale.shape[1]
+    arguments = {
+        **arguments, **integer_constants(m), "xs": x.scale, "x_groups": groups, "X_GROUP": x.group,
+        "TOKENS": config.tokens, **options(),
+    }  # fmt: skip
+    if not config.chunks:
+        integer_tile_kernel[grid](
+            **arguments, xq=x.q, ldx=x.q.stride(0), data=m.data, stride=m.data.stride(0),
+            split_groups=triton.cdiv(groups, config.splits), num_stages=config.stages,
+        )  # fmt: skip
+        return
     words, x_words, count = m.data.view(torch.int32), x.q.view(torch.int32), quads(m)
     steps = triton.cdiv(count, config.chunks * config.splits)
-    integer_kernel[(tiles, config.splits, triton.cdiv(len(x.q), config.tokens))](
-        **arguments, **integer_constants(m), xq=x_words, ldx=x_words.stride(0), xs=x.scale,
-        x_groups=x.scale.shape[1], words=words, stride=words.stride(0), quads=count,
-        split_quads=steps * config.chunks, X_GROUP=x.group, TOKENS=config.tokens, QUADS=config.chunks,
-        **options(),
+    integer_kernel[grid](
+        **arguments, xq=x_words, ldx=x_words.stride(0), words=words, stride=words.stride(0), quads=count,
+        split_quads=steps * config.chunks, QUADS=config.chunks,
     )  # fmt: skip
 
 
@@ -322,7 +332,7 @@ def tune(
     out = torch.empty(tokens, matrix.n // 2 if glu else matrix.n, dtype=x_dtype, device=device)
     clock = time or _median
     return fastest(
-        candidates(matrix, tokens, glu, act_group > 0),
+        candidates(matrix, tokens, glu, act_group),
         lambda config: clock(_call(matrix, x, out, config, multiply, glu, act_group)),
     )
 
@@ -349,8 +359,9 @@ def fastest(configs: Sequence[Config], time: Callable[[Config], float]) -> Confi
 
 
 def _call(
-    matrix: Matrix, x: Tensor, out: Tensor, config: Config, multiply: torch.dtype, glu: bool, act_group: int
-) -> Callable[[], None]:
+    matrix: Matrix, x: Tensor, out: Tensor, config: Config, multiply: torch.dtype, glu: bool,
+    act_group: int = 0,
+) -> Callable[[], None]:  # fmt: skip
     p = plan([matrix], len(x), glu, [config], multiply, act_group=act_group)
     size = workspace_bytes([matrix], p, False, x.dtype)
     workspace = torch.empty(size, dtype=torch.uint8, device=x.device)

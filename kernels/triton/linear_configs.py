@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .matrix import Matrix
+from .matrix import WORDS, Matrix
 
 MULTIPROCESSORS = 132
 DECODE_TOKENS = 4  # up to here without tensor cores
@@ -26,7 +26,9 @@ class Config:
 
     rows: of the weight, per program (with a gated pair half of them are gates); tokens: of x, per program, 0
     for the kernel without tensor cores, which takes all; chunks: of a row, per step; splits: of a row's
-    chunks, each to a program of its own; dense: dequantize the whole matrix and let cuBLAS multiply.
+    chunks, each to a program of its own; dense: dequantize the whole matrix and let cuBLAS multiply;
+    integer: multiply int8 activations, by dp4a, of which `chunks` are quads, or with chunks 0 on the tensor
+    cores.
     """
 
     rows: int
@@ -46,7 +48,7 @@ TABLE: dict[str, dict[int, Config]] = {
         64: Config(32, 8, 32), 128: Config(64, 8, 64),
     },
     "16": {
-        1: Config(8, 128), 2: Config(8, 128), 4: Config(4, 128), 16: Config(64, 16, 16, stages=4),
+        1: Config(4, 128), 2: Config(4, 128), 4: Config(4, 128), 16: Config(64, 16, 16, stages=4),
         64: Config(64, 8, 64, stages=4), 128: Config(128, 8, 128, warps=8),
     },
     "8": {
@@ -66,12 +68,16 @@ TABLE: dict[str, dict[int, Config]] = {
         16: Config(64, 8, 16), 64: Config(64, 8, 64), 128: Config(128, 8, 128, warps=8, stages=2),
     },
 }  # fmt: skip
-# The same for int8 activations, by the tokens of a program; all are in flight at once.
+# The same for int8 activations, by the tokens of a program; of one the fastest on an H200 for the matrices of
+# Llama 3.1 8B, but for wide and long ones. Of 5 and more where tensor cores do not take it.
 INTEGER_TABLE: dict[int, Config] = {
-    1: Config(8, 128, 1, warps=4, integer=True), 2: Config(8, 64, 2, warps=2, integer=True),
-    4: Config(4, 64, 4, warps=2, integer=True), 8: Config(4, 32, 8, warps=1, integer=True),
-    16: Config(4, 32, 16, warps=1, integer=True),
+    1: Config(4, 64, 1, warps=2, integer=True), 2: Config(4, 64, 2, warps=2, integer=True),
+    4: Config(4, 64, 4, warps=2, integer=True), 8: Config(2, 32, 8, warps=1, integer=True),
+    16: Config(2, 32, 16, warps=1, integer=True),
 }  # fmt: skip
+INTEGER_TILE = Config(64, 0, 16, warps=4, stages=4, integer=True)
+INTEGER_WIDE = 16384  # rows from which a program of one token takes 8
+INTEGER_LONG = 256  # quads of a row beyond which it takes as many in a step
 INTEGER_TOKENS = 32  # up to here
 DENSE_TOKENS = 33  # from here on
 DENSE_FLOAT_TOKENS = 5  # of weights that cuBLAS can take as they are
@@ -85,14 +91,14 @@ def bucket(tokens: int) -> int:
 
 
 def choose(
-    matrix: Matrix, tokens: int, integers: bool = False, multiply: torch.dtype = torch.bfloat16
+    matrix: Matrix, tokens: int, act_group: int = 0, multiply: torch.dtype = torch.bfloat16
 ) -> Config:
     """The table's config for a matrix; where that leaves a GPU idle, smaller programs, then splits.
 
-    integers: the activations are given as int8.
+    act_group: columns that share a scale of activations in int8, 0 for floats.
     """
-    if integers and tokens <= INTEGER_TOKENS:
-        return _choose_integer(matrix, tokens)
+    if act_group and tokens <= INTEGER_TOKENS:
+        return _choose_integer(matrix, tokens, act_group)
     if is_dense(matrix, tokens, multiply):
         return Config(64, 8, 64, dense=True)
     config = TABLE[FAMILIES.get(matrix.format, matrix.format)][bucket(tokens)]
@@ -109,11 +115,32 @@ def is_dense(matrix: Matrix, tokens: int, multiply: torch.dtype) -> bool:
     return tokens >= (DENSE_FLOAT_TOKENS if as_it_is else DENSE_TOKENS)
 
 
-def _choose_integer(matrix: Matrix, tokens: int) -> Config:
+def _choose_integer(matrix: Matrix, tokens: int, act_group: int) -> Config:
+    if tokens > DECODE_TOKENS and has_tiles(matrix, act_group):
+        splits, programs = 1, _programs(matrix, tokens, INTEGER_TILE)
+        while splits < 8 and programs * splits < 2 * MULTIPROCESSORS and matrix.k >= 8 * splits * act_group:
+            splits *= 2
+        return replace(INTEGER_TILE, splits=splits)
     config = INTEGER_TABLE[min(16, 1 << (tokens - 1).bit_length())]
+    if tokens == 1 and quads(matrix) > INTEGER_LONG:
+        config = Config(8, 256, 1, warps=8, integer=True)
+    elif tokens == 1 and matrix.format == "int8":
+        config = Config(4, 128, 1, warps=2, integer=True)
+    elif tokens == 1 and matrix.n >= INTEGER_WIDE:
+        config = replace(config, rows=8)
     while config.rows > 2 and _programs(matrix, tokens, config) < 2 * MULTIPROCESSORS:
         config = replace(config, rows=config.rows // 2)
     return config
+
+
+def has_tiles(matrix: Matrix, group: int) -> bool:
+    """Whether the kernel on tensor cores takes it, beside int8 activations in groups of as many columns."""
+    return matrix.format == "int8" or (matrix.format == "int4" and group >= 64)
+
+
+def quads(matrix: Matrix) -> int:
+    """Pieces of a row that a thread of the product by dp4a loads at once."""
+    return matrix.row_bytes // (4 * WORDS[matrix.format])
 
 
 def _programs(matrix: Matrix, tokens: int, config: Config) -> int:
@@ -129,24 +156,24 @@ def _splits(matrix: Matrix, tokens: int, config: Config) -> int:
     return splits
 
 
-def candidates(matrix: Matrix, tokens: int, glu: bool = False, integers: bool = False) -> list[Config]:
+def candidates(matrix: Matrix, tokens: int, glu: bool = False, act_group: int = 0) -> list[Config]:
     """What is worth timing on a real device: the table's config and its neighbours; glu: of a gated pair, of
     which a program takes two rows at least.
     """
-    base = choose(matrix, tokens, integers)
+    base = choose(matrix, tokens, act_group)
     found = [base]
     if base.dense:  # its neighbours are of the kernel that it stands for
         base = replace(base, dense=False)
     for rows in (base.rows // 2, base.rows, base.rows * 2):
-        for chunks in (base.chunks // 2, base.chunks, base.chunks * 2):
+        for chunks in dict.fromkeys((base.chunks // 2, base.chunks, base.chunks * 2)):
             for warps in (base.warps, base.warps * 2):
                 found.append(replace(base, rows=rows, chunks=chunks, warps=warps))
     if not base.tokens or base.integer:
-        found += [replace(base, splits=splits) for splits in (2, 4)]
-    else:
+        found += [replace(base, splits=splits) for splits in (1, 2, 4, 8)]
+    if base.tokens and not (base.integer and base.chunks):
         found += [replace(base, stages=stages) for stages in (2, 3, 4, 5)]
     if tokens >= 64:
         found.append(replace(base, splits=1, dense=True, integer=False))
-    tiled = base.tokens and not base.integer
+    tiled = base.tokens and (not base.integer or not base.chunks)
     least = 16 if tiled else 2 if glu else 1  # rows of a tile that tensor cores take
-    return list(dict.fromkeys(c for c in found if c.rows >= least and c.chunks >= 1))
+    return list(dict.fromkeys(c for c in found if c.rows >= least and (c.chunks or not base.chunks)))

@@ -92,8 +92,10 @@ def decode_kernel(
 ):  # fmt: skip
     """out[t, :] for t < tokens <= TOKENS, or with `work` the sums of split program_id(1), at its place.
 
-    The next step's weights are asked for before a step's are multiplied, the first ones before x is there.
+    The next step's weights are asked for before a step's are multiplied, the first ones before x is there; of
+    fp8, which takes the registers to be converted, a step's own.
     """
+    ahead: tl.constexpr = FORMAT != "fp8"
     let_next_begin(OVERLAP)
     token = tl.arange(0, TOKENS)
     rows, column = weight_rows(tl.program_id(0), n_out, GLU, ROWS)
@@ -112,10 +114,14 @@ def decode_kernel(
     total = tl.zeros([CHUNKS, TOKENS, ROWS, 1], tl.float32)
     for at in range(first, end, CHUNKS):
         chunk = (at + tl.arange(0, CHUNKS))[:, None, None, None]
-        following = tl.minimum(chunk + CHUNKS, end - 1)  # the last chunk again at the end, from a cache
+        following = chunk
+        if ahead:
+            following = tl.minimum(chunk + CHUNKS, end - 1)  # the last chunk again at the end, from a cache
         next_raw = load_chunks(data, stride, rows4, following, inside, k, FORMAT, RAGGED)
         if FORMAT == "int3":
             next_third = load_third_bits(data, stride, rows4, following)
+        if not ahead:
+            raw = next_raw
         total += chunk_products(
             x, ldx, raw, third, scale, zero, groups, magic, rows4, chunk, token4, tokens, k, chunks - 1,
             inside, FORMAT, PARTS, GROUP, ZERO,

@@ -26,7 +26,6 @@ from .matrix import ZEROS, Matrix
 from .overlap import let_next_begin, wait_for_inputs
 
 UNITS = {"int8": 1, "int4": 16, "int3": 32, "int2": 64}
-WORDS = {"int8": 4, "int4": 4, "int3": 6, "int2": 4}  # of a row for each quad
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 SIGNS = tl.constexpr(0x80808080 - 2**32)  # of four bytes: turns a number above zero point into a signed one
 NIBBLES = tl.constexpr(0xF0F0F0F0 - 2**32)
@@ -176,9 +175,78 @@ def integer_kernel(
     )  # fmt: skip
 
 
-def quads(matrix: Matrix) -> int:
-    """Quads of a row."""
-    return matrix.row_bytes // (4 * WORDS[matrix.format])
+@triton.jit
+def nibbles(raw, part: tl.constexpr):
+    """16 (q - 8) of one nibble of each byte, int8; four bytes at a time."""
+    if INTERPRETED:
+        moved = raw << 4 if part == 0 else raw
+        return ((moved & 0xF0) ^ 0x80).to(tl.int8, bitcast=True)
+    elif part == 0:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shl.b32 t, $1, 4; lop3.b32 $0, t, 0xF0F0F0F0, 0x80808080, 0x6A; }",
+            "=r,r", [raw], dtype=tl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0xF0F0F0F0, 0x80808080, 0x6A;",
+            "=r,r", [raw], dtype=tl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
+
+
+@triton.jit
+def integer_tile_kernel(
+    xq, ldx, xs, x_groups, data, stride, scale, zero, groups, bias, residual, ldr, out, ldo, work,
+    work_width, tokens, n_out, split_groups, factor, softcap,
+    FORMAT: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr,
+    UNIT: tl.constexpr, MIDDLE: tl.constexpr, GLU: tl.constexpr, ACTIVATION: tl.constexpr,
+    SOFTCAP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """The same for more rows on the tensor cores, an activation group after the other; int8 and int4 alone.
+
+    Groups of 32 columns of int4, which are halves of what is stored together, are not for this one.
+    """
+    let_next_begin(OVERLAP)
+    width: tl.constexpr = X_GROUP // PARTS  # bytes of a row's group
+    token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    rows, column = weight_rows(tl.program_id(0), n_out, GLU, ROWS)
+    rows = rows.to(tl.int64)
+    byte = tl.arange(0, width)
+    first_of = byte if PARTS == 1 else byte // 32 * 64 + byte % 32
+    first = tl.program_id(1) * split_groups
+    end = tl.minimum(first + split_groups, x_groups)
+    stored = (data + rows * stride)[:, None] + byte[None, :]
+    given = xq + token.to(tl.int64)[None, :] * ldx + first_of[:, None]
+    there = (token < tokens)[None, :]
+    wait_for_inputs(OVERLAP)
+    y = tl.zeros([ROWS, TOKENS], tl.float32)
+    for group in range(first, end):
+        # bytes and activations are padded to blocks of 64 columns, which a last group may pass
+        inside = (group * X_GROUP + first_of < ldx)[:, None]
+        raw = tl.load(stored + group * width, (group * width + byte < stride)[None, :], 0)
+        dots = tl.zeros([ROWS, TOKENS], tl.int32)
+        x_sums = tl.zeros([TOKENS], tl.int32)
+        for part in tl.static_range(PARTS):
+            w = raw if PARTS == 1 else nibbles(raw, part)
+            x = tl.load(given + group * X_GROUP + 32 * part, inside & there, 0)
+            dots = tl.dot(w, x, dots, out_dtype=tl.int32)
+            if zero is not None:
+                x_sums += tl.sum(x.to(tl.int32), 0)
+        sums = dots.to(tl.float32)
+        of = group * 0 if GROUP == 0 else tl.minimum(group * X_GROUP // GROUP, groups - 1)
+        if zero is not None:
+            above = UNIT * (load_zeros(zero, groups, rows, of, FORMAT) - MIDDLE)
+            sums -= above[:, None] * x_sums.to(tl.float32)[None, :]
+        sums *= tl.load(xs + token * x_groups + group, token < tokens, 0.0)[None, :]
+        if GROUP != 0:
+            sums *= tl.load(scale + rows * groups + of).to(tl.float32)[:, None]
+        y += sums
+    y *= 1.0 / UNIT
+    if GROUP == 0:
+        y *= tl.load(scale + rows).to(tl.float32)[:, None]
+    deliver(
+        y, bias, residual, ldr, out, ldo, work, work_width, tl.program_id(1), token, tokens, rows, column,
+        n_out, factor, softcap, GLU, ACTIVATION, SOFTCAP,
+    )  # fmt: skip
 
 
 def constants(matrix: Matrix) -> dict[str, object]:

@@ -26,6 +26,7 @@ FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 BITS = {"f32": 32, "f16": 16, "bf16": 16, "fp8": 8, "int8": 8, "int4": 4, "int3": 3, "int2": 2}
 PARTS = {"int4": 2, "int3": 4, "int2": 4}
 ZEROS = {"int4": 8, "int3": 4, "int2": 2}  # the zero point of symmetric weights; 0 for the other formats
+WORDS = {"int8": 4, "int4": 4, "int3": 6, "int2": 4}  # of 32 bits, of a row for each quad: see linear_integer
 OFFSETS = {"int8": 384, "int4": 16, "int3": 8, "int2": 4}  # what kernels have added to q; see dequantize
 MAGIC = {"int8": 0x43C00000, "int4": 0x41800000, "int3": 0x41000000, "int2": 0x40800000}  # the same as bits
 

@@ -5,11 +5,15 @@ programs end, their writes are flushed, the next ones start and wait for their f
 kernel lets the next one start as soon as its own last programs have (`let_next_begin`), and reads what the
 kernels ahead wrote only behind `wait_for_inputs`; what no kernel writes, weights above all, it may ask for
 before. Every program of such a kernel waits, so that whoever waits for it has waited for all before it.
+
+It is off unless GRISTMILL_OVERLAP=1: on an H200, in CUDA Graphs of 290 kernels, a token took 5 to 10 % longer
+with it (fp8 3,247 against 2,938 us, bf16 4,453 against 4,233), though its kernels alone were no slower.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import triton
@@ -17,12 +21,13 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 CAPABILITY = 90
+VARIABLE = "GRISTMILL_OVERLAP"
 
 
 @functools.lru_cache
 def options() -> dict[str, Any]:
     """The arguments of a launch by which its kernel overlaps, where the device can do that."""
-    if triton.knobs.runtime.interpret:
+    if triton.knobs.runtime.interpret or os.environ.get(VARIABLE) != "1":
         return {"OVERLAP": False}
     target = triton.runtime.driver.active.get_current_target()
     if target.backend != "cuda" or target.arch < CAPABILITY:

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from gristmill.kernels.triton.append import Rotary, append, rope_tables
-from gristmill.kernels.triton.attention import Tiling, attend, cut_partials, partials_size, tiling
+from gristmill.kernels.triton.attention import (
+    Tiling,
+    attend,
+    can_quantize,
+    cut_partials,
+    partials_size,
+    tiling,
+)
 from gristmill.kernels.triton.cache import LayerCache
 from gristmill.kernels.triton.embedding import embedding
 from gristmill.kernels.triton.gather import gather_rows
@@ -166,35 +173,40 @@ class Launcher:
     def _rms_norm(self, index: int, i: Instruction) -> None:
         rms_norm(
             self._given(i, "in"), self._vector(i, "weight"), self._input(i, "residual"), i.attribute("eps"),
-            self._view(i.out), self._quantized(index, i),
+            self._view(i.out), self._quantized(index),
         )  # fmt: skip
 
     def _layer_norm(self, index: int, i: Instruction) -> None:
         layer_norm(
             self._given(i, "in"), self._vector(i, "weight"), self._vector(i, "bias"),
-            self._input(i, "residual"), i.attribute("eps"), self._view(i.out), self._quantized(index, i),
+            self._input(i, "residual"), i.attribute("eps"), self._view(i.out), self._quantized(index),
         )  # fmt: skip
 
-    def _quantized(self, index: int, norm: Instruction) -> Quantized | None:
-        """Where the next instruction looks for what a norm writes as int8, if it is a product of that."""
-        after = self.program.instructions[index + 1] if self._follows(index + 1) else None
-        if after is None or after.weight is None:
+    def _quantized(self, index: int) -> Quantized | None:
+        """Where the next instruction looks for what this one writes as int8 too, if it multiplies that."""
+        if not self._leads_to(index):
             return None
+        after = self.program.instructions[index + 1]
+        assert after.weight is not None
         chosen = self._plans[index + 1, self._count(after.out)]
         return quantized_input(
             self.weights.matrices[after.weight], chosen, False, torch.float32, self._workspace
         )
 
-    def _follows(self, index: int) -> bool:
-        """Whether an instruction is a product of what a norm before it wrote, with its columns in order."""
-        if not 0 < index < len(self.program.instructions):
+    def _leads_to(self, index: int) -> bool:
+        """Whether an instruction writes the activations of the next one, a product, as int8 too."""
+        if not 0 <= index < len(self.program.instructions) - 1:
             return False
-        norm, i = self.program.instructions[index - 1 : index + 1]
-        return (
-            norm.op in ("rms_norm", "layer_norm") and i.op == "linear" and i.views["in"] == norm.out
-            and "order" not in i.vectors and i.out.value != LOGITS
-            and self._count(norm.out) == self._count(i.out)
-        )  # fmt: skip
+        i, after = self.program.instructions[index : index + 2]
+        if after.op != "linear" or after.views["in"] != i.out or "order" in after.vectors:
+            return False
+        if after.out.value == LOGITS or self._count(i.out) != self._count(after.out):
+            return False
+        group = self._plans[index + 1, self._count(after.out)].act_group
+        if i.op == "attention" and group:
+            cache, tiles = self.caches[i.attribute("cache")], self._tilings[index, self._rows]
+            return can_quantize(cache, i.attribute("heads"), tiles, group)
+        return group > 0 and i.op in ("rms_norm", "layer_norm")
 
     def _linear(self, index: int, i: Instruction) -> None:
         assert i.weight is not None
@@ -204,7 +216,7 @@ class Launcher:
             p=self._plans[index, len(out)], workspace=self._workspace, bias=self._vector(i, "bias"),
             residual=self._input(i, "residual"), order=self._vector(i, "order"),
             activation=i.attribute("activation"), glu=i.attribute("glu"), scale=i.attribute("scale"),
-            softcap=i.attribute("softcap"), at_hand=self._follows(index),
+            softcap=i.attribute("softcap"), at_hand=self._leads_to(index - 1),
         )  # fmt: skip
 
     def _attention(self, index: int, i: Instruction) -> None:
@@ -226,7 +238,7 @@ class Launcher:
         attend(
             q if prepared is None else prepared, cache, positions, slots, i.attribute("scale"), tiles,
             self._view(i.out), i.attribute("softcap"), self._vector(i, "sinks"),
-            None if self._blocks is None else self._blocks[tiles.rows], partials,
+            None if self._blocks is None else self._blocks[tiles.rows], partials, self._quantized(index),
         )  # fmt: skip
 
     def _query_buffer(self, q: Tensor, cache: LayerCache) -> Tensor:

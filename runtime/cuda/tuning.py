@@ -73,12 +73,12 @@ class Tuned:
         """A config for each segment of a linear, the table's where none was timed."""
         pair = glu and len(segments) == 1
         return [
-            self.config(s, rows, pair, act_group) or choose(s, rows, act_group > 0) for s in segments
+            self.config(s, rows, pair, act_group) or choose(s, rows, act_group) for s in segments
         ]
 
     def config(self, matrix: Matrix, rows: int, glu: bool, act_group: int) -> Config | None:
         given = self.found.get(key_of(matrix, rows, glu, act_group))
-        found = candidates(matrix, rows, glu, act_group > 0) if given else []
+        found = candidates(matrix, rows, glu, act_group) if given else []
         known = {json.dumps(asdict(c)): c for c in found}
         return known.get(json.dumps(given))
 

@@ -67,6 +67,7 @@ def compile_launches(module: str, seconds: float = 300) -> list[Compiled]:
             "TRITON_CACHE_DIR": cache,
             "TRITON_DUMP_PTXAS_LOG": "1",
             "TRITON_DISABLE_LINE_INFO": "1",
+            "GRISTMILL_OVERLAP": "1",
         }
         done = subprocess.run(
             [sys.executable, __file__, module],

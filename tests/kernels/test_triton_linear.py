@@ -15,13 +15,13 @@ pytest.importorskip("triton", reason="needs triton, which exists for Linux on x8
 from compile_sm90 import Compiled, compile_launches
 from interpreter import quantize_rows
 from triton_device import DEVICE, ahead_of_time
-from triton_matrices import FORMATS, random_matrix
+from triton_matrices import FORMATS, meta_matrix, random_matrix
 
 from gristmill.kernels.reference import linear as reference
 from gristmill.kernels.triton.dequantize import dequantize
 from gristmill.kernels.triton.embedding import embedding
 from gristmill.kernels.triton.linear import Plan, fastest, linear, plan, workspace_bytes
-from gristmill.kernels.triton.linear_configs import BUCKETS, TABLE, Config, candidates, choose
+from gristmill.kernels.triton.linear_configs import BUCKETS, TABLE, Config, candidates, choose, has_tiles
 from gristmill.kernels.triton.matrix import FLOATS, Matrix, merge
 from gristmill.kernels.triton.quantize import Quantized, quantize
 
@@ -149,10 +149,13 @@ def test_every_group_of_integers(fmt: str, group: int, symmetric: bool, tokens: 
 
 
 @pytest.mark.parametrize("act_group", [32, 64, 128])
-@pytest.mark.parametrize("fmt", ["int8", "int4", "int3", "int2"])
+@pytest.mark.parametrize("fmt", ["int8", "int4", "int3", "int2", "int8 tiles", "int4 tiles"])
 def test_products_of_integers(fmt: str, act_group: int) -> None:
     """Activations rounded as by the interpreter of programs, sums that are exact."""
     r = random.Random(f"{fmt} {act_group}")
+    fmt, *tiles = fmt.split()
+    if tiles and not has_tiles(meta_matrix(fmt, 2, 64, act_group), act_group):
+        pytest.skip("halves of what is stored together")
     for tokens, k in ((1, 31), (1, 300), (2, 257), (3, 192), (4, 65), (9, 130), (16, 64), (33, 100)):
         group = r.choice([g for g in GROUPS if g % act_group == 0])
         glu, symmetric = r.random() < 0.5, r.random() < 0.5
@@ -160,6 +163,8 @@ def test_products_of_integers(fmt: str, act_group: int) -> None:
         m, weights = random_matrix(fmt, n, k, group, symmetric, tokens, r.choice(tuple(FLOATS)))
         sizes = [r.choice(of) for of in ((2, 8), (2, 16), (1, 2, 16), (1, 2))]
         config, segments = Config(*sizes, integer=True), [move(m)]
+        if tiles:
+            config = Config(16, 0, 16, sizes[3], integer=True)
         order = torch.randperm(k).int().to(DEVICE) if r.random() < 0.5 else None
         p = plan(segments, tokens, glu, [config], act_group=act_group)
         x = strided(tokens, k, torch.float32, tokens)

@@ -52,6 +52,8 @@ def append_launches() -> Iterator[Launch]:
         yield f"append {dtype}", partial(
             append, q, k, v, indices(rows), indices(rows), cache, queries, norm, norm, 1e-6, rope, hadamard
         )
+    plain = allocate("f16", "int8", DIM, DIM, KV_HEADS, 2, CONTEXT, device="meta")
+    yield "append without queries", partial(append, None, k, v, indices(rows), indices(rows), plain)
 
 
 def attention_launches() -> Iterator[Launch]:

@@ -35,7 +35,7 @@ def call(
 ) -> None:
     """What a decoder asks of a linear, with activations in bf16."""
     dense = more.get("dense", False)
-    chosen = choose(m, tokens, act_group > 0)
+    chosen = choose(m, tokens, act_group)
     config = replace(TABLE[FAMILIES.get(m.format, m.format)][bucket(tokens)], dense=dense)
     configs = [replace(chosen if act_group else config, splits=splits)]
     p = plan([m], tokens, glu, configs, native_fp8=more.get("native_fp8", False), act_group=act_group)
