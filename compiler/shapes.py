@@ -22,6 +22,7 @@ from .formats import Formats
 from .load import load_config
 from .lower import Lowered, lower
 from .memory import plan_arena
+from .names import NO_EXPERTS
 from .options import CompileOptions
 from .pipeline import narrow, plan_limits, rewrite
 from .trace import trace
@@ -44,7 +45,10 @@ class ShapesOnly(Checkpoint):
         except Exception as error:  # any part of a model's construction may refuse its configuration
             reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
             raise GristmillError(f"the model cannot be built from its config ({reason})") from error
-        return ShapesOnly({name: tuple(weight.shape) for name, weight in model.named_parameters()})
+        shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+        if any(".experts." in name for name in shapes):
+            raise GristmillError(NO_EXPERTS)
+        return ShapesOnly(shapes)
 
     def __contains__(self, name: str) -> bool:
         return name in self._shapes

@@ -2,9 +2,9 @@
 
     seconds = max(bytes / bandwidth, operations / peak) + overhead
 
-Bytes and operations are those of `gristmill.runtime.profile.work`: weights and cache rows, read once, and two
-operations for each multiply-add. Everything here is arithmetic on numbers; where they come from (a data sheet,
-a probe, a profile) is the caller's business.
+Bytes and operations are those of `gristmill.runtime.profile.work`: weights and cache rows, read once, and
+two operations for each multiply-add. Everything here is arithmetic on numbers; where they come from (a data
+sheet, a probe, a profile) is the caller's business.
 """
 
 from __future__ import annotations
