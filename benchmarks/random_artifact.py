@@ -23,21 +23,14 @@ from typing import Any
 
 import click
 import numpy as np
-import torch
-from make_model import DEVIATION, SHAPES, tensor_shapes, write_tokenizer
+from make_model import DEVIATION, SHAPES, write_tokenizer
 from numpy.typing import NDArray
 
-from gristmill.compiler.checkpoint import Checkpoint
-from gristmill.compiler.formats import Formats
-from gristmill.compiler.load import load_config
-from gristmill.compiler.lower import Lowered, Matrix, lower
-from gristmill.compiler.memory import plan_arena
+from gristmill.compiler.lower import Lowered, Matrix
 from gristmill.compiler.options import CompileOptions
-from gristmill.compiler.pipeline import PASSES, bits_per_weight, plan_limits, tool_versions
+from gristmill.compiler.pipeline import bits_per_weight, tool_versions
+from gristmill.compiler.shapes import Shape
 from gristmill.compiler.tokenizer_files import tokenizer_files
-from gristmill.compiler.trace import trace
-from gristmill.passes.graph import Traced
-from gristmill.passes.manager import run_passes
 from gristmill.quant import e4m3, pack
 from gristmill.quant.scheme import Scheme
 from gristmill.quant.tensor import stored_shapes
@@ -49,30 +42,6 @@ from gristmill.runtime.weights_file import TensorSpec, WeightsWriter
 Array = NDArray[Any]
 POOL_BYTES = 16 << 20  # random bytes that all matrices of a format are cut from
 NAN_BITS = 0x7F  # of e4m3, with any sign
-
-
-class Shapes(Checkpoint):
-    """The checkpoint of a config that has names and shapes only; vectors, which are norms, read as ones."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        self._shapes = dict(tensor_shapes(config))
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def dtype(self, name: str) -> torch.dtype:
-        return torch.bfloat16
-
-    def read(self, name: str) -> torch.Tensor:
-        shape = self._shapes[name]
-        assert len(shape) == 1, f"a pass asked for the values of {name}, of which there are none"
-        return torch.ones(shape)
 
 
 class RandomModel:
@@ -89,23 +58,15 @@ class RandomModel:
             return tokenizer_files(Path(folder), [])
 
     @cached_property
-    def traced(self) -> tuple[Any, Traced]:
-        """The config as transformers has it, and the graph after all passes."""
+    def shape(self) -> Shape:
+        """Its graph, traced from the config."""
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(self.config))
-            config = load_config(Path(folder))
-        graph = trace(config, Shapes(self.config), plan_limits(config, CompileOptions.of()).max_len)
-        run_passes(graph, PASSES, None)
-        return config, graph
+            return Shape.of(Path(folder))
 
     def lowered(self, options: CompileOptions) -> Lowered:
         """The program and what its matrices are."""
-        config, graph = self.traced
-        assign = Formats.of(options).scheme
-        floats = options.activations == "f32"
-        made = lower(graph, assign, options.cache_format, plan_limits(config, options), floats)
-        plan_arena(made.program)
-        return made
+        return self.shape.lowered(options)
 
     def program(self, options: CompileOptions) -> Program:
         return self.lowered(options).program
@@ -138,7 +99,7 @@ class RandomModel:
         paths = {format_name(options): self.path(folder, options) for options in formats}
         missing = [options for options in formats if not self.path(folder, options).exists()]
         if missing:
-            _ = self.traced, self.files  # once, before threads ask for them
+            _ = self.shape, self.files  # once, before threads ask for them
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda options: self.write(self.path(folder, options), options), missing))
         return paths

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +39,7 @@ def load_source(model: str) -> Source:
 
     Raises GristmillError for anything unusable.
     """
-    directory = _resolve(model)
+    directory = resolve(model)
     quantized = quantization_reader(directory)
     config = load_config(directory)
     checkpoint = Checkpoint(directory)
@@ -107,7 +108,8 @@ def _transformers_config(directory: Path, model_type: str) -> Any:
         raise GristmillError(f"{directory}/config.json: transformers refuses it ({reason})") from None
 
 
-def _resolve(model: str) -> Path:
+def resolve(model: str, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
+    """The directory of a model, a name on the hub after its files that fit ``patterns`` were fetched."""
     if os.path.isdir(model):
         return Path(model).resolve()
     if os.path.exists(model):
@@ -120,7 +122,7 @@ def _resolve(model: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(model, allow_patterns=list(patterns)))
     except Exception as error:  # network and hub errors are of many types
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise GristmillError(f"{model}: no such directory, and the hub download failed ({reason})") from None

@@ -11,6 +11,8 @@ from typing import Any
 
 from ..runtime.errors import GristmillError
 
+NO_EXPERTS = "mixture-of-experts models are not supported; see the README for the families that compile"
+
 
 def parameter_sources(model: Any, stored: Iterable[str]) -> dict[str, str]:
     """Parameter (or buffer) name → checkpoint name, for every parameter that the checkpoint has."""
@@ -33,9 +35,7 @@ def require(sources: dict[str, str], names: tuple[str, ...]) -> str:
         if name in sources:
             return sources[name]
     if ".experts." in names[0]:
-        raise GristmillError(
-            "mixture-of-experts models are not supported; see the README for the families that compile"
-        )
+        raise GristmillError(NO_EXPERTS)
     raise GristmillError(
         f"the checkpoint has no tensor {names[0]!r}; is a shard missing? download the model again"
     )

@@ -97,11 +97,11 @@ def compile_model(
         tokenizer = tokenizer_files(source.directory, [gate.default_text("prose"), gate.default_text("code")])
         report("trace", 0.0)
         traced = trace(source.config, source.checkpoint, limits.max_len)
-        limits = _narrow(limits, traced)
+        limits = narrow(limits, traced)
         report("passes", 0.0)
         taken = foreign.of(source, options)
         taken.before_passes(traced)
-        ledger = _run_passes(traced, options)
+        ledger = rewrite(traced, options)
         taken.after_passes(traced)
         made = quantize(traced, source, options, limits, tokenizer, writer.out, tool_versions(), report, tell)
         try:
@@ -132,7 +132,8 @@ def plan_limits(config: Any, options: CompileOptions) -> Limits:
     return Limits(options.max_tokens, options.max_slots, max_len, most)
 
 
-def _narrow(limits: Limits, traced: Traced) -> Limits:
+def narrow(limits: Limits, traced: Traced) -> Limits:
+    """No more positions than frozen rotary frequencies hold for."""
     most = min(limits.max_position, traced.max_position or limits.max_position)
     return Limits(limits.max_tokens, limits.max_slots, limits.max_len, most)
 
@@ -141,7 +142,8 @@ def _first_of(config: Any, *names: str) -> int | None:
     return next((int(v) for n in names if isinstance(v := getattr(config, n, None), int)), None)
 
 
-def _run_passes(traced: Traced, options: CompileOptions) -> list[Entry]:
+def rewrite(traced: Traced, options: CompileOptions) -> list[Entry]:
+    """All passes over the graph, and what each did. Raises GristmillError for what cannot be lowered."""
     evaluate = partial(_example_logits, vocabulary=_vocabulary(traced)) if options.check_passes else None
     kind = getattr(traced.config, "model_type", "model")
     try:

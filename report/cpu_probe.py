@@ -1,0 +1,281 @@
+"""This CPU as a device: its roofs, and what the kernels attain of them, measured in some seconds.
+
+The kernels themselves are timed, on products and attention of known shapes (`report.probe_program`): weights
+that no cache holds say what a stream of them reaches, small ones what arithmetic takes, the smallest what an
+instruction costs besides its work. Rounds go over all of them and a read stream, and medians are kept, so
+that a machine that is busy meanwhile is described as busy as it is.
+"""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gristmill.compiler.options import CompileOptions
+from gristmill.quant.scheme import FORMATS, Scheme
+from gristmill.report.attained import FEW_ROWS, Attained, Attention, Product
+from gristmill.report.devices import DeviceSpec
+from gristmill.report.probe_program import DIM, ProbeProgram
+from gristmill.runtime.decoding.next_tokens import most_likely_token
+from gristmill.runtime.machine import available_memory_bytes
+from gristmill.runtime.profile import PEAK_SECONDS, PROBE_BYTES
+from gristmill.runtime.program import segment_row_bytes
+from gristmill.runtime.session import Session, native
+
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+ASSUMED_CACHE = 32 << 20  # where the system does not say
+LEAST_STREAM, MOST_STREAM = 64 << 20, 512 << 20  # bytes of all weights that are streamed
+SHORT, LONG = 2048, 8192  # columns of the rows that are streamed
+SMALL, LARGE = (256, 256), (1024, 1024)  # weights that a cache holds
+TILE, MANY = 16, 64  # rows beyond FEW_ROWS
+GROUPS = (1, 8)  # query heads for each head of a cache
+CONTEXT = 1024
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """weights, caches: the formats to measure; seconds: of one measurement in a round."""
+
+    weights: tuple[str, ...]
+    caches: tuple[str, ...]
+    threads: int | None = None
+    rounds: int = ROUNDS
+    seconds: float = 0.06
+
+
+def measure_cpu(options: ProbeOptions) -> DeviceSpec:
+    """This machine, as busy as it is now. Needs room for some hundred MB in the directory for temporary
+    files."""
+    threads = options.threads or native().default_threads()
+    with tempfile.TemporaryDirectory(prefix="gristmill-probe-") as folder:
+        probe = _Probe(options, threads, Path(folder))
+        for _ in range(options.rounds):
+            probe.round()
+        floats, integers = (
+            1e9 * native().arithmetic_peak("auto", integer, threads, PEAK_SECONDS)
+            for integer in (False, True)
+        )
+        attained = probe.attained()
+        stream = median(probe.streams)
+    memory = available_memory_bytes()
+    return DeviceSpec(
+        _cpu_name(), "cpu", memory or 0, stream, floats, threads,
+        f"measured on this machine in {options.rounds} rounds; memory: what is free now",
+        int8_ops=integers, cache_bytes=cache_bytes(), attained=attained,
+    )  # fmt: skip
+
+
+@dataclass
+class _Timed:
+    """An executor of a ProbeProgram, and seconds of every instruction by rows and context, one per round."""
+
+    executor: Any
+    program: ProbeProgram
+    times: dict[tuple[int, int], list[NDArray[np.float64]]] = field(default_factory=dict)
+
+    def run(self, rows: int, context: int, seconds: float) -> None:
+        """Means over as many forwards as fill ``seconds``."""
+        arguments = _rows(context, rows)
+        self.executor.forward(*arguments)
+        self.executor.profile(True)
+        begin, count = time.perf_counter(), 0
+        while count == 0 or time.perf_counter() - begin < seconds:
+            self.executor.forward(*arguments)
+            count += 1
+        nanoseconds = [taken for _, taken, _ in self.executor.profile_results()]
+        self.executor.profile(False)
+        self.times.setdefault((rows, context), []).append(np.array(nanoseconds) / count / 1e9)
+
+    def seconds(self, instruction: int, rows: int = 1, context: int = 0) -> float:
+        """The median over the rounds."""
+        return float(median(times[instruction] for times in self.times[rows, context]))
+
+
+def _rows(context: int, rows: int) -> tuple[NDArray[np.int32], ...]:
+    """Tokens, positions, slots and the row whose logits are asked for."""
+    positions = np.arange(context, context + rows, dtype=np.int32)
+    return positions % 64, positions, np.zeros(rows, np.int32), np.array([rows - 1], np.int32)
+
+
+class _Probe:
+    """What is timed, and what follows from the times."""
+
+    def __init__(self, options: ProbeOptions, threads: int, folder: Path) -> None:
+        self.options, self.threads = options, threads
+        self.streams: list[float] = []
+        self.hosts: list[float] = []
+        self._streamed(folder)
+        self._cached(folder)
+        self._attended(folder)
+
+    def _streamed(self, folder: Path) -> None:
+        """Two products for each format, of equally many weights in short and in long rows."""
+        total = min(max(4 * cache_bytes(), LEAST_STREAM), MOST_STREAM)
+        made = ProbeProgram(LONG, FEW_ROWS, FEW_ROWS)
+        self.streamed: dict[str, tuple[int, int]] = {}
+        for name in self.options.weights:
+            share = total / (2 * len(self.options.weights)) * 8 / FORMATS[name].bits
+            rows = max(64, int(share / LONG) // 64 * 64)
+            short = made.linear(scheme_of(name), rows * LONG // SHORT, SHORT)
+            self.streamed[name] = short, made.linear(scheme_of(name), rows, LONG)
+        self.memory = _Timed(made.executor(folder, self.threads), made)
+
+    def _cached(self, folder: Path) -> None:
+        made = ProbeProgram(2 * LARGE[1], MANY, MANY)
+        self.norm = made.norm()
+        self.cached = {
+            name: (made.linear(scheme_of(name), *SMALL), made.linear(scheme_of(name), *LARGE))
+            for name in self.options.weights
+        }
+        self.arithmetic = _Timed(made.executor(folder, self.threads), made)
+        self.session = Session(None, made.program, self.arithmetic.executor)
+
+    def _attended(self, folder: Path) -> None:
+        self.kv_heads = max(2, self.threads)
+        width = (max(GROUPS) + 2) * self.kv_heads * DIM
+        made = ProbeProgram(width, MANY, CONTEXT + MANY)
+        self.attended = {
+            name: tuple(made.attention(name, group * self.kv_heads, self.kv_heads) for group in GROUPS)
+            for name in self.options.caches
+        }
+        self.attention = _Timed(made.executor(folder, self.threads), made)
+        for start in range(0, CONTEXT, MANY):
+            self.attention.executor.forward(*_rows(start, MANY))
+
+    def round(self) -> None:
+        """Everything once; the stream before and after what depends on it."""
+        seconds = self.options.seconds
+        before = self._stream()
+        self.memory.run(1, 0, 2 * seconds)
+        self.streams.append((before + self._stream()) / 2)
+        for rows in (1, FEW_ROWS, TILE, MANY):
+            self.arithmetic.run(rows, 0, seconds)
+        self._host(seconds)
+        self.attention.run(1, CONTEXT, seconds)  # first: a forward forgets what is beyond its positions
+        self.attention.run(1, 0, seconds / 2)
+        self.attention.executor.forward(*_rows(0, MANY))
+
+    def _stream(self) -> float:
+        return 1e9 * float(native().read_bandwidth(PROBE_BYTES // 2, self.threads, self.options.seconds))
+
+    def _host(self, seconds: float) -> None:
+        """What a token costs besides its instructions, as a caller sees it."""
+        with self.session.slot() as slot:
+            most_likely_token(self.session, 1, 0, slot)
+            self.session.executor.profile(True)  # type: ignore[attr-defined]
+            begin, count = time.perf_counter(), 0
+            while count == 0 or time.perf_counter() - begin < seconds / 2:
+                most_likely_token(self.session, 1, 0, slot)
+                count += 1
+            whole = time.perf_counter() - begin
+            parts = self.session.executor.profile_results()  # type: ignore[attr-defined]
+            self.session.executor.profile(False)  # type: ignore[attr-defined]
+        self.hosts.append((whole - sum(taken for _, taken, _ in parts) / 1e9) / count)
+
+    def attained(self) -> Attained:
+        launch = median(self._launch(name) for name in self.options.weights)
+        attends = [self.attention.seconds(i) for pair in self.attended.values() for i in pair]
+        return Attained(
+            {name: self._product(name, launch) for name in self.options.weights},
+            {name: self._attention(name, median(attends)) for name in self.options.caches},
+            launch, median(attends), self.arithmetic.seconds(self.norm), max(0.0, median(self.hosts)),
+            "measured: this project's kernels on this machine",
+        )  # fmt: skip
+
+    def _launch(self, name: str) -> float:
+        """Seconds of a product without weights, from one small and one larger."""
+        small, large = (self.arithmetic.seconds(i) for i in self.cached[name])
+        few, many = (n * k for n, k in (SMALL, LARGE))
+        return max(0.0, small - (large - small) * few / (many - few))
+
+    def _product(self, name: str, launch: float) -> Product:
+        weights = LARGE[0] * LARGE[1]
+        one, few, tile, many = (
+            max(self.arithmetic.seconds(self.cached[name][1], rows) - launch, 1e-9)
+            for rows in (1, FEW_ROWS, TILE, MANY)
+        )
+        slope = max(many - tile, 0.05 * many) / (MANY - TILE)  # seconds for each further row
+        reached, row = self._reached(name, launch)
+        return Product(
+            reached, 2.0 * weights / slope, max(0.0, many / slope - MANY), weights / one,
+            max(0.0, few / one - 1) / (FEW_ROWS - 1), row,
+        )  # fmt: skip
+
+    def _reached(self, name: str, launch: float) -> tuple[float, float]:
+        """Share of the stream, and seconds for each row, from rows of two lengths; the stream is the most."""
+        stream = median(self.streams)
+        sizes, rows, times = [], [], []
+        for index in self.streamed[name]:
+            (segment,) = self.memory.program.program.weights[f"w{index}"]
+            sizes.append(segment.n * segment_row_bytes(segment))
+            rows.append(segment.n)
+            times.append(self.memory.seconds(index) - launch)
+        return fit_rows(sizes, rows, times, stream)
+
+    def _attention(self, name: str, launch: float) -> Attention:
+        """From one and from several queries for each head of the cache."""
+        one, several = (
+            max(self.attention.seconds(i, 1, CONTEXT) - launch, 1e-9) for i in self.attended[name]
+        )
+        operations = 4 * DIM * self.kv_heads * (CONTEXT + 1)  # of one query for each head
+        slope = max(several - one, 0.05 * several) / (GROUPS[1] - GROUPS[0])
+        return Attention(1.0, operations / slope, max(0.0, one / slope - 1))
+
+
+def fit_rows(
+    sizes: Sequence[int], rows: Sequence[int], times: Sequence[float], stream: float
+) -> tuple[float, float]:
+    """The share of a stream and the seconds for each row that explain two times: t = bytes / (share * stream)
+    + rows * row, with a share of at most 1 and no row below 0.
+
+    >>> fit_rows((1000, 1000), (10, 2), (30.0, 14.0), stream=100.0)
+    (1.0, 2.0)
+    """
+    determinant = sizes[0] * rows[1] - sizes[1] * rows[0]
+    per_byte = (times[0] * rows[1] - times[1] * rows[0]) / determinant
+    row = (sizes[0] * times[1] - sizes[1] * times[0]) / determinant
+    if row < 0:
+        per_byte, row = sum(times) / sum(sizes), 0.0
+    if per_byte * stream < 1:
+        per_byte = 1 / stream
+        row = max(0.0, (sum(times) - sum(sizes) * per_byte) / sum(rows))
+    return 1 / (per_byte * stream), row
+
+
+def scheme_of(name: str) -> Scheme:
+    """How a compile stores linears in a format, unless asked otherwise."""
+    return Scheme(name, CompileOptions.of(weights=name).group(FORMATS[name]))
+
+
+def cache_bytes() -> int:
+    """Bytes of the last level of cache that one processor sees."""
+    found = [_kib(path / "size") for path in CACHES.glob("index*")] if CACHES.is_dir() else []
+    return max(found, default=0) or ASSUMED_CACHE
+
+
+def _kib(path: Path) -> int:
+    try:
+        text = path.read_text().strip().upper()
+    except OSError:
+        return 0
+    unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:], 0)
+    return int(text[:-1]) * unit if unit and text[:-1].isdigit() else 0
+
+
+def _cpu_name() -> str:
+    names: Iterable[str] = ()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text().splitlines()
+        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(iter(names), "") or platform.machine()
