@@ -246,7 +246,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Report:
-    """command repeats all of it; versions: of packages; created: ISO date and time, UTC."""
+    """command repeats all of it; versions: of packages; created: ISO date and time, UTC.
+
+    readings: the sentence under each picture and the page's first ones; derived: what the page works out from
+    the rest, by the place where it stands. Both are filled in where the page is written.
+    """
 
     title: str
     model: str
@@ -257,4 +261,6 @@ class Report:
     points: tuple[Point, ...]
     dominated: dict[str, tuple[str, ...]] = field(default_factory=dict)  # "speed", "size" -> ids of points
     seconds: float = 0.0
+    readings: dict[str, str] = field(default_factory=dict)
+    derived: dict[str, float] = field(default_factory=dict)
     format: int = FORMAT

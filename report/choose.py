@@ -1,0 +1,132 @@
+"""Which of a report's many figures stand for a point: one decode speed, one prefill speed, the best points."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from gristmill.report.schema import Point, Report, SpeedPoint
+
+FLOATS = ("f32", "bf16", "f16")
+PROMISE = 0.01  # the increase of perplexity that "without visible loss" allows
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a forward: see SpeedPoint."""
+
+    rows: int
+    context: int
+    sequences: int
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A point worth taking. why: what it is the best at."""
+
+    point: Point
+    why: str
+
+
+def good(report: Report) -> list[Point]:
+    return [point for point in report.points if point.status == "ok"]
+
+
+def devices(report: Report) -> list[str]:
+    """Devices with at least one point that was measured, in the order of the points."""
+    return list(dict.fromkeys(point.device for point in good(report)))
+
+
+def is_peer(point: Point) -> bool:
+    return not point.runtime.startswith("gristmill")
+
+
+def shape_of(speed: SpeedPoint) -> Shape:
+    return Shape(speed.rows, speed.context, speed.sequences)
+
+
+def decode_shape(report: Report) -> Shape | None:
+    """The decode of one sequence that most points share; of equals the shortest context."""
+    return _common(report, lambda s: s.phase == "decode" and s.sequences == 1, lambda s: s.context)
+
+
+def prefill_shape(report: Report) -> Shape | None:
+    """The prefill from nothing that most points share; of equals the longest."""
+    return _common(report, lambda s: s.phase == "prefill" and s.context == 0, lambda s: -s.rows)
+
+
+def _common(report: Report, wanted, order) -> Shape | None:  # type: ignore[no-untyped-def]
+    counts = Counter(shape_of(s) for point in good(report) for s in point.speed if wanted(s))
+    return min(counts, key=lambda shape: (-counts[shape], order(shape)), default=None)
+
+
+def speed_at(point: Point, phase: str, shape: Shape | None) -> SpeedPoint | None:
+    return next((s for s in point.speed if s.phase == phase and shape_of(s) == shape), None)
+
+
+def decode_speed(report: Report, point: Point) -> float | None:
+    """tok/s of one sequence at `decode_shape`."""
+    found = speed_at(point, "decode", decode_shape(report))
+    return found.tokens_s if found else None
+
+
+def increase(point: Point) -> float | None:
+    """Of perplexity against the float model, a fraction."""
+    return point.accuracy.ppl_increase.estimate if point.accuracy else None
+
+
+def reference(report: Report, device: str) -> Point | None:
+    """What others on `device` are compared with: gristmill's own point with unrounded weights."""
+    own = [p for p in good(report) if p.device == device and not is_peer(p)]
+    return next((p for name in ("f16", "bf16", "f32") for p in own if p.weights == name), None)
+
+
+def picks(report: Report) -> list[Pick]:
+    """On each device the fastest and the smallest of gristmill's points that keep PROMISE."""
+    found: list[Pick] = []
+    for device in devices(report):
+        keep = [
+            point
+            for point in good(report)
+            if point.device == device and not is_peer(point) and (increase(point) or 0.0) <= PROMISE
+            if point.accuracy and point.weights not in FLOATS
+        ]
+        fast = [p for p in keep if decode_speed(report, p)]
+        small = [p for p in keep if p.memory]
+        if fast:
+            found.append(Pick(max(fast, key=lambda p: decode_speed(report, p) or 0.0), "fastest"))
+        if small and len(keep) > 1:
+            found.append(Pick(min(small, key=lambda p: p.memory.artifact_bytes if p.memory else 0), "smallest"))
+    return found
+
+
+def is_dominated(report: Report, point: Point, by: str) -> bool:
+    """by: "speed" or "size"."""
+    return point.id in report.dominated.get(by, ())
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a point looks in every picture. colour: a name of plots.COLOURS."""
+
+    colour: str
+    marker: str
+    dash: str
+
+
+_COLOUR = {"f32": "ink", "bf16": "ink", "f16": "ink", "int8": "blue", "fp8": "sky", "int4": "orange"}
+_COLOUR |= {"int3": "green", "int2": "red"}
+_MARKERS = "osD^vPX<>ph"
+
+
+def styles(report: Report) -> dict[str, Style]:
+    """Point's id -> style: colour by weights (peers: one of their own), marker by turn, dashes by cache."""
+    taken: Counter[str] = Counter()
+    found = {}
+    for point in report.points:
+        colour = "purple" if is_peer(point) else _COLOUR.get(point.weights.split(" ")[0], "sky")
+        marker = _MARKERS[taken[colour] % len(_MARKERS)]
+        dash = "dashed" if point.kv not in (*FLOATS, "") else "solid"
+        found[point.id] = Style(colour, marker, "dashdot" if is_peer(point) else dash)
+        taken[colour] += point.status == "ok"
+    return found

@@ -1,0 +1,64 @@
+"""How long a caller waits: for the first token, and for each one after it."""
+
+from __future__ import annotations
+
+from gristmill.report import choose, units
+from gristmill.report.pictures.sketch import Sketch
+from gristmill.report.plots import COLOURS, Drawing, marker_style
+from gristmill.report.schema import Latency, Point, Report
+from gristmill.report.tables import Column, Number, Row, Table, cell, say
+
+
+def sketches(report: Report) -> list[Sketch]:
+    found = []
+    for device in choose.devices(report):
+        waits = [(p, p.latency) for p in choose.good(report) if p.device == device and p.latency]
+        if waits:
+            found.append(_sketch(report, device, waits))
+    return found
+
+
+def _sketch(report: Report, device: str, waits: list[tuple[Point, Latency]]) -> Sketch:
+    styles = choose.styles(report)
+    best, worst = (pick(waits, key=lambda w: w[1].inter_token_p50) for pick in (min, max))
+    wide = max(waits, key=lambda w: w[1].inter_token_p99 / w[1].inter_token_p50)
+    reading = say("{} gives a token every {}, {} every {}; {} has the longest tail: p99 is {} its median.",
+                  best[0].label, Number(best[1].inter_token_p50, "seconds"), worst[0].label,
+                  Number(worst[1].inter_token_p50, "seconds"), wide[0].label,
+                  Number(wide[1].inter_token_p99 / wide[1].inter_token_p50, "factor"))  # fmt: skip
+    columns = (Column("point", numeric=False), Column("prompt", "tokens"), Column("first token"),
+               Column("p50"), Column("p95"), Column("p99"))  # fmt: skip
+    rows = tuple(
+        Row((cell(p.label), cell(w.prompt), cell(w.first_token, "seconds"), cell(w.inter_token_p50, "seconds"),
+             cell(w.inter_token_p95, "seconds"), cell(w.inter_token_p99, "seconds")))
+        for p, w in waits
+    )  # fmt: skip
+    height = 90.0 + 26 * len(waits)
+    return Sketch(
+        id=f"latency-{device}",
+        title=f"Time between tokens, {device}",
+        reading=reading,
+        data=Table(f"latency-{device}-data", f"Time to the first token and between tokens, {device}", columns, rows),
+        paint=lambda drawing: _paint(drawing, waits, styles),
+        device=device,
+        wide=(540.0, max(height, 300.0)),
+        narrow=(372.0, height),
+    )
+
+
+def _paint(drawing: Drawing, waits: list[tuple[Point, Latency]], styles: dict[str, choose.Style]) -> None:
+    axes = drawing.axes()
+    for row, (point, wait) in enumerate(waits):
+        style = styles[point.id]
+        ends = [1e3 * x for x in (wait.inter_token_p50, wait.inter_token_p95, wait.inter_token_p99)]
+        axes.plot(ends[::2], [row, row], color=COLOURS[style.colour], linewidth=2)
+        axes.plot(ends[1:], [row, row], color=COLOURS[style.colour], marker="|", markersize=11, linestyle="none")
+        (dot,) = axes.plot(ends[:1], [row], **marker_style(style))
+        drawing.tip(dot, f"{point.label}: p50 {units.text(wait.inter_token_p50, 'seconds')}, "
+                         f"p95 {units.text(wait.inter_token_p95, 'seconds')}, "
+                         f"p99 {units.text(wait.inter_token_p99, 'seconds')}")  # fmt: skip
+    axes.set_yticks(range(len(waits)), [point.label for point, _ in waits])
+    axes.set_ylim(len(waits) - 0.5, -0.5)
+    axes.set_xlim(0, None)
+    axes.grid(False, axis="y")
+    drawing.label(axes, "milliseconds; mark: p50, bars: p95, p99", "")

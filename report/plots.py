@@ -1,0 +1,177 @@
+"""Pictures as SVG inside of the page: one drawing for light, dark and print.
+
+matplotlib draws with stand-in colours, which become the page's CSS variables; its text stays text in the
+page's font; nothing in the output depends on when or where it was drawn. matplotlib is imported on first use.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from gristmill.report.choose import Style
+from gristmill.runtime.errors import GristmillError
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+# Name of the CSS variable -> stand-in. The series are Okabe and Ito's, made lighter for dark pages in page.css.
+COLOURS = {
+    name: f"#0102{i:02x}"
+    for i, name in enumerate(
+        ("ink", "muted", "grid", "paper", "blue", "sky", "orange", "green", "red", "purple", "shade"), 16
+    )
+}
+FONT = 12.0  # user units; a wide picture is shown at about one CSS pixel per unit
+_SETTINGS: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "gristmill",
+    "svg.image_inline": True,
+    "text.parse_math": False,
+    "axes.formatter.use_mathtext": False,
+    "axes.unicode_minus": True,
+    "font.family": "DejaVu Sans",  # comes with matplotlib and is wide: the page's font needs less room
+    "path.simplify": False,
+}
+
+
+def require_matplotlib() -> None:
+    """Raises GristmillError where pictures cannot be drawn: call it before a long measurement."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise GristmillError(
+            f"the report's pictures need matplotlib ({error}): pip install 'gristmill[report]'"
+        ) from error
+
+
+@dataclass
+class Drawing:
+    """A figure that is being drawn. width, height: user units; tips: gid of an artist -> hover text."""
+
+    name: str
+    width: float
+    height: float
+    narrow: bool
+    figure: Figure
+    tips: dict[str, str] = field(default_factory=dict)
+
+    def axes(self, **where: Any) -> Axes:
+        """Axes in the page's style; where: of Figure.add_subplot."""
+        axes = self.figure.add_subplot(**where)
+        axes.set_facecolor("none")
+        axes.tick_params(which="both", colors=COLOURS["muted"], labelcolor=COLOURS["ink"], labelsize=FONT - 1)
+        axes.grid(True, which="major", color=COLOURS["grid"], linewidth=0.8)
+        axes.set_axisbelow(True)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(COLOURS["muted"])
+        return axes
+
+    def label(self, axes: Axes, x: str, y: str) -> None:
+        """Names of the axes, y's above the left end so that it reads level."""
+        axes.set_xlabel(x, color=COLOURS["ink"], fontsize=FONT)
+        axes.set_title(y, color=COLOURS["ink"], fontsize=FONT, loc="left")
+
+    def tip(self, artist: Artist, text: str) -> None:
+        """Shows `text` where the pointer rests on `artist`; small screens have no pointer."""
+        if not self.narrow:
+            gid = f"tip{len(self.tips)}"
+            artist.set_gid(gid)
+            self.tips[gid] = text
+
+    def legend(self, axes: Axes, columns: int | None = None) -> None:
+        """Below the figure, in as many columns as the width gives."""
+        handles, labels = axes.get_legend_handles_labels()
+        self.legend_of(handles, labels, columns)
+
+    def legend_of(self, handles: Sequence[Any], labels: Sequence[str], columns: int | None = None) -> None:
+        if not labels:
+            return
+        per_label = 44 + FONT * 0.6 * max(len(label) for label in labels)
+        columns = columns or max(1, min(len(labels), int(self.width // per_label)))
+        self.figure.legend(
+            handles, labels, loc="outside lower center", ncols=columns, frameon=False,
+            fontsize=FONT - 1, labelcolor=COLOURS["ink"], handlelength=2.2, columnspacing=1.4,
+        )  # fmt: skip
+
+
+def draw(name: str, size: tuple[float, float], narrow: bool, title: str, text: str,
+         paint: Callable[[Drawing], None]) -> str:  # fmt: skip
+    """The SVG of what `paint` draws. name: prefix of its ids; text: said to who cannot see it."""
+    require_matplotlib()
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_SETTINGS):
+        figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72, layout="constrained")
+        figure.patch.set_visible(False)
+        drawing = Drawing(name, *size, narrow, figure)
+        paint(drawing)
+        out = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
+    return _for_the_page(out.getvalue(), drawing, title, text)
+
+
+def _for_the_page(svg: str, drawing: Drawing, title: str, text: str) -> str:
+    """matplotlib's file as an element of the page: own ids, CSS colours, hover texts, an alternative."""
+    ET.register_namespace("", SVG)
+    ET.register_namespace("xlink", XLINK)
+    root = ET.fromstring(svg)
+    for child in list(root):
+        if child.tag.endswith("metadata"):
+            root.remove(child)
+    for element in root.iter():
+        _own_names(element, drawing.name)
+        if tip := drawing.tips.get(element.get("id", "").removeprefix(f"{drawing.name}-")):
+            note = ET.Element(f"{{{SVG}}}title")
+            note.text = tip
+            element.insert(0, note)
+            element.set("class", "tip")
+    for name in ("width", "height"):
+        root.attrib.pop(name, None)
+    root.set("role", "img")
+    root.set("aria-labelledby", f"{drawing.name}-title {drawing.name}-desc")
+    for i, (tag, content) in enumerate((("title", title), ("desc", text))):
+        element = ET.Element(f"{{{SVG}}}{tag}", {"id": f"{drawing.name}-{tag}"})
+        element.text = content
+        root.insert(i, element)
+    return _in_css(ET.tostring(root, encoding="unicode"))
+
+
+def _own_names(element: ET.Element, prefix: str) -> None:
+    """ids of one picture differ from those of the others."""
+    for key, value in list(element.attrib.items()):
+        if key == "id":
+            element.set(key, f"{prefix}-{value}")
+        elif key == f"{{{XLINK}}}href" and value.startswith("#"):
+            element.set(key, f"#{prefix}-{value[1:]}")
+        elif "url(#" in value:
+            element.set(key, value.replace("url(#", f"url(#{prefix}-"))
+
+
+def _in_css(svg: str) -> str:
+    names = {value: name for name, value in COLOURS.items()}
+    svg = re.sub(r"#0102[0-9a-f]{2}", lambda m: f"var(--{names[m[0]]})", svg)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    return re.sub(r"\n\s*", "\n", svg)
+
+
+def marker_style(style: Style, hollow: bool = False) -> dict[str, Any]:
+    """Keywords of a marker for Axes.plot."""
+    colour = COLOURS[style.colour]
+    face = COLOURS["paper"] if hollow else colour
+    return {"marker": style.marker, "color": colour, "markerfacecolor": face, "markeredgecolor": colour,
+            "markeredgewidth": 1.5, "markersize": 8}  # fmt: skip
+
+
+def line_style(style: Style) -> dict[str, Any]:
+    return {"color": COLOURS[style.colour], "linestyle": style.dash, "linewidth": 1.8}

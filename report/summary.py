@@ -1,0 +1,158 @@
+"""The head of the page and the table of all points."""
+
+from __future__ import annotations
+
+from gristmill.report import choose
+from gristmill.report.schema import Accuracy, Point, Report
+from gristmill.report.tables import Code, Column, Number, Part, Row, Source, Tag, Table, Text, cell, join, say
+
+
+def source(report: Report, command: str = "", device: str = "") -> Source:
+    """What repeats a figure, and where and when it was measured."""
+    machine = report.machines.get(device) or next(iter(report.machines.values()), None)
+    where = [f"{machine.name}, {machine.threads} threads"] if machine else []
+    where += [" ".join(item) for item in report.versions.items() if item[0] == "gristmill"]
+    return Source(command or report.command, " · ".join([*where, report.created[:10]]))
+
+
+def facts(report: Report) -> list[tuple[str, Text]]:
+    """The head: what was measured on what."""
+    rows = [("Model", cell(report.model))]
+    for device, m in report.machines.items():
+        rows.append((f"Machine ({device})", say(
+            "{}, {} cores, {} threads used, {}, {}; {}. Measured here: reading {}, float products {}, integer products {}",
+            m.name, Number(m.cores, "count"), Number(m.threads, "count"), Number(m.memory_bytes, "bytes"), m.isa,
+            m.system, Number(m.read_bytes_s, "bytes/s"), Number(m.float_ops_s, "ops/s"),
+            Number(m.integer_ops_s, "ops/s"))))  # fmt: skip
+    rows += [("Text", join(list(texts), "; ")) for texts in [_texts(report)] if texts]
+    rows.append(("Versions", cell(", ".join(f"{name} {version}" for name, version in report.versions.items()))))
+    rows.append(("Measured", say("{}{}", report.created.replace("T", " ").replace("+00:00", " UTC"), _duration(report))))
+    rows.append(("Repeat", cell(Code(report.command))))
+    return rows
+
+
+def _duration(report: Report) -> Text:
+    return say(", in {}", Number(report.seconds, "seconds")) if report.seconds else Text(())
+
+
+def _texts(report: Report) -> list[Text]:
+    """One for each text that was scored."""
+    found: dict[tuple[str, str], Accuracy] = {}
+    for point in choose.good(report):
+        if point.accuracy:
+            found.setdefault((point.accuracy.text, point.accuracy.text_sha256), point.accuracy)
+    return [
+        say("{} (sha256 {}), {} tokens in windows of {}", a.text, a.text_sha256[:12], Number(a.tokens, "count"),
+            Number(a.window, "count"))
+        for a in found.values()
+    ]  # fmt: skip
+
+
+def headline(report: Report) -> list[Text]:
+    """What to take, in a sentence for each pick, and how many points there are."""
+    said = []
+    for pick in choose.picks(report):
+        said.append(_pick_text(report, pick))
+    if not said:
+        said.append(say("No compressed point keeps perplexity within {} of the float model.",
+                        Number(choose.PROMISE, "increase")))  # fmt: skip
+    return said
+
+
+def _pick_text(report: Report, pick: choose.Pick) -> Text:
+    point, base = pick.point, choose.reference(report, pick.point.device)
+    speed = choose.decode_speed(report, point)
+    parts = [say("{} on {} within {}: {}", pick.why.capitalize(), point.device, Number(choose.PROMISE, "increase"),
+                 Tag(point.label, "good"))]  # fmt: skip
+    if speed:
+        parts.append(say("{} tok/s", Number(speed, "tok/s")))
+    if point.memory:
+        parts.append(cell(point.memory.artifact_bytes, "bytes"))
+    if point.accuracy:
+        parts.append(say("perplexity {}", Number(point.accuracy.ppl_increase.estimate, "increase")))
+    other = choose.decode_speed(report, base) if base else None
+    if base and base is not point and speed and other:
+        parts.append(say("{} the speed of {}", Number(speed / other, "factor"), base.label))
+    return say("{}.", join(parts))
+
+
+_COLUMNS = (
+    Column("point", numeric=False),
+    Column("device", numeric=False),
+    Column("size", "on disk"),
+    Column("bits", "per weight"),
+    Column("decode", "tok/s, one sequence"),
+    Column("prefill", "tok/s"),
+    Column("first token", "time to it"),
+    Column("perplexity", "against float, 95 % interval"),
+    Column("KL", "nats per token, mean"),
+    Column("KL p99", "nats"),
+    Column("top 1", "the same token"),
+    Column("top 5", "float's among them"),
+    Column("load", "time"),
+    Column("peak memory", "of the process"),
+)
+
+
+def table(report: Report) -> Table:
+    """Every point; failed ones at the end with their reason."""
+    best = {(pick.point.id, pick.why) for pick in choose.picks(report)}
+    ordered = [*choose.good(report), *(p for p in report.points if p.status != "ok")]
+    rows = tuple(_row(report, point, [why for id, why in sorted(best) if id == point.id]) for point in ordered)
+    decode, prefill = choose.decode_shape(report), choose.prefill_shape(report)
+    columns = [c for c in _COLUMNS]
+    if decode:
+        columns[4] = Column("decode", f"tok/s at {decode.context:,} of context")
+    if prefill:
+        columns[5] = Column("prefill", f"tok/s, {prefill.rows:,} tokens")
+    return Table("summary-table", "All points", tuple(columns), rows, source(report),
+                 say("Sort by any column. “Dominated”: another point is at least as good in both, and better in one."))  # fmt: skip
+
+
+def _row(report: Report, point: Point, best: list[str]) -> Row:
+    tags: list[Part] = [Tag(why, "good") for why in best]
+    lost = [by for by in ("speed", "size") if choose.is_dominated(report, point, by)]
+    if lost:
+        tags.append(Tag(f"dominated in {' and '.join(lost)}", "plain"))
+    if point.status != "ok":
+        tags.append(Tag(f"failed: {point.reason}", "bad"))
+    label = Text(tuple(part for tag in tags for part in (" ", tag)))
+    first = say("{}{}", point.label, label)
+    marks = (*(["failed"] if point.status != "ok" else []), *(["dominated"] if lost else []), *(["pick"] if best else []))
+    return Row((first, cell(point.device), *_figures(report, point)), marks)
+
+
+def _figures(report: Report, point: Point) -> list[Text]:
+    a, m, w = point.accuracy, point.memory, point.latency
+    prefill = choose.speed_at(point, "prefill", choose.prefill_shape(report))
+    return [
+        cell(m.artifact_bytes if m else None, "bytes"),
+        cell(m.bits_per_weight if m else None, "bits"),
+        cell(choose.decode_speed(report, point), "tok/s"),
+        cell(prefill.tokens_s if prefill else None, "tok/s"),
+        cell(w.first_token if w else None, "seconds"),
+        _interval(a),
+        cell(a.kl.estimate if a else None, "nats"),
+        cell(a.kl_p99 if a else None, "nats"),
+        cell(a.top1_agreement if a else None, "share"),
+        cell(a.top5_agreement if a else None, "share"),
+        cell(point.load_seconds, "seconds"),
+        cell(m.peak_bytes if m else None, "bytes"),
+    ]
+
+
+def _interval(accuracy: Accuracy | None) -> Text:
+    if accuracy is None:
+        return cell(None)
+    i = accuracy.ppl_increase
+    return say("{} ({} to {})", Number(i.estimate, "increase"), Number(i.low, "increase"), Number(i.high, "increase"))
+
+
+def commands(report: Report) -> Table:
+    """What repeats each point alone."""
+    rows = tuple(
+        Row((cell(p.label), cell(p.runtime), cell(Code(p.command) if p.command else None), cell(p.content_id[:16] or None)))
+        for p in report.points
+    )
+    columns = tuple(Column(name, numeric=False) for name in ("point", "runtime", "command", "content"))
+    return Table("commands", "The command of each point", columns, rows)

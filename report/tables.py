@@ -1,0 +1,202 @@
+"""What a page is made of: texts whose numbers keep their exact value, tables, notes and groups.
+
+A number is never written into a string: it stays a `Number`, so the page can carry its value beside the
+rounded text, and report.json can hold every one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar, Union
+
+from gristmill.report import units
+
+
+@dataclass(frozen=True)
+class Number:
+    """value: exactly as in report.json; unit: how it is written."""
+
+    value: float
+    unit: units.Unit
+    kind: ClassVar[str] = "number"
+
+    def __str__(self) -> str:
+        return units.text(self.value, self.unit)
+
+
+@dataclass(frozen=True)
+class Tag:
+    """A mark beside a label. tone: good, plain, bad."""
+
+    text: str
+    tone: str = "plain"
+    kind: ClassVar[str] = "tag"
+
+    def __str__(self) -> str:
+        return f"({self.text})"
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text that is shown as it stands: commands and tokens. tone: "mark" sets it off."""
+
+    text: str
+    tone: str = ""
+    kind: ClassVar[str] = "code"
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Part = Union[str, Number, Tag, Code]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Parts in a row. sort: what a column sorts by, else the first number, else the text."""
+
+    parts: tuple[Part, ...]
+    sort: float | str | None = None
+
+    def __str__(self) -> str:
+        return "".join(str(part) for part in self.parts)
+
+    @property
+    def sort_key(self) -> float | str | None:
+        """None sorts last."""
+        if self.sort is not None:
+            return self.sort
+        first = next((part.value for part in self.parts if isinstance(part, Number)), None)
+        return first if first is not None else (None if str(self) == units.MISSING else str(self))
+
+
+def say(pattern: str, *parts: Part | Text) -> Text:
+    """`pattern` with each {} replaced by the next part: say("{} is fast", label)."""
+    pieces = pattern.split("{}")
+    assert len(pieces) == len(parts) + 1, f"{pattern!r} has {len(pieces) - 1} gaps, got {len(parts)} parts"
+    found: list[Part] = [pieces[0]]
+    for part, piece in zip(parts, pieces[1:]):
+        found += [*(part.parts if isinstance(part, Text) else (part,)), piece]
+    return Text(tuple(part for part in found if part != ""))
+
+
+def join(texts: list[Text], between: str = ", ") -> Text:
+    return say(between.join(["{}"] * len(texts)), *texts) if texts else Text(())
+
+
+def cell(value: float | str | Part | Text | None, unit: units.Unit = "count") -> Text:
+    """A table's cell: a number in `unit`, a text, or a dash for what was not measured."""
+    if value is None:
+        return Text((units.MISSING,))
+    if isinstance(value, Text):
+        return value
+    return Text((Number(value, unit) if isinstance(value, (int, float)) else value,))
+
+
+@dataclass(frozen=True)
+class Column:
+    """explain: what the figures are, shown with the column's name."""
+
+    title: str
+    explain: str = ""
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """marks: dominated, failed, pick."""
+
+    cells: tuple[Text, ...]
+    marks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where figures come from: the command that repeats them, the machine, versions, the date."""
+
+    command: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Table:
+    id: str
+    caption: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    source: Source | None = None
+    note: Text | None = None
+    kind: ClassVar[str] = "table"
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            assert len(row.cells) == len(self.columns), f"{self.id}: {len(row.cells)} cells"
+
+
+@dataclass(frozen=True)
+class Note:
+    text: Text
+    kind: ClassVar[str] = "note"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure. wide, narrow: the same as SVG, for broad and for small screens; data: its figures."""
+
+    id: str
+    title: str
+    reading: Text
+    data: Table
+    source: Source
+    wide: str
+    narrow: str
+    half: bool = False
+    kind: ClassVar[str] = "picture"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Blocks under a heading that folds."""
+
+    id: str
+    title: Text
+    blocks: tuple[Block, ...]
+    open: bool = False
+    kind: ClassVar[str] = "group"
+
+
+Block = Union[Table, Note, Picture, Group]
+
+
+@dataclass(frozen=True)
+class Section:
+    id: str
+    title: str
+    lead: str
+    blocks: tuple[Block, ...] = field(default=())
+
+
+def blocks_in(blocks: tuple[Block, ...]) -> Iterator[Block]:
+    """All blocks, those inside of groups too."""
+    for block in blocks:
+        yield block
+        if isinstance(block, Group):
+            yield from blocks_in(block.blocks)
+
+
+def texts_of(block: Block) -> Iterator[tuple[str, Text]]:
+    """(a name for it, text) of all that a block shows, without those of blocks inside."""
+    if isinstance(block, Note):
+        yield "note", block.text
+    elif isinstance(block, Group):
+        yield block.id, block.title
+    elif isinstance(block, Picture):
+        yield f"{block.id}/reading", block.reading
+        yield from texts_of(block.data)
+    else:
+        if block.note:
+            yield f"{block.id}/note", block.note
+        for i, row in enumerate(block.rows):
+            for column, text in zip(block.columns, row.cells):
+                yield f"{block.id}/{i}/{column.title}", text
