@@ -82,24 +82,29 @@ def reference(report: Report, device: str) -> Point | None:
 
 
 def picks(report: Report) -> list[Pick]:
-    """On each device the fastest and the smallest of gristmill's points that keep PROMISE."""
+    """On each device the fastest and the smallest of gristmill's rounded points that keep PROMISE.
+
+    Of equally small ones the fastest; one point that is both comes once.
+    """
     found: list[Pick] = []
     for device in devices(report):
-        keep = [
-            point
-            for point in good(report)
-            if point.device == device and not is_peer(point) and (increase(point) or 0.0) <= PROMISE
-            if point.accuracy and point.weights not in FLOATS
-        ]
-        fast = [p for p in keep if decode_speed(report, p)]
-        small = [p for p in keep if p.memory]
-        if fast:
-            found.append(Pick(max(fast, key=lambda p: decode_speed(report, p) or 0.0), "fastest"))
-        if small and len(keep) > 1:
-            found.append(
-                Pick(min(small, key=lambda p: p.memory.artifact_bytes if p.memory else 0), "smallest")
-            )
+        keep = [p for p in good(report) if p.device == device and _keeps_promise(p)]
+        speeds = {p.id: decode_speed(report, p) or 0.0 for p in keep}
+        fast = max((p for p in keep if speeds[p.id]), key=lambda p: speeds[p.id], default=None)
+        sizes = {p.id: p.memory.artifact_bytes for p in keep if p.memory}
+        small = min(
+            (p for p in keep if p.id in sizes), key=lambda p: (sizes[p.id], -speeds[p.id]), default=None
+        )
+        if fast and fast is small:
+            found.append(Pick(fast, "fastest and smallest"))
+        else:
+            found += [Pick(p, why) for p, why in ((fast, "fastest"), (small, "smallest")) if p]
     return found
+
+
+def _keeps_promise(point: Point) -> bool:
+    more = increase(point)
+    return more is not None and more <= PROMISE and not is_peer(point) and point.weights not in FLOATS
 
 
 def is_dominated(report: Report, point: Point, by: str) -> bool:

@@ -29,6 +29,7 @@ COLOURS = {
         ("ink", "muted", "grid", "paper", "blue", "sky", "orange", "green", "red", "purple", "shade"), 16
     )
 }
+_NAMES = {value: name for name, value in COLOURS.items()}
 FONT = 12.0  # user units; a wide picture is shown at about one CSS pixel per unit
 _SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -94,7 +95,13 @@ class Drawing:
         if not self.narrow:
             gid = f"tip{len(self.tips)}"
             artist.set_gid(gid)
+            artist.set_in_layout(False)  # one box less for the layout to measure
             self.tips[gid] = text
+
+    def settle(self) -> None:
+        """Lays the figure out for good: what is added from here on changes no sizes."""
+        self.figure.draw_without_rendering()
+        self.figure.set_layout_engine("none")
 
     def legend(self, axes: Axes, columns: int | None = None) -> None:
         """Below the figure, in as many columns as the width gives."""
@@ -151,9 +158,12 @@ def _for_the_page(svg: str, drawing: Drawing, title: str, text: str) -> str:
     for child in list(root):
         if child.tag.endswith("metadata"):
             root.remove(child)
-    for element in root.iter():
-        _own_names(element, drawing.name)
-        if tip := drawing.tips.get(element.get("id", "").removeprefix(f"{drawing.name}-")):
+    used = set(re.findall(r"#([\w-]+)", svg))
+    for element in list(root.iter()):
+        tip = drawing.tips.get(element.get("id", ""))
+        _own_names(element, drawing.name, used)
+        _restyle(element)
+        if tip:
             note = ET.Element(f"{{{SVG}}}title")
             note.text = tip
             element.insert(0, note)
@@ -166,25 +176,40 @@ def _for_the_page(svg: str, drawing: Drawing, title: str, text: str) -> str:
         element = ET.Element(f"{{{SVG}}}{tag}", {"id": f"{drawing.name}-{tag}"})
         element.text = content
         root.insert(i, element)
-    return _in_css(ET.tostring(root, encoding="unicode"))
+    return ET.tostring(root, encoding="unicode")
 
 
-def _own_names(element: ET.Element, prefix: str) -> None:
-    """ids of one picture differ from those of the others."""
+def _own_names(element: ET.Element, prefix: str, used: set[str]) -> None:
+    """ids of one picture differ from those of the others; those that nothing uses go."""
     for key, value in list(element.attrib.items()):
         if key == "id":
-            element.set(key, f"{prefix}-{value}")
+            if value in used:
+                element.set(key, f"{prefix}-{value}")
+            else:
+                del element.attrib[key]
         elif key == f"{{{XLINK}}}href" and value.startswith("#"):
             element.set(key, f"#{prefix}-{value[1:]}")
         elif "url(#" in value:
             element.set(key, value.replace("url(#", f"url(#{prefix}-"))
 
 
-def _in_css(svg: str) -> str:
-    names = {value: name for name, value in COLOURS.items()}
-    svg = re.sub(r"#0102[0-9a-f]{2}", lambda m: f"var(--{names[m[0]]})", svg)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    return re.sub(r"\n\s*", "\n", svg)
+def _restyle(element: ET.Element) -> None:
+    """Stand-in colours to CSS variables, fonts to the page's, coordinates to hundredths; no texts."""
+    if style := element.get("style"):
+        style = re.sub(r"#0102[0-9a-f]{2}", lambda m: f"var(--{_NAMES[m[0]]})", style)
+        element.set("style", re.sub(r"font: ([\d.]+)px [^;]*|font-family: [^;]*;? ?", _font_size, style))
+    for key in ("d", "transform", "x", "y", "width", "height"):
+        if value := element.get(key):
+            short = re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), value)
+            element.set(key, " ".join(short.split()))
+    element.tail = None
+    if len(element):
+        element.text = None
+
+
+def _font_size(found: re.Match[str]) -> str:
+    """Of the shorthand `font` its size, of `font-family` nothing."""
+    return f"font-size: {found[1]}px" if found[1] else ""
 
 
 def marker_style(style: Style, hollow: bool = False) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from gristmill.report.tables import (
     Code,
     Column,
     Number,
-    Part,
     Row,
     Small,
     Source,
@@ -27,7 +26,7 @@ def source(report: Report, command: str = "", device: str = "") -> Source:
     machine = report.machines.get(device) or next(iter(report.machines.values()), None)
     where = [f"{machine.name}, {machine.threads} threads"] if machine else []
     where += [" ".join(item) for item in report.versions.items() if item[0] == "gristmill"]
-    return Source(command or report.command, " · ".join([*where, report.created[:10]]))
+    return Source(command or report.command, (*where, report.created[:10]))
 
 
 def facts(report: Report) -> list[tuple[str, Text]]:
@@ -112,7 +111,7 @@ def _card(report: Report, pick: choose.Pick) -> Card:
         facts.append(say("{} on disk", Number(point.memory.artifact_bytes, "bytes")))
     if point.accuracy:
         facts.append(say("perplexity {}", _interval(point.accuracy)))
-    title = say("{} on {} within {} of perplexity", pick.why.capitalize(), point.device, promise())
+    title = say("{} on {} within +{} perplexity", pick.why.capitalize(), point.device, promise())
     return Card(title, point.label, tuple(facts))
 
 
@@ -125,11 +124,10 @@ _COLUMNS = (
     Column("prefill", "tok/s"),
     Column("first token", "time to it"),
     Column("perplexity", "against float, 95 %"),
-    Column("KL", "nats per token, mean"),
+    Column("KL", "nats, mean"),
     Column("KL p99", "nats"),
-    Column("top 1", "the same token"),
-    Column("top 5", "float's among them"),
-    Column("load", "time"),
+    Column("top 1", "the same"),
+    Column("top 5", "among them"),
     Column("peak memory", "of the process"),
 )
 
@@ -144,34 +142,39 @@ def table(report: Report) -> Table:
     decode, prefill = choose.decode_shape(report), choose.prefill_shape(report)
     columns = list(_COLUMNS)
     if decode:
-        columns[4] = Column("decode", f"tok/s at {decode.context:,} of context")
+        columns[4] = Column("decode", f"tok/s after {decode.context:,}")
     if prefill:
-        columns[5] = Column("prefill", f"tok/s, {prefill.rows:,} tokens")
+        columns[5] = Column("prefill", f"tok/s of {prefill.rows:,}")
     return Table(
         "summary-table",
-        "All points",
+        "Size, speed and accuracy",
         tuple(columns),
         rows,
         source(report),
-        say("Every column sorts. Dominated: another is at least as accurate and as fast (or as small)."),
+        say(
+            "Every column sorts. Dominated: another is at least as accurate and as fast or as small (both, "
+            "where not said)."
+        ),
     )
 
 
 def _row(report: Report, point: Point, best: list[str]) -> Row:
-    tags: list[Part] = [Tag(why, "good") for why in best]
+    tags = [Tag(why, "good") for why in best]
     lost = [by for by in ("speed", "size") if choose.is_dominated(report, point, by)]
     if lost:
-        tags.append(Tag(f"dominated in {' and '.join(lost)}", "plain"))
+        tags.append(Tag("dominated" if len(lost) > 1 else f"dominated in {lost[0]}", "plain"))
     if point.status != "ok":
-        tags += [Tag("failed", "bad"), Small(Text((point.reason or "no reason was given",)))]
-    label = Text(tuple(part for tag in tags for part in ((" ", tag) if isinstance(tag, Tag) else (tag,))))
-    first = say("{}{}", point.label, label)
+        tags.append(Tag("failed", "bad"))
+    first = Text((point.label, *(part for tag in tags for part in (" ", tag))))
     marks = (
         *(["failed"] if point.status != "ok" else []),
         *(["dominated"] if lost else []),
         *(["pick"] if best else []),
     )
-    return Row((first, cell(point.device), *_figures(report, point)), marks)
+    figures = (
+        _figures(report, point) if point.status == "ok" else [cell(point.reason or "no reason was given")]
+    )
+    return Row((first, cell(point.device), *figures), marks)
 
 
 def _figures(report: Report, point: Point) -> list[Text]:
@@ -188,7 +191,6 @@ def _figures(report: Report, point: Point) -> list[Text]:
         cell(a.kl_p99 if a else None, "nats"),
         cell(a.top1_agreement if a else None, "share"),
         cell(a.top5_agreement if a else None, "share"),
-        cell(point.load_seconds, "seconds"),
         cell(m.peak_bytes if m else None, "bytes"),
     ]
 

@@ -7,8 +7,13 @@ for (const table of document.querySelectorAll("table")) {
       const down = head.getAttribute("aria-sort") === "ascending";
       for (const other of heads) other.removeAttribute("aria-sort");
       head.setAttribute("aria-sort", down ? "descending" : "ascending");
-      const key = (row) => row.cells[column].dataset.sort;
       const numeric = head.classList.contains("n");
+      const key = (row) => {
+        const cell = row.cells[column];
+        if (!cell || cell.colSpan > 1) return undefined;
+        if (numeric) return cell.querySelector("data")?.value;
+        return cell.textContent === "–" ? undefined : cell.textContent;
+      };
       const rows = [...table.tBodies[0].rows].sort((a, b) => {
         const [x, y] = [key(a), key(b)];
         if (x === undefined || y === undefined) return (x === undefined) - (y === undefined);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gristmill.report import choose, units
-from gristmill.report.pictures.sketch import Sketch
+from gristmill.report.pictures.sketch import Sketch, plain_ticks
 from gristmill.report.plots import COLOURS, Drawing, marker_style
 from gristmill.report.schema import Latency, Point, Report
 from gristmill.report.tables import Column, Number, Row, Table, cell, say
@@ -26,9 +26,9 @@ def _sketch(report: Report, device: str, waits: list[tuple[Point, Latency]]) -> 
     if len(waits) > 1:
         reading = say("{}, {} every {}", reading, worst[0].label, Number(worst[1].inter_token_p50, "seconds"))
     reading = say(
-        "{}; {} has the longest tail, p99 is {} its median.",
+        "{}; {}p99 is {} its median.",
         reading,
-        wide[0].label if len(waits) > 1 else "it",
+        say("{} has the longest tail: ", wide[0].label) if len(waits) > 1 else say(""),
         Number(wide[1].inter_token_p99 / wide[1].inter_token_p50, "factor"),
     )
     columns = (
@@ -87,4 +87,5 @@ def _paint(drawing: Drawing, waits: list[tuple[Point, Latency]], styles: dict[st
     axes.set_ylim(len(waits) - 0.5, -0.5)
     axes.set_xlim(0, None)
     axes.grid(False, axis="y")
+    plain_ticks(axes, "x")
     drawing.label(axes, "milliseconds; mark: p50, bars: p95, p99", "")

@@ -28,7 +28,7 @@ def sketches(report: Report) -> list[Sketch]:
     if not distinct:
         return []
     shown = distinct[:STRIPS]
-    height = 104.0 + sum(17.0 * len(_parts(point)) + 26.0 for point in shown)
+    height = 110.0 + sum(17.0 * len(_parts(point)) + 32.0 for point in shown)
     return [
         Sketch(
             id="layers",
@@ -103,6 +103,7 @@ def _reading(points: list[Point]) -> Text:
 
 def _paint(drawing: Drawing, points: list[Point]) -> None:
     colour, low, high = _colours(points)
+    drawing.figure.get_layout_engine().set(h_pad=0.09)
     ratios = [len(_parts(p)) for p in points]
     grid = drawing.figure.add_gridspec(len(points) + 1, 1, height_ratios=[*ratios, 0.8])
     for i, point in enumerate(points):

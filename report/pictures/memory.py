@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gristmill.report import choose, units
-from gristmill.report.pictures.sketch import Sketch, plain_ticks
+from gristmill.report.pictures.sketch import HALF, Sketch, plain_ticks
 from gristmill.report.plots import COLOURS, Drawing, line_style
 from gristmill.report.schema import MemorySample, Point, Report
 from gristmill.report.tables import Column, Number, Row, Table, Text, cell, say
@@ -18,7 +18,7 @@ def sketches(report: Report) -> list[Sketch]:
             p for p in choose.good(report) if p.device == device and p.memory and len(p.memory.over_time) > 1
         ]
         if points:
-            found.append(_sketch(report, device, points))
+            found.append(_sketch(report, device, points, len(choose.devices(report)) > 1))
     return found
 
 
@@ -26,7 +26,7 @@ def _samples(point: Point) -> tuple[MemorySample, ...]:
     return point.memory.over_time if point.memory else ()
 
 
-def _sketch(report: Report, device: str, points: list[Point]) -> Sketch:
+def _sketch(report: Report, device: str, points: list[Point], several: bool) -> Sketch:
     styles = choose.styles(report)
     return Sketch(
         id=f"memory-{device}",
@@ -35,8 +35,8 @@ def _sketch(report: Report, device: str, points: list[Point]) -> Sketch:
         data=_table(device, points),
         paint=lambda drawing: _paint(drawing, points, styles),
         device=device,
-        half=False,
-        wide=(1100.0, 420.0),
+        half=several,
+        wide=HALF if several else (1100.0, 420.0),
         narrow=(372.0, 330.0 + 12 * len(points)),
     )
 
@@ -93,6 +93,8 @@ def _paint(drawing: Drawing, points: list[Point], styles: dict[str, choose.Style
             [s.seconds for s in samples],
             [s.resident_bytes / MIB for s in samples],
             **line_style(style),
+            marker=style.marker,
+            markevery=[0],
             label=point.label,
         )
         starts = [

@@ -161,24 +161,25 @@ def _paint(drawing: Drawing, by: Axis, spots: list[Spot], styles: dict[str, choo
     better = "right" if by == "speed" else "left"
     x = "decode, tok/s" if by == "speed" else "size on disk, MiB"
     drawing.label(axes, f"{x} (better: {better})", "increase of perplexity (better: down)")
+    _legend(drawing)
     place_labels(
         drawing,
         axes,
         [(s.x / scale, s.increase, s.point.label, "muted" if s.dominated else "ink") for s in spots],
     )
-    handles = [
-        axes.plot(
-            [],
-            [],
-            color=COLOURS["muted"],
-            linestyle=line,
-            marker=mark,
-            linewidth=1.2,
-            markerfacecolor=COLOURS["paper"],
-        )[0]
-        for line, mark in (("dotted", ""), ("none", "o"), ("solid", ""))
-    ]
-    drawing.legend_of(handles, ["nothing beats these", "dominated", "95 % interval"])
+
+
+def _legend(drawing: Drawing) -> None:
+    from matplotlib.lines import Line2D
+
+    look = {"color": COLOURS["muted"], "linewidth": 1.2, "markerfacecolor": COLOURS["paper"]}
+    kinds = {
+        "nothing beats these": ("dotted", ""),
+        "dominated": ("none", "o"),
+        "95 % interval": ("solid", ""),
+    }
+    handles = [Line2D([], [], linestyle=line, marker=mark, **look) for line, mark in kinds.values()]
+    drawing.legend_of(handles, list(kinds))
 
 
 def _scale_y(axes, spots: list[Spot], spread: bool) -> None:  # type: ignore[no-untyped-def]
@@ -194,7 +195,7 @@ def _scale_y(axes, spots: list[Spot], spread: bool) -> None:  # type: ignore[no-
             if low * 1.2 - 0.003 <= v <= high * 1.3
         ]
         axes.yaxis.set_major_locator(FixedLocator(ticks))
-        axes.set_ylim(min(low, 0) - 0.003, high * 1.4)
+        axes.set_ylim(min(low, 0) - 0.0015, high * 1.4)
         axes.axhline(LINEAR, color=COLOURS["grid"], linewidth=1.6)
     else:
         room = 0.1 * (high - low or 0.01)

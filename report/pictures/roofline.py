@@ -112,7 +112,7 @@ def _reading(machine: Machine, dots: list[Dot]) -> Text:
         if some:
             low, high = (pick(some, key=lambda d: d.roof_share) for pick in (min, max))
             span = say("{}", Number(high.roof_share, "share"))
-            if low.roof_share < high.roof_share:
+            if low.point is not high.point:
                 span = say(
                     "{} ({}) to {} ({})",
                     Number(low.roof_share, "share"),
@@ -125,49 +125,59 @@ def _reading(machine: Machine, dots: list[Dot]) -> Text:
 
 
 def _paint(drawing: Drawing, machine: Machine, dots: list[Dot], styles: dict[str, choose.Style]) -> None:
-    from matplotlib.lines import Line2D
-
     axes = drawing.axes()
-    ridge = machine.integer_ops_s / machine.read_bytes_s
+    peak = max(machine.integer_ops_s, machine.float_ops_s)
+    ridge = peak / machine.read_bytes_s
     low = min([d.intensity for d in dots] + [ridge / 20]) / 2
     high = max([d.intensity for d in dots] + [ridge]) * 3
     axes.set_xlim(low, high)
-    axes.set_ylim(min([d.rate for d in dots] + [low * machine.read_bytes_s]) / 2, machine.integer_ops_s * 2)
+    axes.set_ylim(min([d.rate for d in dots] + [low * machine.read_bytes_s]) / 2, peak * 2)
     logarithmic(axes, "x")
     logarithmic(axes, "y", write=trimmed("ops/s"))
-    _roofs(drawing, axes, machine, low, high)
     for dot in dots:
-        colour, hollow = COLOURS[styles[dot.point.id].colour], dot.kind == "attention"
-        (mark,) = axes.plot(
-            [dot.intensity],
-            [dot.rate],
-            marker=_MARKERS[dot.kind],
-            markersize=7 if hollow else 9,
-            color=colour,
-            markerfacecolor=COLOURS["paper"] if hollow else colour,
-            markeredgewidth=1.5,
-            linestyle="none",
-            zorder=3,
-        )
-        drawing.tip(
-            mark,
-            f"{dot.point.label}, {dot.phase}{', attention' if hollow else ''}: "
-            f"{units.text(dot.intensity, 'ops/byte')} operations per byte, "
-            f"{units.text(dot.rate, 'ops/s')}, {dot.verdict}-bound",
-        )
+        _mark(drawing, axes, dot, COLOURS[styles[dot.point.id].colour])
     drawing.label(axes, "operations per byte", "operations per second")
-    kinds = [k for k in _MARKERS if any(d.kind == k for d in dots)]
+    _legend(drawing, dots, styles)
+    _roofs(drawing, axes, machine, low, high)
+
+
+def _mark(drawing: Drawing, axes: Axes, dot: Dot, colour: str) -> None:
+    hollow = dot.kind == "attention"
+    (mark,) = axes.plot(
+        [dot.intensity],
+        [dot.rate],
+        marker=_MARKERS[dot.kind],
+        markersize=7 if hollow else 9,
+        color=colour,
+        markerfacecolor=COLOURS["paper"] if hollow else colour,
+        markeredgewidth=1.5,
+        linestyle="none",
+        zorder=3,
+    )
+    drawing.tip(
+        mark,
+        f"{dot.point.label}, {dot.phase}{', attention' if hollow else ''}: "
+        f"{units.text(dot.intensity, 'ops/byte')} operations per byte, "
+        f"{units.text(dot.rate, 'ops/s')}, {dot.verdict}-bound",
+    )
+
+
+def _legend(drawing: Drawing, dots: list[Dot], styles: dict[str, choose.Style]) -> None:
+    """Marks by phase, colours by weights."""
+    from matplotlib.lines import Line2D
+
+    kinds = [kind for kind in _MARKERS if any(d.kind == kind for d in dots)]
     handles = [
         Line2D(
             [],
             [],
             color=COLOURS["ink"],
-            marker=_MARKERS[k],
+            marker=_MARKERS[kind],
             linestyle="none",
             markersize=8,
-            markerfacecolor=COLOURS["paper"] if k == "attention" else COLOURS["ink"],
+            markerfacecolor=COLOURS["paper"] if kind == "attention" else COLOURS["ink"],
         )
-        for k in kinds
+        for kind in kinds
     ]
     colours = {styles[d.point.id].colour: _family(d.point) for d in dots}
     handles += [Line2D([], [], color=COLOURS[c], linewidth=6, solid_capstyle="butt") for c in colours]
@@ -197,15 +207,14 @@ def _roofs(drawing: Drawing, axes: Axes, machine: Machine, low: float, high: flo
         )
     ridge = max(machine.integer_ops_s, machine.float_ops_s) / stream
     axes.plot([low, ridge], [low * stream, ridge * stream], color=COLOURS["muted"], linewidth=1.8)
-    # An angle follows the line only when the axes have their final size: the text is turned after the layout.
-    drawing.figure.draw_without_rendering()
+    drawing.settle()  # the angle of the line depends on the axes' size
     start, end = (axes.transData.transform((x, x * stream)) for x in (low, ridge))
-    angle = math.degrees(math.atan2(end[1] - start[1], end[0] - start[0]))
+    angle = math.atan2(end[1] - start[1], end[0] - start[0])
     axes.annotate(
         f"memory {units.text(stream, 'bytes/s')}",
         (low, low * stream),
-        (12, 16),
-        rotation=angle,
+        (14 * math.cos(angle) - 5 * math.sin(angle), 14 * math.sin(angle) + 5 * math.cos(angle)),
+        rotation=math.degrees(angle),
         rotation_mode="anchor",
         textcoords="offset points",
         va="bottom",

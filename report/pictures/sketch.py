@@ -78,8 +78,7 @@ def plain_ticks(axes: Axes, which: str, write: Callable[[float, Any], str] = sho
 
 def place_labels(drawing: Drawing, axes: Axes, spots: Sequence[tuple[float, float, str, str]]) -> None:
     """Writes (x, y, text, colour) beside each spot where it covers least: other spots, labels, the edge."""
-    figure = drawing.figure
-    figure.draw_without_rendering()
+    drawing.settle()
     dots = [axes.transData.transform((x, y)) for x, y, _, _ in spots]
     frame = axes.get_window_extent()
     taken: list[tuple[float, float, float, float]] = [(px - 7, py - 7, px + 7, py + 7) for px, py in dots]
