@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from gristmill.report.schema import Point, Report, SpeedPoint
@@ -55,7 +56,9 @@ def prefill_shape(report: Report) -> Shape | None:
     return _common(report, lambda s: s.phase == "prefill" and s.context == 0, lambda s: -s.rows)
 
 
-def _common(report: Report, wanted, order) -> Shape | None:  # type: ignore[no-untyped-def]
+def _common(
+    report: Report, wanted: Callable[[SpeedPoint], bool], order: Callable[[Shape], int]
+) -> Shape | None:
     counts = Counter(shape_of(s) for point in good(report) for s in point.speed if wanted(s))
     return min(counts, key=lambda shape: (-counts[shape], order(shape)), default=None)
 

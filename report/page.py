@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.report import choose, details, storage, summary, why
-from gristmill.report.clean import clean
+from gristmill.report.clean import clean, tidy
 from gristmill.report.pictures import curves, latency, layers, memory, pareto, positions, roofline
 from gristmill.report.pictures.sketch import Sketch
 from gristmill.report.plots import draw, require_matplotlib
@@ -41,6 +41,9 @@ DATA = Path(__file__).parent / "data"
 
 @dataclass(frozen=True)
 class Page:
+    """report: as it is stored, with all that the page works out."""
+
+    title: str
     report: Report
     facts: list[tuple[str, Text]]
     cards: tuple[Card, ...]
@@ -74,7 +77,8 @@ def html_of(page: Page) -> str:
 def build_page(report: Report) -> Page:
     """All that the page shows; its report holds every number of it."""
     report = replace(report, readings={}, derived={})
-    page = Page(report, summary.facts(report), summary.cards(report), _sections(report))
+    shown: Report = tidy(report)
+    page = Page(shown.title, report, summary.facts(shown), summary.cards(shown), _sections(shown))
     return replace(page, report=replace(report, readings=_readings(page), derived=_derived(page)))
 
 
@@ -139,7 +143,7 @@ def _speed_sketches(report: Report) -> list[list[Sketch]]:
 def _draw(report: Report, sketch: Sketch) -> Picture:
     said = str(sketch.reading)
     wide, narrow = (
-        draw(f"{sketch.id}-{name}", size, name == "narrow", clean(sketch.title), clean(said), sketch.paint)
+        draw(f"{sketch.id}-{name}", size, name == "narrow", sketch.title, said, sketch.paint)
         for name, size in (("wide", sketch.wide), ("narrow", sketch.narrow))
     )
     source = summary.source(report, sketch.command, sketch.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -90,6 +91,11 @@ class Drawing:
         axes.set_xlabel(x, color=COLOURS["ink"], fontsize=FONT)
         axes.set_title(y, color=COLOURS["ink"], fontsize=FONT, loc="left")
 
+    def fit(self, text: str, besides: float = 0.0) -> str:
+        """`text`, cut where it is longer than the picture is wide. besides: units that are taken."""
+        most = max(8, int((self.width - besides) / (0.6 * FONT)))
+        return text if len(text) <= most else f"{text[: most - 1]}…"
+
     def tip(self, artist: Artist, text: str) -> None:
         """Shows `text` where the pointer rests on `artist`; small screens have no pointer."""
         if not self.narrow:
@@ -97,6 +103,11 @@ class Drawing:
             artist.set_gid(gid)
             artist.set_in_layout(False)  # one box less for the layout to measure
             self.tips[gid] = text
+
+    def spread(self, inches: float) -> None:
+        """More room above and below each axes."""
+        engine: Any = self.figure.get_layout_engine()
+        engine.set(h_pad=inches)
 
     def settle(self) -> None:
         """Lays the figure out for good: what is added from here on changes no sizes."""
@@ -111,6 +122,7 @@ class Drawing:
     def legend_of(self, handles: Sequence[Any], labels: Sequence[str], columns: int | None = None) -> None:
         if not labels:
             return
+        labels = [self.fit(label, 60) for label in labels]
         per_label = 44 + FONT * 0.6 * max(len(label) for label in labels)
         columns = columns or max(1, min(len(labels), int(self.width // per_label)))
         self.figure.legend(
@@ -140,7 +152,10 @@ def draw(
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_SETTINGS):
+    settings: Any = _SETTINGS  # their names are a type of matplotlib's own
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the page's font writes it
+
         figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72, layout="constrained")
         figure.patch.set_visible(False)
         drawing = Drawing(name, *size, narrow, figure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from gristmill.report import choose, units
 from gristmill.report.pictures.sketch import Sketch, logarithmic, plain_ticks, short, trimmed
@@ -212,7 +213,7 @@ def growth_sketches(report: Report) -> list[Sketch]:
                 "rows in one forward",
                 "seconds",
                 "seconds",
-                lambda lines, first=first: _read_growth(lines, first),
+                partial(_read_growth, whys=first),
                 logarithmic=True,
             )
             found.append(line_sketch(report, kind, lines, device))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gristmill.report import choose, units
 from gristmill.report.pictures.sketch import Sketch, plain_ticks
-from gristmill.report.plots import COLOURS, Drawing, marker_style
+from gristmill.report.plots import COLOURS, FONT, Drawing, marker_style
 from gristmill.report.schema import Latency, Point, Report
 from gristmill.report.tables import Column, Number, Row, Table, cell, say
 
@@ -52,7 +52,7 @@ def _sketch(report: Report, device: str, waits: list[tuple[Point, Latency]]) -> 
         )
         for p, w in waits
     )
-    height = 90.0 + 26 * len(waits)
+    height = 80.0 + 36 * len(waits)
     return Sketch(
         id=f"latency-{device}",
         title=f"Time between tokens, {device}",
@@ -83,9 +83,17 @@ def _paint(drawing: Drawing, waits: list[tuple[Point, Latency]], styles: dict[st
             f"p95 {units.text(wait.inter_token_p95, 'seconds')}, "
             f"p99 {units.text(wait.inter_token_p99, 'seconds')}",
         )
-    axes.set_yticks(range(len(waits)), [point.label for point, _ in waits])
-    axes.set_ylim(len(waits) - 0.5, -0.5)
+        axes.annotate(
+            drawing.fit(point.label, 40),
+            (0, row),
+            (4, 8),
+            textcoords="offset points",
+            fontsize=FONT - 1,
+            color=COLOURS["ink"],
+        )
+    axes.set_yticks([])
+    axes.set_ylim(len(waits) - 0.4, -0.9)
     axes.set_xlim(0, None)
-    axes.grid(False, axis="y")
+    axes.spines["left"].set_visible(False)
     plain_ticks(axes, "x")
     drawing.label(axes, "milliseconds; mark: p50, bars: p95, p99", "")

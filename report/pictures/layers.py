@@ -103,7 +103,7 @@ def _reading(points: list[Point]) -> Text:
 
 def _paint(drawing: Drawing, points: list[Point]) -> None:
     colour, low, high = _colours(points)
-    drawing.figure.get_layout_engine().set(h_pad=0.09)
+    drawing.spread(0.09)
     ratios = [len(_parts(p)) for p in points]
     grid = drawing.figure.add_gridspec(len(points) + 1, 1, height_ratios=[*ratios, 0.8])
     for i, point in enumerate(points):
@@ -147,7 +147,7 @@ def _strip(drawing: Drawing, axes: Axes, point: Point, colour: Callable[[float],
     step = max(1, math.ceil(len(layers) / (8 if drawing.narrow else 24)))
     ticks = [(i + 0.5, f"{x}") for i, x in enumerate(layers) if i % step == 0] if last else []
     axes.set_xticks([x for x, _ in ticks], [text for _, text in ticks])
-    axes.set_title(point.label, loc="left", fontsize=FONT, color=COLOURS["ink"])
+    axes.set_title(drawing.fit(point.label, 60), loc="left", fontsize=FONT, color=COLOURS["ink"])
     if last:
         axes.set_xlabel("layer", fontsize=FONT, color=COLOURS["ink"], loc="left")
 

@@ -59,28 +59,34 @@ def _peak(point: Point) -> int:
 
 
 def _table(device: str, points: list[Point]) -> Table:
-    """The last sample of every stage."""
+    """The first and the last sample of every stage, and the most in it."""
     rows = []
     for point in points:
-        stages = {sample.stage: sample for sample in _samples(point)}
+        stages: dict[str, list[MemorySample]] = {}
+        for sample in _samples(point):
+            stages.setdefault(sample.stage, []).append(sample)
         rows += [
             Row(
                 (
                     cell(point.label),
-                    cell(s.stage),
-                    cell(s.seconds, "seconds"),
-                    cell(s.resident_bytes, "bytes"),
-                    cell(max(x.resident_bytes for x in _samples(point) if x.stage == s.stage), "bytes"),
+                    cell(stage),
+                    cell(some[0].seconds, "seconds"),
+                    cell(some[0].resident_bytes, "bytes"),
+                    cell(some[-1].seconds, "seconds"),
+                    cell(some[-1].resident_bytes, "bytes"),
+                    cell(max(s.resident_bytes for s in some), "bytes"),
                 )
             )
-            for s in stages.values()
+            for stage, some in stages.items()
         ]
     columns = (
         Column("point", numeric=False),
         Column("stage", numeric=False),
-        Column("ends at"),
-        Column("resident then"),
-        Column("most in it"),
+        Column("begins", "at"),
+        Column("resident", "then"),
+        Column("ends", "at"),
+        Column("resident", "then"),
+        Column("most", "in it"),
     )
     return Table(f"memory-{device}-data", f"Resident memory by stage, {device}", columns, tuple(rows))
 

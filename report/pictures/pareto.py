@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gristmill.report import choose, units
 from gristmill.report.pictures.sketch import Sketch, place_labels, plain_ticks
@@ -11,6 +11,9 @@ from gristmill.report.plots import COLOURS, Drawing, marker_style
 from gristmill.report.schema import Point, Report
 from gristmill.report.summary import promise
 from gristmill.report.tables import Column, Number, Row, Table, Text, cell, join, say
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Axis = Literal["speed", "size"]
 LINEAR = 0.01  # up to here the axis of accuracy is linear where errors spread far
@@ -29,11 +32,12 @@ class Spot:
 def sketches(report: Report) -> list[Sketch]:
     """Against speed and against size, for each device with at least two measured points."""
     found = []
+    axes: tuple[Axis, ...] = ("speed", "size")
     for device in choose.devices(report):
-        for by in ("speed", "size"):
-            spots = _spots(report, device, by)  # type: ignore[arg-type]
+        for by in axes:
+            spots = _spots(report, device, by)
             if len(spots) > 1:
-                found.append(_sketch(report, device, by, spots))  # type: ignore[arg-type]
+                found.append(_sketch(report, device, by, spots))
     return found
 
 
@@ -172,8 +176,8 @@ def _paint(drawing: Drawing, by: Axis, spots: list[Spot], styles: dict[str, choo
 def _legend(drawing: Drawing) -> None:
     from matplotlib.lines import Line2D
 
-    look = {"color": COLOURS["muted"], "linewidth": 1.2, "markerfacecolor": COLOURS["paper"]}
-    kinds = {
+    look: dict[str, Any] = {"color": COLOURS["muted"], "linewidth": 1.2, "markerfacecolor": COLOURS["paper"]}
+    kinds: dict[str, tuple[Any, str]] = {
         "nothing beats these": ("dotted", ""),
         "dominated": ("none", "o"),
         "95 % interval": ("solid", ""),
@@ -182,7 +186,7 @@ def _legend(drawing: Drawing) -> None:
     drawing.legend_of(handles, list(kinds))
 
 
-def _scale_y(axes, spots: list[Spot], spread: bool) -> None:  # type: ignore[no-untyped-def]
+def _scale_y(axes: Axes, spots: list[Spot], spread: bool) -> None:
     """Linear, or linear to 1 % and logarithmic from there, so that 0.1 % and 10 % are both seen."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
