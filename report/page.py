@@ -32,6 +32,7 @@ from gristmill.report.tables import (
     Small,
     Text,
     blocks_in,
+    slug,
     texts_of,
 )
 
@@ -141,13 +142,14 @@ def _speed_sketches(report: Report) -> list[list[Sketch]]:
 
 
 def _draw(report: Report, sketch: Sketch) -> Picture:
-    said = str(sketch.reading)
+    id, said = slug(sketch.id), str(sketch.reading)
     wide, narrow = (
-        draw(f"{sketch.id}-{name}", size, name == "narrow", sketch.title, said, sketch.paint)
+        draw(f"{id}-{name}", size, name == "narrow", sketch.title, said, sketch.paint)
         for name, size in (("wide", sketch.wide), ("narrow", sketch.narrow))
     )
     source = summary.source(report, sketch.command, sketch.device)
-    return Picture(sketch.id, sketch.title, sketch.reading, sketch.data, source, wide, narrow, sketch.half)
+    data = replace(sketch.data, id=f"{id}-data")
+    return Picture(id, sketch.title, sketch.reading, data, source, wide, narrow, sketch.half)
 
 
 def _all_texts(page: Page) -> Iterator[tuple[str, Text]]:

@@ -170,8 +170,8 @@ def _for_the_page(svg: str, drawing: Drawing, title: str, text: str) -> str:
     ET.register_namespace("", SVG)
     ET.register_namespace("xlink", XLINK)
     root = ET.fromstring(svg)
-    for child in list(root):
-        if child.tag.endswith("metadata"):
+    for child in list(root):  # a style in there would hold for the whole page: page.css says it for pictures
+        if child.tag == f"{{{SVG}}}metadata" or child.find(f"{{{SVG}}}style") is not None:
             root.remove(child)
     used = set(re.findall(r"#([\w-]+)", svg))
     for element in list(root.iter()):

@@ -165,7 +165,7 @@ def _box(
     from matplotlib.patches import Rectangle
 
     box = Rectangle((x, y), 0.95 * width, 0.94, facecolor=colour, linewidth=0)
-    drawing.tip(axes.add_patch(box), f"{point.label}, {found.name}: {units.text(found.error, 'error')}")
+    drawing.tip(axes.add_artist(box), f"{point.label}, {found.name}: {units.text(found.error, 'error')}")
 
 
 def _scale(drawing: Drawing, axes: Axes, low: float, high: float, colour: Callable[[float], str]) -> None:
@@ -174,7 +174,7 @@ def _scale(drawing: Drawing, axes: Axes, low: float, high: float, colour: Callab
     steps = 40
     for i in range(steps):
         value = low + (high - low) * (i + 0.5) / steps
-        axes.add_patch(Rectangle((i, 0), 1.04, 1, facecolor=colour(10**value), linewidth=0))
+        axes.add_artist(Rectangle((i, 0), 1.04, 1, facecolor=colour(10**value), linewidth=0))
     axes.set_xlim(0, steps if drawing.narrow else steps * 2.5)
     axes.set_ylim(0, 1)
     axes.set_yticks([])

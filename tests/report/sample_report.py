@@ -7,11 +7,13 @@ as they do for real; names and token texts hold what a careless page would trip 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gristmill.compiler.statistics import Interval
 from gristmill.report.schema import (
     Accuracy,
+    Bottleneck,
     Energy,
     KindVerdict,
     LastWord,
@@ -190,14 +192,14 @@ def _accuracy(made: Made) -> Accuracy:
     )
 
 
-def _positions(made: Made):  # type: ignore[no-untyped-def]
+def _positions(made: Made) -> Iterator[PositionBin]:
     slope = 0.5 if made.kv == "int8" else 0.12
     for first in range(0, 1024, 128):
         kl = made.kl * (1.25 - 0.3 * math.exp(-first / 200) + slope * first / 1024)
         yield PositionBin(first, first + 127, 2048, kl, kl * 0.31)
 
 
-def _worst(made: Made):  # type: ignore[no-untyped-def]
+def _worst(made: Made) -> Iterator[WorstToken]:
     texts = (
         (
             "The capital of the province, which lies on the left bank of the river,",
@@ -215,7 +217,7 @@ def _worst(made: Made):  # type: ignore[no-untyped-def]
         )
 
 
-def _speeds(made: Made):  # type: ignore[no-untyped-def]
+def _speeds(made: Made) -> Iterator[SpeedPoint]:
     stream, peak = made.machine.read_bytes_s * made.efficiency, _peak(made) * 0.55
     cache = LAYERS * 2 * 256 * (1 if made.kv == "int8" else 2)
     overhead = 90e-6 if made.device == "cuda" else 350e-6
@@ -330,8 +332,10 @@ def _kind(made: Made, kind: str, count: int, read: int, operations: int) -> Kind
     overhead = count * (1.1e-6 if made.device == "cuda" else 3.1e-6)
     modelled = max(memory, compute) + overhead
     seconds = max(memory, compute) / made.efficiency + overhead * 1.1
-    bound = "overhead" if overhead > max(memory, compute) else ("memory" if memory >= compute else "compute")
-    remedies = {
+    bound: Bottleneck = (
+        "overhead" if overhead > max(memory, compute) else ("memory" if memory >= compute else "compute")
+    )
+    remedies: tuple[Remedy, ...] = {
         "memory": (
             Remedy("more rows", 3.4, "8 rows read the weights once"),
             Remedy("int4 weights", 1.87, "bytes fall to 0.53"),
@@ -353,10 +357,10 @@ def _kind(made: Made, kind: str, count: int, read: int, operations: int) -> Kind
         bound,
         max(memory, compute) / seconds,
         remedies,
-    )  # type: ignore[arg-type]
+    )
 
 
-def _layer_errors(made: Made):  # type: ignore[no-untyped-def]
+def _layer_errors(made: Made) -> Iterator[LayerError]:
     base = made.kl / 3
     for layer in range(LAYERS):
         for i, part in enumerate(PARTS):

@@ -16,6 +16,7 @@ from sample_report import FAILED, HOSTILE, sample_report
 
 from gristmill.report import page as pages
 from gristmill.report import storage
+from gristmill.report.clean import clean
 from gristmill.runtime.errors import GristmillError
 
 VOID = {"meta", "link"}
@@ -120,13 +121,18 @@ def digits(text: str) -> set[str]:
     return {found.strip(".,") for found in re.findall(r"\d[\d.,]*", text)}
 
 
-def test_ids_are_there_once_and_references_lead_somewhere(html: str, tree: Element) -> None:
+def check_ids(html: str, tree: Element) -> None:
+    """Each is there once, is a name, and what refers to one finds it."""
     ids = [element.attributes["id"] for element in tree.all() if "id" in element.attributes]
     assert len(ids) == len(set(ids))
-    assert not [id for id in ids if re.search(r"\s", id)]
+    assert not [id for id in ids if not re.fullmatch(r"[\w.-]+", id)]
     used = re.findall(r'(?:href="|url\()#([^")]+)', html)
     named = [e.attributes["aria-labelledby"].split() for e in tree.all() if "aria-labelledby" in e.attributes]
     assert {*used, *sum(named, [])} <= set(ids)
+
+
+def test_ids_are_there_once_and_references_lead_somewhere(html: str, tree: Element) -> None:
+    check_ids(html, tree)
 
 
 def test_nothing_outside_is_asked_for(html: str, tree: Element) -> None:
@@ -142,7 +148,7 @@ def test_nothing_outside_is_asked_for(html: str, tree: Element) -> None:
 
 
 def test_hostile_texts_stay_texts(tree: Element) -> None:
-    assert len(list(tree.all("script"))) == 1 and not list(tree.all("img"))
+    assert len(list(tree.all("script"))) == len(list(tree.all("style"))) == 1 and not list(tree.all("img"))
     text = "".join(tree.texts("script", "style"))
     assert "</script><img src=x onerror=alert(1)>|`$x$`‹U+001B›[31m‹U+202E› &amp;" in text, (
         "the reason of a failure"
@@ -163,7 +169,7 @@ def test_every_number_is_in_the_json(tree: Element, stored: Any) -> None:
 
 def test_what_is_not_marked_as_a_number_comes_from_the_json_too(tree: Element, stored: Any) -> None:
     values = list(values_in(stored))
-    texts = "\n".join(" ".join(pages.clean(value).split()) for value in values if isinstance(value, str))
+    texts = "\n".join(" ".join(clean(value).split()) for value in values if isinstance(value, str))
     allowed = {f"{value:,}" for value in values if isinstance(value, int)} | OWN_DIGITS
     rest = set().union(*(digits(text) for text in tree.texts("data", "svg", "script", "style")))
     assert not {found for found in rest if found not in texts and found not in allowed}
@@ -283,6 +289,7 @@ def test_points_may_lack_all_but_their_names(tmp_path: Path) -> None:
     tree = parse((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert len(list(tree.all("script"))) == 1 and not list(tree.all("img", "b"))
     assert len(list(tree.all("figure"))) > 5
+    check_ids((tmp_path / "report.html").read_text(encoding="utf-8"), tree)
 
 
 def test_without_matplotlib_it_is_said_and_nothing_is_written(
