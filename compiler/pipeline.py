@@ -121,6 +121,29 @@ def compile_model(
     return CompileResult(path, summary)
 
 
+@dataclass(frozen=True)
+class FloatModel:
+    """A model as it is before any rounding: what `float_reference` runs. max_len: positions it is traced
+    for; vocabulary: width of its logits."""
+
+    traced: Traced
+    tokenizer: dict[str, bytes]
+    max_len: int
+    vocabulary: int
+
+
+def float_model(source: Source) -> FloatModel:
+    """Traces and rewrites a model as a compile with default options does; what its checkpoint holds quantized
+    is what it stands for. Raises GristmillError as a compile does."""
+    options = CompileOptions.of()
+    limits = plan_limits(source.config, options)
+    tokenizer = tokenizer_files(source.directory, [gate.default_text("prose"), gate.default_text("code")])
+    traced = trace(source.config, source.checkpoint, limits.max_len)
+    _run_passes(traced, options)
+    max_len = min(limits.max_len, _narrow(limits, traced).max_position)
+    return FloatModel(traced, tokenizer, max_len, _vocabulary(traced))
+
+
 def plan_limits(config: Any, options: CompileOptions) -> Limits:
     """Shapes of the program: as asked for, else min(model's, 4096). Raises GristmillError beyond."""
     most = _first_of(config, "max_position_embeddings", "n_positions", "n_ctx") or DEFAULT_MAX_LEN
