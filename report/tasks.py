@@ -1,0 +1,173 @@
+"""What runs in a process of its own, see jobs.py: each task takes plain values and gives JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from gristmill.report import storage
+from gristmill.runtime.errors import GristmillError
+
+Progress = Callable[[str, float], None]
+TASKS: dict[str, Callable[..., Any]] = {}
+
+
+def task(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers a task by its name."""
+    TASKS[function.__name__] = function
+    return function
+
+
+@task
+def compile_model(model: str, out: str, options: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Compiles, going on with a calibration that was killed."""
+    import gristmill
+    from gristmill.compiler.calibration_store import IDENTITY, NotResumable, store_path
+
+    resume = (store_path(Path(out)) / IDENTITY).is_file()
+    try:
+        found = gristmill.compile(model, out, **options, resume=resume, progress=progress)
+    except NotResumable:  # made by another version, or with another number of threads
+        found = gristmill.compile(model, out, **options, progress=progress)
+    return {"compile_s": found.summary["compile_s"], "peak_memory_bytes": found.summary["peak_memory_bytes"]}
+
+
+@task
+def change_cache(model: str, base: str, out: str, options: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Makes an artifact from one that differs in its cache's type alone."""
+    from gristmill.compiler.change_cache import change_cache as change
+    from gristmill.compiler.options import CompileOptions
+
+    started = time.perf_counter()
+    change(model, base, out, CompileOptions.of(**options), progress)
+    return {"compile_s": time.perf_counter() - started, "peak_memory_bytes": None}
+
+
+@task
+def reference(
+    cache: str, text: str | None, tokens: int, model: str | None, artifact: str | None, threads: int | None,
+    progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """The float model's logits, see reference.py; text: a file, None for the one that suits the tokenizer."""
+    from gristmill.report import reference as module
+
+    if model is not None:
+        found = module.reference_from_model(
+            model, cache, *_named_text(text, model, None), tokens=tokens, progress=progress
+        )
+    else:
+        assert artifact is not None, "a model or an artifact"
+        found = module.reference_from_artifact(
+            artifact, cache, *_named_text(text, None, artifact), tokens=tokens, threads=threads, progress=progress
+        )
+    return {"folder": str(found.folder), "name": found.name}
+
+
+def _named_text(file: str | None, model: str | None, artifact: str | None) -> tuple[str, str]:
+    from gristmill.compiler.gate import suiting_text
+    from gristmill.runtime.evaluation import read_text
+
+    if file is not None:
+        return Path(file).name, read_text(file)
+    if artifact is not None:
+        from gristmill.runtime.session import load
+
+        return suiting_text(load(artifact, max_slots=1).tokenizer)
+    from gristmill.compiler.gate import default_text
+    from gristmill.compiler.load import load_source
+    from gristmill.compiler.tokenizer_files import tokenizer_files
+    from gristmill.runtime.tokenizer import Tokenizer
+
+    assert model is not None, "a model or an artifact"
+    texts = [default_text("prose"), default_text("code")]
+    return suiting_text(Tokenizer.of_files(tokenizer_files(load_source(model).directory, texts)))
+
+
+@task
+def accuracy(
+    artifact: str, reference: str, last_word: str | None, device: str, threads: int | None, progress: Progress
+) -> Any:
+    from gristmill.report.accuracy import measure_accuracy
+    from gristmill.report.reference import open_reference
+    from gristmill.runtime.session import load
+
+    session = load(artifact, device, threads=threads)
+    return storage.plain(measure_accuracy(session, open_reference(reference), last_word=last_word))
+
+
+@task
+def speed(artifact: str, options: dict[str, Any], progress: Progress) -> Any:
+    """One round of measure_speed, with the machine that it found."""
+    from gristmill.report.speed import SpeedOptions, machine_of, measure_speed
+
+    given = SpeedOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    found = measure_speed(artifact, given)
+    return {
+        "machine": storage.plain(machine_of(found, given.device)),
+        "points": storage.plain(found.points),
+        "latency": storage.plain(found.latency) if found.latency else None,
+        "load_seconds": found.load_seconds,
+        "memory": storage.plain(found.memory) if found.memory else None,
+        "energy": storage.plain(found.energy) if found.energy else None,
+    }
+
+
+@task
+def why(artifact: str, options: dict[str, Any], progress: Progress) -> Any:
+    from gristmill.report.why import WhyOptions, explain
+
+    return storage.plain(explain(artifact, WhyOptions(**options)))
+
+
+@task
+def peer_speed(peer: dict[str, Any], shapes: dict[str, Any], progress: Progress) -> Any:
+    from gristmill.report.peer_measures import Peer, measure_speed
+
+    return measure_speed(Peer(**peer), shapes)
+
+
+@task
+def peer_accuracy(peer: dict[str, Any], reference: str, tokenizer: str, progress: Progress) -> Any:
+    from gristmill.report.peer_measures import Peer, measure_accuracy
+
+    return storage.plain(measure_accuracy(Peer(**peer), reference, tokenizer))
+
+
+def main() -> None:
+    """The child's side: one request, lines of progress, one result."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes to where errors go
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    def progress(stage: str, fraction: float) -> None:
+        _say(out, {"progress": [stage, fraction]})
+
+    try:
+        result = TASKS[request["task"]](**request["arguments"], progress=progress)
+        ending = {"result": result}
+    except GristmillError as error:
+        ending = {"error": " ".join(str(error).split()), "expected": True}
+    except Exception as error:  # the parent makes a row of it
+        ending = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", "expected": False}
+    _say(out, ending)
+
+
+def _say(out: Any, event: dict[str, Any]) -> None:
+    with suppress(BrokenPipeError):
+        print(json.dumps(event), file=out, flush=True)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the parent has closed its side, which it does at the latest by its own end."""
+    while os.read(0, 1 << 10):  # past sys.stdin, whose lock an ending interpreter wants
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)  # an artifact that is half written is removed
