@@ -109,7 +109,7 @@ def compile_model(
             errors = _write(writer, made.lowered, tokenizer, source, report)
             manifest = _manifest(made, source, options, errors)
             manifest["quantization"] |= taken.record(made.lowered)
-            accepted = _accept(writer, manifest, traced, source, options, report)
+            accepted = accept(writer, manifest, traced, source, options, report)
             path = writer.commit(manifest)
             made.clear()
         except GristmillError:
@@ -267,15 +267,16 @@ def bits_per_weight(lowered: Lowered) -> float:
     return round(sum(bits) / sum(weights), 4)
 
 
-def _accept(
+def accept(
     writer: ArtifactWriter,
     manifest: dict[str, Any],
-    traced: Traced,
+    traced: Traced | None,
     source: Source,
     options: CompileOptions,
     report: Progress,
 ) -> tuple[gate.Evaluation, list[str]] | None:
-    """Open the artifact itself: record its self-test and, unless told not to, hold it to the float model.
+    """Open the artifact itself: record its self-test and, unless told not to, hold it to the float model,
+    which is ``traced``.
 
     Returns what was measured and the lines that say which limits it keeps. Raises GristmillError where it
     breaks one.
@@ -285,6 +286,7 @@ def _accept(
     writer.write_json("selftest.json", selftest.record(session))
     if not options.gate:
         return None
+    assert traced is not None, "the gate compares with the float model"
     report("gate", 0.0)
     if options.device != "cpu":
         session = load_session(sealed, options.device)

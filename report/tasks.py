@@ -81,14 +81,19 @@ def _named_text(file: str | None, model: str | None, artifact: str | None) -> tu
         from gristmill.runtime.session import load
 
         return suiting_text(load(artifact, max_slots=1).tokenizer)
+    assert model is not None, "a model or an artifact"
+    return suiting_text(model_tokenizer(model))
+
+
+def model_tokenizer(model: str) -> Any:
+    """The tokenizer that an artifact of this model gets."""
     from gristmill.compiler.gate import default_text
     from gristmill.compiler.load import load_source
     from gristmill.compiler.tokenizer_files import tokenizer_files
     from gristmill.runtime.tokenizer import Tokenizer
 
-    assert model is not None, "a model or an artifact"
     texts = [default_text("prose"), default_text("code")]
-    return suiting_text(Tokenizer.of_files(tokenizer_files(load_source(model).directory, texts)))
+    return Tokenizer.of_files(tokenizer_files(load_source(model).directory, texts))
 
 
 @task
@@ -129,15 +134,21 @@ def why(artifact: str, options: dict[str, Any], progress: Progress) -> Any:
 
 @task
 def peer_speed(peer: dict[str, Any], shapes: dict[str, Any], progress: Progress) -> Any:
+    """The same of another engine, see peer_measures.Shapes."""
     from gristmill.report.peer_measures import Peer, measure_speed
 
     return measure_speed(Peer(**peer), shapes)
 
 
 @task
-def peer_accuracy(peer: dict[str, Any], reference: str, tokenizer: str, progress: Progress) -> Any:
+def peer_accuracy(
+    peer: dict[str, Any], reference: str, model: str | None, artifact: str | None, progress: Progress
+) -> Any:
+    """The same of another engine; model or artifact: what brings the tokenizer."""
     from gristmill.report.peer_measures import Peer, measure_accuracy
+    from gristmill.runtime.session import load
 
+    tokenizer = load(artifact, max_slots=1).tokenizer if artifact else model_tokenizer(model or "")
     return storage.plain(measure_accuracy(Peer(**peer), reference, tokenizer))
 
 
