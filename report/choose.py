@@ -1,4 +1,4 @@
-"""Which of a report's many figures stand for a point: one decode speed, one prefill speed, the best points."""
+"""Which of a report's many figures stand for a point: a decode speed, a prefill speed; the best points."""
 
 from __future__ import annotations
 
@@ -96,7 +96,9 @@ def picks(report: Report) -> list[Pick]:
         if fast:
             found.append(Pick(max(fast, key=lambda p: decode_speed(report, p) or 0.0), "fastest"))
         if small and len(keep) > 1:
-            found.append(Pick(min(small, key=lambda p: p.memory.artifact_bytes if p.memory else 0), "smallest"))
+            found.append(
+                Pick(min(small, key=lambda p: p.memory.artifact_bytes if p.memory else 0), "smallest")
+            )
     return found
 
 

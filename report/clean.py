@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 SHOWN = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
@@ -10,13 +11,18 @@ _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # controls, direction mark
 
 
 def clean(text: str) -> str:
-    """Controls and marks that change how other text looks become their code: "a\\x1b[1m" is "a‹U+001B›[1m"."""
+    """Controls and marks that change how other text looks become their code: ESC is "‹U+001B›"."""
     return "".join(c if c in _KEPT or unicodedata.category(c) not in _HIDDEN else _code(c) for c in text)
 
 
 def visible(text: str) -> str:
     """A token as it stands: white space is seen; blanks other than U+0020 and what is hidden are codes."""
     return "".join(SHOWN.get(c) or (_code(c) if unicodedata.category(c) == "Zs" else clean(c)) for c in text)
+
+
+def context(text: str) -> str:
+    """As `visible`, but a single space between words stays one, so that lines break there."""
+    return re.sub(r"(?<=[^␣\s])␣(?=[^␣\s])", " ", visible(text))
 
 
 def _code(c: str) -> str:

@@ -9,19 +9,31 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gristmill.report import details, storage, summary, why
+from gristmill.report import choose, details, storage, summary, why
 from gristmill.report.clean import clean
 from gristmill.report.pictures import curves, latency, layers, memory, pareto, positions, roofline
 from gristmill.report.pictures.sketch import Sketch
 from gristmill.report.plots import draw, require_matplotlib
 from gristmill.report.schema import Report
-from gristmill.report.tables import Block, Number, Picture, Section, Text, blocks_in, texts_of
+from gristmill.report.tables import (
+    Block,
+    Card,
+    Code,
+    Part,
+    Picture,
+    Section,
+    Small,
+    Text,
+    blocks_in,
+    texts_of,
+)
 
 HTML_NAME, MARKDOWN_NAME = "report.html", "report.md"
 DATA = Path(__file__).parent / "data"
@@ -31,14 +43,14 @@ DATA = Path(__file__).parent / "data"
 class Page:
     report: Report
     facts: list[tuple[str, Text]]
-    headline: list[Text]
+    cards: tuple[Card, ...]
     sections: tuple[Section, ...]
 
 
 def write_report(report: Report, folder: Path) -> None:
     """Writes report.html, report.md and report.json into `folder`; each is replaced whole.
 
-    Errors: GristmillError where matplotlib is missing or the folder cannot be written; nothing is half-written.
+    Errors: GristmillError where matplotlib is missing or the folder cannot be written; no file is cut short.
     """
     require_matplotlib()
     page = build_page(report)
@@ -54,13 +66,15 @@ def html_of(page: Page) -> str:
     script = (DATA / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     style = (DATA / "page.css").read_text(encoding="utf-8")
-    return _template("page.html.j2", autoescape=True, page=page, script=script, script_hash=digest, style=style)
+    return _template(
+        "page.html.j2", autoescape=True, page=page, script=script, script_hash=digest, style=style
+    )
 
 
 def build_page(report: Report) -> Page:
     """All that the page shows; its report holds every number of it."""
     report = replace(report, readings={}, derived={})
-    page = Page(report, summary.facts(report), summary.headline(report), _sections(report))
+    page = Page(report, summary.facts(report), summary.cards(report), _sections(report))
     return replace(page, report=replace(report, readings=_readings(page), derived=_derived(page)))
 
 
@@ -70,22 +84,56 @@ def _sections(report: Report) -> tuple[Section, ...]:
 
     found = (
         Section("summary", "All points", "What each choice costs and gains.", (summary.table(report),)),
-        Section("pareto", "Accuracy against cost", "Points that nothing beats in both lie on the dotted line.",
-                pictures(pareto.sketches(report))),
-        Section("speed", "Speed", "Over context, batch and prompt, and as a caller sees it.",
-                (*pictures(curves.sketches(report), latency.sketches(report)), *details.speeds(report))),
-        Section("why", "Why it is as fast as it is",
-                "The model: time = max(bytes / reading speed, operations / peak) + overhead. Its error is stated.",
-                (*pictures(roofline.sketches(report), curves.growth_sketches(report)), *why.groups(report))),
-        Section("accuracy", "Where the errors are", "By layer, by position, and the tokens that suffer most.",
-                (*pictures(layers.sketches(report), positions.sketches(report)), *details.last_words(report),
-                 *details.worst_tokens(report))),
-        Section("memory", "Memory", "Of the file, the cache and the process.",
-                (*pictures(memory.sketches(report)), *details.memory(report))),
+        Section(
+            "pareto",
+            "Accuracy against cost",
+            "Points that nothing beats in both lie on the dotted line.",
+            pictures(pareto.sketches(report)),
+        ),
+        Section(
+            "speed",
+            "Speed",
+            "Over context, batch and prompt, and as a caller sees it.",
+            (*pictures(*_speed_sketches(report)), *details.speeds(report)),
+        ),
+        Section(
+            "why",
+            "Why it is as fast as it is",
+            "Each kind of instruction beside its roofs, by the model time = max(bytes / read stream, "
+            "operations / peak) + overhead.",
+            (*pictures(roofline.sketches(report), curves.growth_sketches(report)), *why.blocks(report)),
+        ),
+        Section(
+            "accuracy",
+            "Where the errors are",
+            "By layer, by position, and the tokens that suffer most.",
+            (
+                *pictures(layers.sketches(report), positions.sketches(report)),
+                *details.last_words(report),
+                *details.worst_tokens(report),
+            ),
+        ),
+        Section(
+            "memory",
+            "Memory",
+            "Of the file, the cache and the process.",
+            (*pictures(memory.sketches(report)), *details.memory(report)),
+        ),
         Section("energy", "Energy", "Only where the machine exposes it.", details.energy(report)),
-        Section("repeat", "Repeat it", "Each point alone.", (summary.commands(report),)),
-    )  # fmt: skip
+        Section(
+            "repeat",
+            "Repeat it",
+            "Each point alone, and the words that this page uses.",
+            (summary.commands(report), summary.terms()),
+        ),
+    )
     return tuple(section for section in found if section.blocks)
+
+
+def _speed_sketches(report: Report) -> list[list[Sketch]]:
+    """By device, so that those of one stand together."""
+    found = [*curves.sketches(report), *latency.sketches(report)]
+    return [[sketch for sketch in found if sketch.device == device] for device in choose.devices(report)]
 
 
 def _draw(report: Report, sketch: Sketch) -> Picture:
@@ -100,7 +148,8 @@ def _draw(report: Report, sketch: Sketch) -> Picture:
 
 def _all_texts(page: Page) -> Iterator[tuple[str, Text]]:
     yield from ((f"head/{name}", text) for name, text in page.facts)
-    yield from ((f"headline/{i}", text) for i, text in enumerate(page.headline))
+    for i, card in enumerate(page.cards):
+        yield from ((f"best/{i}", text) for text in (card.why, *card.facts))
     for section in page.sections:
         for block in blocks_in(section.blocks):
             yield from texts_of(block)
@@ -108,8 +157,11 @@ def _all_texts(page: Page) -> Iterator[tuple[str, Text]]:
 
 def _readings(page: Page) -> dict[str, str]:
     pictures = (b for s in page.sections for b in blocks_in(s.blocks) if isinstance(b, Picture))
-    said = {f"headline/{i}": str(text) for i, text in enumerate(page.headline)}
-    return said | {picture.id: str(picture.reading) for picture in pictures}
+    best = {
+        f"best/{i}": f"{card.why}: {card.name}; " + "; ".join(map(str, card.facts))
+        for i, card in enumerate(page.cards)
+    }
+    return best | {picture.id: str(picture.reading) for picture in pictures}
 
 
 def _derived(page: Page) -> dict[str, float]:
@@ -117,11 +169,15 @@ def _derived(page: Page) -> dict[str, float]:
     known = set(numbers_in(asdict(page.report)))
     found: dict[str, float] = {}
     for name, text in _all_texts(page):
-        numbers = [part for part in text.parts if isinstance(part, Number)]
-        for i, number in enumerate(numbers):
+        for number in text.numbers:
             if number.value not in known:
-                found[f"{name}/{i}" if len(numbers) > 1 else name] = number.value
+                found[_unused(name, found)] = number.value
     return found
+
+
+def _unused(name: str, names: Container[str]) -> str:
+    numbered = (f"{name}/{i}" for i in itertools.count(1))
+    return next(n for n in itertools.chain((name,), numbered) if n not in names)
 
 
 def numbers_in(value: Any) -> Iterator[float]:
@@ -140,10 +196,16 @@ def _template(name: str, autoescape: bool, **values: Any) -> str:
     from markupsafe import Markup
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(DATA), autoescape=autoescape, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-        finalize=lambda value: clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
-    )  # fmt: skip
+        loader=jinja2.FileSystemLoader(DATA),
+        autoescape=autoescape,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: (
+            clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        ),
+    )
     environment.filters |= {"md": _markdown, "code": _code_span, "md_cell": _markdown_cell}
     return environment.get_template(name).render(**values)
 
@@ -164,6 +226,12 @@ def _code_span(text: str) -> str:
 
 
 def _markdown_cell(text: Text) -> str:
-    parts = (_code_span(part.text) if part.__class__.__name__ == "Code" else _markdown(f"x{part}x")[1:-1]
-             for part in text.parts)  # fmt: skip
-    return "".join(parts).strip()
+    return "".join(_markdown_part(part) for part in text.parts).strip()
+
+
+def _markdown_part(part: Part) -> str:
+    if isinstance(part, Code):
+        return _code_span(part.text)
+    if isinstance(part, Small):
+        return f" ({_markdown_cell(part.text)})"
+    return _markdown(f"x{part}x")[1:-1]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-# Name of the CSS variable -> stand-in. The series are Okabe and Ito's, made lighter for dark pages in page.css.
+# CSS variable -> stand-in. The series are Okabe and Ito's, made lighter for dark pages in page.css.
 COLOURS = {
     name: f"#0102{i:02x}"
     for i, name in enumerate(
@@ -75,6 +75,15 @@ class Drawing:
             spine.set_color(COLOURS["muted"])
         return axes
 
+    def bare(self, where: Any) -> Axes:
+        """Axes without lines: for cells. where: of a grid."""
+        axes = self.figure.add_subplot(where)
+        axes.set_facecolor("none")
+        axes.tick_params(length=0, labelcolor=COLOURS["ink"], labelsize=FONT - 1)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        return axes
+
     def label(self, axes: Axes, x: str, y: str) -> None:
         """Names of the axes, y's above the left end so that it reads level."""
         axes.set_xlabel(x, color=COLOURS["ink"], fontsize=FONT)
@@ -98,13 +107,26 @@ class Drawing:
         per_label = 44 + FONT * 0.6 * max(len(label) for label in labels)
         columns = columns or max(1, min(len(labels), int(self.width // per_label)))
         self.figure.legend(
-            handles, labels, loc="outside lower center", ncols=columns, frameon=False,
-            fontsize=FONT - 1, labelcolor=COLOURS["ink"], handlelength=2.2, columnspacing=1.4,
-        )  # fmt: skip
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            fontsize=FONT - 1,
+            labelcolor=COLOURS["ink"],
+            handlelength=2.2,
+            columnspacing=1.4,
+        )
 
 
-def draw(name: str, size: tuple[float, float], narrow: bool, title: str, text: str,
-         paint: Callable[[Drawing], None]) -> str:  # fmt: skip
+def draw(
+    name: str,
+    size: tuple[float, float],
+    narrow: bool,
+    title: str,
+    text: str,
+    paint: Callable[[Drawing], None],
+) -> str:
     """The SVG of what `paint` draws. name: prefix of its ids; text: said to who cannot see it."""
     require_matplotlib()
     import matplotlib
@@ -169,8 +191,14 @@ def marker_style(style: Style, hollow: bool = False) -> dict[str, Any]:
     """Keywords of a marker for Axes.plot."""
     colour = COLOURS[style.colour]
     face = COLOURS["paper"] if hollow else colour
-    return {"marker": style.marker, "color": colour, "markerfacecolor": face, "markeredgecolor": colour,
-            "markeredgewidth": 1.5, "markersize": 8}  # fmt: skip
+    return {
+        "marker": style.marker,
+        "color": colour,
+        "markerfacecolor": face,
+        "markeredgecolor": colour,
+        "markeredgewidth": 1.5,
+        "markersize": 8,
+    }
 
 
 def line_style(style: Style) -> dict[str, Any]:

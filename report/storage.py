@@ -130,7 +130,9 @@ def _scalar(value: Any, hint: Any, where: str) -> Any:
         return _ODD[value]
     allowed = (int, float) if hint is float else hint
     if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
-        raise _wrong(where, value, {float: "a number", int: "a whole number", str: "text"}.get(hint, str(hint)))
+        raise _wrong(
+            where, value, {float: "a number", int: "a whole number", str: "text"}.get(hint, str(hint))
+        )
     return value
 
 

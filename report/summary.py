@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from gristmill.report import choose
 from gristmill.report.schema import Accuracy, Point, Report
-from gristmill.report.tables import Code, Column, Number, Part, Row, Source, Tag, Table, Text, cell, join, say
+from gristmill.report.tables import (
+    Card,
+    Code,
+    Column,
+    Number,
+    Part,
+    Row,
+    Small,
+    Source,
+    Table,
+    Tag,
+    Text,
+    cell,
+    join,
+    say,
+)
 
 
 def source(report: Report, command: str = "", device: str = "") -> Source:
@@ -19,14 +34,34 @@ def facts(report: Report) -> list[tuple[str, Text]]:
     """The head: what was measured on what."""
     rows = [("Model", cell(report.model))]
     for device, m in report.machines.items():
-        rows.append((f"Machine ({device})", say(
-            "{}, {} cores, {} threads used, {}, {}; {}. Measured here: reading {}, float products {}, integer products {}",
-            m.name, Number(m.cores, "count"), Number(m.threads, "count"), Number(m.memory_bytes, "bytes"), m.isa,
-            m.system, Number(m.read_bytes_s, "bytes/s"), Number(m.float_ops_s, "ops/s"),
-            Number(m.integer_ops_s, "ops/s"))))  # fmt: skip
+        rows.append(
+            (
+                f"Machine ({device})",
+                say(
+                    "{}, {} cores, {} threads used, {}, {}; {}. Measured here: reading {}, "
+                    "float products {}, integer products {}",
+                    m.name,
+                    Number(m.cores, "count"),
+                    Number(m.threads, "count"),
+                    Number(m.memory_bytes, "bytes"),
+                    m.isa,
+                    m.system,
+                    Number(m.read_bytes_s, "bytes/s"),
+                    Number(m.float_ops_s, "ops/s"),
+                    Number(m.integer_ops_s, "ops/s"),
+                ),
+            )
+        )
     rows += [("Text", join(list(texts), "; ")) for texts in [_texts(report)] if texts]
-    rows.append(("Versions", cell(", ".join(f"{name} {version}" for name, version in report.versions.items()))))
-    rows.append(("Measured", say("{}{}", report.created.replace("T", " ").replace("+00:00", " UTC"), _duration(report))))
+    rows.append(
+        ("Versions", cell(", ".join(f"{name} {version}" for name, version in report.versions.items())))
+    )
+    rows.append(
+        (
+            "Measured",
+            say("{}{}", report.created.replace("T", " ").replace("+00:00", " UTC"), _duration(report)),
+        )
+    )
     rows.append(("Repeat", cell(Code(report.command))))
     return rows
 
@@ -42,38 +77,43 @@ def _texts(report: Report) -> list[Text]:
         if point.accuracy:
             found.setdefault((point.accuracy.text, point.accuracy.text_sha256), point.accuracy)
     return [
-        say("{} (sha256 {}), {} tokens in windows of {}", a.text, a.text_sha256[:12], Number(a.tokens, "count"),
-            Number(a.window, "count"))
+        say(
+            "{} (sha256 {}), {} tokens in windows of {}",
+            a.text,
+            a.text_sha256[:12],
+            Number(a.tokens, "count"),
+            Number(a.window, "count"),
+        )
         for a in found.values()
-    ]  # fmt: skip
+    ]
 
 
-def headline(report: Report) -> list[Text]:
-    """What to take, in a sentence for each pick, and how many points there are."""
-    said = []
-    for pick in choose.picks(report):
-        said.append(_pick_text(report, pick))
-    if not said:
-        said.append(say("No compressed point keeps perplexity within {} of the float model.",
-                        Number(choose.PROMISE, "increase")))  # fmt: skip
-    return said
+def promise() -> Number:
+    """The increase of perplexity that the page takes for small."""
+    return Number(choose.PROMISE, "limit")
 
 
-def _pick_text(report: Report, pick: choose.Pick) -> Text:
+def cards(report: Report) -> tuple[Card, ...]:
+    """What to take: a card for each pick, or one that says that there is none."""
+    found = tuple(_card(report, pick) for pick in choose.picks(report))
+    none = say("No rounded point was measured to keep perplexity within {} of the float model's.", promise())
+    return found or (Card(say("Best"), "none", (none,)),)
+
+
+def _card(report: Report, pick: choose.Pick) -> Card:
     point, base = pick.point, choose.reference(report, pick.point.device)
     speed = choose.decode_speed(report, point)
-    parts = [say("{} on {} within {}: {}", pick.why.capitalize(), point.device, Number(choose.PROMISE, "increase"),
-                 Tag(point.label, "good"))]  # fmt: skip
-    if speed:
-        parts.append(say("{} tok/s", Number(speed, "tok/s")))
-    if point.memory:
-        parts.append(cell(point.memory.artifact_bytes, "bytes"))
-    if point.accuracy:
-        parts.append(say("perplexity {}", Number(point.accuracy.ppl_increase.estimate, "increase")))
     other = choose.decode_speed(report, base) if base else None
-    if base and base is not point and speed and other:
-        parts.append(say("{} the speed of {}", Number(speed / other, "factor"), base.label))
-    return say("{}.", join(parts))
+    facts = []
+    if speed:
+        beside = say(", {} {}", Number(speed / other, "factor"), base.label) if base and other else say("")
+        facts.append(say("decode {} tok/s{}", Number(speed, "tok/s"), beside))
+    if point.memory:
+        facts.append(say("{} on disk", Number(point.memory.artifact_bytes, "bytes")))
+    if point.accuracy:
+        facts.append(say("perplexity {}", _interval(point.accuracy)))
+    title = say("{} on {} within {} of perplexity", pick.why.capitalize(), point.device, promise())
+    return Card(title, point.label, tuple(facts))
 
 
 _COLUMNS = (
@@ -84,7 +124,7 @@ _COLUMNS = (
     Column("decode", "tok/s, one sequence"),
     Column("prefill", "tok/s"),
     Column("first token", "time to it"),
-    Column("perplexity", "against float, 95 % interval"),
+    Column("perplexity", "against float, 95 %"),
     Column("KL", "nats per token, mean"),
     Column("KL p99", "nats"),
     Column("top 1", "the same token"),
@@ -98,15 +138,23 @@ def table(report: Report) -> Table:
     """Every point; failed ones at the end with their reason."""
     best = {(pick.point.id, pick.why) for pick in choose.picks(report)}
     ordered = [*choose.good(report), *(p for p in report.points if p.status != "ok")]
-    rows = tuple(_row(report, point, [why for id, why in sorted(best) if id == point.id]) for point in ordered)
+    rows = tuple(
+        _row(report, point, [why for id, why in sorted(best) if id == point.id]) for point in ordered
+    )
     decode, prefill = choose.decode_shape(report), choose.prefill_shape(report)
-    columns = [c for c in _COLUMNS]
+    columns = list(_COLUMNS)
     if decode:
         columns[4] = Column("decode", f"tok/s at {decode.context:,} of context")
     if prefill:
         columns[5] = Column("prefill", f"tok/s, {prefill.rows:,} tokens")
-    return Table("summary-table", "All points", tuple(columns), rows, source(report),
-                 say("Sort by any column. “Dominated”: another point is at least as good in both, and better in one."))  # fmt: skip
+    return Table(
+        "summary-table",
+        "All points",
+        tuple(columns),
+        rows,
+        source(report),
+        say("Every column sorts. Dominated: another is at least as accurate and as fast (or as small)."),
+    )
 
 
 def _row(report: Report, point: Point, best: list[str]) -> Row:
@@ -115,10 +163,14 @@ def _row(report: Report, point: Point, best: list[str]) -> Row:
     if lost:
         tags.append(Tag(f"dominated in {' and '.join(lost)}", "plain"))
     if point.status != "ok":
-        tags.append(Tag(f"failed: {point.reason}", "bad"))
-    label = Text(tuple(part for tag in tags for part in (" ", tag)))
+        tags += [Tag("failed", "bad"), Small(Text((point.reason or "no reason was given",)))]
+    label = Text(tuple(part for tag in tags for part in ((" ", tag) if isinstance(tag, Tag) else (tag,))))
     first = say("{}{}", point.label, label)
-    marks = (*(["failed"] if point.status != "ok" else []), *(["dominated"] if lost else []), *(["pick"] if best else []))
+    marks = (
+        *(["failed"] if point.status != "ok" else []),
+        *(["dominated"] if lost else []),
+        *(["pick"] if best else []),
+    )
     return Row((first, cell(point.device), *_figures(report, point)), marks)
 
 
@@ -145,14 +197,64 @@ def _interval(accuracy: Accuracy | None) -> Text:
     if accuracy is None:
         return cell(None)
     i = accuracy.ppl_increase
-    return say("{} ({} to {})", Number(i.estimate, "increase"), Number(i.low, "increase"), Number(i.high, "increase"))
+    low, high = Number(i.low, "increase"), Number(i.high, "increase")
+    return say("{}{}", Number(i.estimate, "increase"), Small(say("{} to {}", low, high)))
 
 
 def commands(report: Report) -> Table:
     """What repeats each point alone."""
     rows = tuple(
-        Row((cell(p.label), cell(p.runtime), cell(Code(p.command) if p.command else None), cell(p.content_id[:16] or None)))
+        Row(
+            (
+                cell(p.label),
+                cell(p.device),
+                cell(p.runtime),
+                cell(p.content_id[:16] or None),
+                cell(Code(p.command) if p.command else None),
+            )
+        )
         for p in report.points
     )
-    columns = tuple(Column(name, numeric=False) for name in ("point", "runtime", "command", "content"))
-    return Table("commands", "The command of each point", columns, rows)
+    columns = tuple(
+        Column(name, numeric=False) for name in ("point", "device", "runtime", "content", "command")
+    )
+    return Table("commands", "The command of each point", columns, rows, source(report))
+
+
+_TERMS = (
+    (
+        "increase of perplexity",
+        "of the artifact against the float model on the same tokens, with the 95 % interval "
+        "of a paired bootstrap over blocks of tokens",
+    ),
+    (
+        "KL",
+        "how far the distribution of the next token is from the float model's, nats per token; 0: the same",
+    ),
+    (
+        "dominated",
+        "another point on the same device is at least as accurate and at least as fast (or as small), and "
+        "better in one of both: there is no reason to take it",
+    ),
+    (
+        "roof",
+        "the least time that bytes over the measured read stream and operations over the measured peak allow",
+    ),
+    ("memory-bound", "reading bytes sets the pace: fewer bits or more rows at once help"),
+    ("compute-bound", "arithmetic sets the pace: cheaper products help"),
+    (
+        "overhead-bound",
+        "time that does not grow with the work sets the pace: fewer and larger instructions help",
+    ),
+    ("communication-bound", "waiting for other devices sets the pace"),
+    (
+        "predicted gain",
+        "how many times as fast the phase would be by the model "
+        "time = max(bytes / read stream, operations / peak) + overhead",
+    ),
+)
+
+
+def terms() -> Table:
+    columns = (Column("word", numeric=False), Column("meaning", numeric=False))
+    return Table("terms", "Words", columns, tuple(Row((cell(word), cell(text))) for word, text in _TERMS))

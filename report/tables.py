@@ -6,9 +6,11 @@ rounded text, and report.json can hold every one of them.
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Union
+from typing import ClassVar
 
 from gristmill.report import units
 
@@ -27,7 +29,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Tag:
-    """A mark beside a label. tone: good, plain, bad."""
+    """A mark beside a label. tone: good, plain, bad, or a bottleneck."""
 
     text: str
     tone: str = "plain"
@@ -49,7 +51,18 @@ class Code:
         return self.text
 
 
-Part = Union[str, Number, Tag, Code]
+@dataclass(frozen=True)
+class Small:
+    """What stands smaller on a line below: an interval, a reason."""
+
+    text: Text
+    kind: ClassVar[str] = "small"
+
+    def __str__(self) -> str:
+        return f" ({self.text})"
+
+
+Part = str | Number | Tag | Code | Small
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,15 @@ class Text:
 
     parts: tuple[Part, ...]
     sort: float | str | None = None
+
+    @property
+    def numbers(self) -> tuple[Number, ...]:
+        """All of them, in the order in which they are read."""
+        inside = (
+            (p,) if isinstance(p, Number) else p.text.numbers if isinstance(p, Small) else ()
+            for p in self.parts
+        )
+        return tuple(number for some in inside for number in some)
 
     def __str__(self) -> str:
         return "".join(str(part) for part in self.parts)
@@ -79,6 +101,12 @@ def say(pattern: str, *parts: Part | Text) -> Text:
     for part, piece in zip(parts, pieces[1:]):
         found += [*(part.parts if isinstance(part, Text) else (part,)), piece]
     return Text(tuple(part for part in found if part != ""))
+
+
+def slug(name: str) -> str:
+    """`name` as an id of the page; what had to be changed gets a number so that no two become one."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
+    return plain if plain == name else f"{plain}-{zlib.crc32(name.encode(errors='surrogatepass')):08x}"
 
 
 def join(texts: list[Text], between: str = ", ") -> Text:
@@ -157,16 +185,35 @@ class Picture:
 
 @dataclass(frozen=True)
 class Group:
-    """Blocks under a heading that folds."""
+    """Blocks under a heading that folds. source: of all tables in it."""
 
     id: str
     title: Text
     blocks: tuple[Block, ...]
     open: bool = False
+    source: Source | None = None
     kind: ClassVar[str] = "group"
 
 
-Block = Union[Table, Note, Picture, Group]
+@dataclass(frozen=True)
+class Heading:
+    """Of what follows inside of a group, with a sentence below it."""
+
+    title: Text
+    text: Text
+    kind: ClassVar[str] = "heading"
+
+
+@dataclass(frozen=True)
+class Card:
+    """A point worth taking: what it is best at, its name, its figures."""
+
+    why: Text
+    name: str
+    facts: tuple[Text, ...]
+
+
+Block = Table | Note | Picture | Group | Heading
 
 
 @dataclass(frozen=True)
@@ -189,6 +236,9 @@ def texts_of(block: Block) -> Iterator[tuple[str, Text]]:
     """(a name for it, text) of all that a block shows, without those of blocks inside."""
     if isinstance(block, Note):
         yield "note", block.text
+    elif isinstance(block, Heading):
+        yield "heading", block.title
+        yield "heading", block.text
     elif isinstance(block, Group):
         yield block.id, block.title
     elif isinstance(block, Picture):

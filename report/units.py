@@ -7,12 +7,29 @@ from collections.abc import Callable
 from typing import Literal
 
 Unit = Literal[
-    "count", "tok/s", "seconds", "bytes", "bytes/s", "ops", "ops/s", "ops/byte", "share", "increase",
-    "factor", "nats", "perplexity", "bits", "joules", "probability", "error",
-]  # fmt: skip
+    "count",
+    "tok/s",
+    "seconds",
+    "bytes",
+    "bytes/s",
+    "ops",
+    "ops/s",
+    "ops/byte",
+    "share",
+    "increase",
+    "factor",
+    "nats",
+    "perplexity",
+    "bits",
+    "joules",
+    "probability",
+    "error",
+    "limit",
+]
 MISSING = "–"
 _SPACE = "\u00a0"  # a number stays on one line with its unit
 _BINARY = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+_TIMES = ((1e-6, 1e9, "ns"), (1e-3, 1e6, "µs"), (1.0, 1e3, "ms"), (120.0, 1.0, "s"), (7200.0, 1 / 60, "min"))
 _DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -35,17 +52,17 @@ def text(value: float, unit: Unit) -> str:
 
 
 def _seconds(value: float) -> str:
-    for limit, scale, name in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms"), (120.0, 1.0, "s"), (7200.0, 1 / 60, "min")):
-        if abs(value) < limit * 0.9995:
+    for limit, scale, name in _TIMES:
+        if 0 < abs(value) < limit * 0.9995:
             return f"{figures(value * scale)}{_SPACE}{name}"
-    return f"{figures(value / 3600)}{_SPACE}h"
+    return f"{figures(value / 3600)}{_SPACE}h" if value else "0"
 
 
 def _bytes(value: float) -> str:
     for size, name in _BINARY:
         if abs(value) >= size * 0.9995:
             return f"{figures(value / size)}{_SPACE}{name}"
-    return f"{figures(value)}{_SPACE}B"
+    return f"{figures(value)}{_SPACE}B" if value else "0"
 
 
 def _si(name: str) -> Callable[[float], str]:
@@ -53,7 +70,7 @@ def _si(name: str) -> Callable[[float], str]:
         for size, prefix in _DECIMAL:
             if abs(value) >= size * 0.9995:
                 return f"{figures(value / size)}{_SPACE}{prefix}{name}"
-        return f"{figures(value)}{_SPACE}{name}"
+        return f"{figures(value)}{_SPACE}{name}" if value else "0"
 
     return write
 
@@ -97,4 +114,5 @@ _WRITE: dict[str, Callable[[float], str]] = {
     "joules": _plain("J"),
     "probability": _percent,
     "error": _plain("", 2),
+    "limit": lambda value: f"{100 * value:g}{_SPACE}%",
 }

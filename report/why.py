@@ -3,73 +3,149 @@
 from __future__ import annotations
 
 from gristmill.report import choose
-from gristmill.report.schema import KindVerdict, PhaseWhy, Point, Remedy, Report
+from gristmill.report.schema import Bottleneck, KindVerdict, PhaseWhy, Point, Remedy, Report
 from gristmill.report.summary import source
-from gristmill.report.tables import Block, Column, Group, Note, Number, Row, Table, Tag, Text, cell, join, say
+from gristmill.report.tables import (
+    Block,
+    Column,
+    Group,
+    Heading,
+    Number,
+    Row,
+    Table,
+    Tag,
+    Text,
+    cell,
+    join,
+    say,
+    slug,
+)
 
-_TONES = {"memory": "memory", "compute": "compute", "communication": "communication", "overhead": "overhead"}
 
-
-def groups(report: Report) -> tuple[Block, ...]:
-    """A group for each point that was looked into; the picks are open."""
-    open_ids = {pick.point.id for pick in choose.picks(report)}
+def blocks(report: Report) -> tuple[Block, ...]:
+    """All phases of all points in one table, then a group for each point; the first pick's is open."""
     points = [point for point in choose.good(report) if point.why]
-    open_ids = open_ids or {p.id for p in points[:1]}
-    return tuple(_group(report, point, point.id in open_ids) for point in points)
+    if not points:
+        return ()
+    best = next((pick.point for pick in choose.picks(report) if pick.point in points), points[0])
+    return (_phases(report, points), *(_group(report, point, point is best) for point in points))
 
 
-def _group(report: Report, point: Point, open: bool) -> Group:
-    blocks: list[Block] = [_phases(report, point)]
-    for i, why in enumerate(point.why):
-        blocks.append(_kinds(report, point, why, i))
-        blocks += [Note(say("{}: {}", why.name, why.reason))] if why.reason else []
-    verdicts = join([say("{} {}", why.name, _verdict(why.verdict)) for why in point.why], "; ")
-    return Group(f"why-{point.id}", say("{} on {}: {}", point.label, point.device, verdicts), tuple(blocks), open)
+def verdict(name: Bottleneck) -> Tag:
+    return Tag(f"{name}-bound", name)
 
 
-def _verdict(name: str) -> Tag:
-    return Tag(f"{name}-bound", _TONES[name])
-
-
-def _phases(report: Report, point: Point) -> Table:
-    columns = (Column("phase", numeric=False), Column("rows"), Column("context"), Column("sequences"),
-               Column("measured"), Column("model"), Column("error", "model against measurement"), Column("overhead"),
-               Column("communication"), Column("verdict", numeric=False), Column("next remedies", numeric=False))  # fmt: skip
+def _phases(report: Report, points: list[Point]) -> Table:
+    columns = (
+        Column("point", numeric=False),
+        Column("phase", numeric=False),
+        Column("rows"),
+        Column("context"),
+        Column("sequences"),
+        Column("measured"),
+        Column("model"),
+        Column("error", "of the model"),
+        Column("overhead"),
+        Column("communication"),
+        Column("verdict", numeric=False),
+        Column("next remedy", "predicted gain", numeric=False),
+    )
     rows = tuple(
-        Row((cell(w.name), cell(w.rows), cell(w.context), cell(w.sequences), cell(w.seconds, "seconds"),
-             cell(w.modelled, "seconds"), cell(w.error, "increase"), cell(w.overhead, "seconds"),
-             cell(w.communication, "seconds"), cell(_verdict(w.verdict)), _remedies(w.remedies)))
-        for w in point.why
-    )  # fmt: skip
-    return Table(f"why-{point.id}-phases", "Phases", columns, rows, source(report, point.command, point.device))
+        _phase_row(point, why, len(choose.devices(report)) > 1) for point in points for why in point.why
+    )
+    return Table("why-phases", "Phases and their verdicts", columns, rows, source(report))
 
 
-def _kinds(report: Report, point: Point, why: PhaseWhy, number: int) -> Table:
-    columns = (Column("kind", numeric=False), Column("count"), Column("operations"), Column("bytes"),
-               Column("intensity", "operations per byte"), Column("time"), Column("of phase"),
-               Column("attained"), Column("reading"), Column("roof", "least time"), Column("of roof"),
-               Column("overhead"), Column("error", "of the model"), Column("verdict", numeric=False),
-               Column("remedies", numeric=False))  # fmt: skip
+def _phase_row(point: Point, why: PhaseWhy, several: bool) -> Row:
+    best = max(why.remedies, key=lambda r: r.gain, default=None)
+    return Row(
+        (
+            say("{} on {}", point.label, point.device) if several else cell(point.label),
+            cell(why.name),
+            cell(why.rows),
+            cell(why.context),
+            cell(why.sequences),
+            cell(why.seconds, "seconds"),
+            cell(why.modelled, "seconds"),
+            cell(why.error, "increase"),
+            cell(why.overhead, "seconds"),
+            cell(why.communication, "seconds"),
+            cell(verdict(why.verdict)),
+            say("{} {}", best.name, Number(best.gain, "factor")) if best else cell(None),
+        )
+    )
+
+
+def _group(report: Report, point: Point, is_open: bool) -> Group:
+    inside: list[Block] = []
+    for i, why in enumerate(point.why):
+        inside.append(Heading(say("{} {}", why.name, verdict(why.verdict)), cell(why.reason)))
+        inside.append(_kinds(point, why, i))
+        inside += _remedies(point, why, i)
+    verdicts = join([say("{} {}", why.name, verdict(why.verdict)) for why in point.why], " · ")
+    title = say("{} on {}: {}", point.label, point.device, verdicts)
+    where = source(report, point.command, point.device)
+    return Group(f"why-{slug(point.id)}", title, tuple(inside), is_open, where)
+
+
+def _kinds(point: Point, why: PhaseWhy, number: int) -> Table:
+    columns = (
+        Column("kind", numeric=False),
+        Column("count"),
+        Column("operations"),
+        Column("bytes"),
+        Column("intensity", "per byte"),
+        Column("time"),
+        Column("share", "of the phase"),
+        Column("attained", "operations"),
+        Column("attained", "bytes"),
+        Column("memory", "least time"),
+        Column("compute", "least time"),
+        Column("roof", "share reached"),
+        Column("overhead"),
+        Column("error", "of the model"),
+        Column("verdict", numeric=False),
+    )
     rows = tuple(_kind_row(kind, why) for kind in why.kinds)
-    return Table(f"why-{point.id}-{number}", f"{why.name}, by kind of instruction", columns, rows,
-                 source(report, point.command, point.device))  # fmt: skip
+    return Table(f"why-{slug(point.id)}-{number}", f"{why.name}: kinds of instructions", columns, rows)
 
 
 def _kind_row(kind: KindVerdict, why: PhaseWhy) -> Row:
-    per_second = 1 / kind.seconds if kind.seconds else None
-    return Row((
-        cell(kind.kind), cell(kind.count), cell(kind.operations, "ops"), cell(kind.bytes, "bytes"),
-        cell(kind.intensity, "ops/byte"), cell(kind.seconds, "seconds"),
-        cell(kind.seconds / why.seconds if why.seconds else None, "share"),
-        cell(kind.operations * per_second if per_second else None, "ops/s"),
-        cell(kind.bytes * per_second if per_second else None, "bytes/s"),
-        cell(max(kind.memory_floor, kind.compute_floor), "seconds"), cell(kind.roof_share, "share"),
-        cell(kind.overhead, "seconds"), cell(kind.error, "increase"), cell(_verdict(kind.verdict)),
-        _remedies(kind.remedies),
-    ))  # fmt: skip
+    rate = 1 / kind.seconds if kind.seconds else None
+    return Row(
+        (
+            cell(kind.kind),
+            cell(kind.count),
+            cell(kind.operations, "ops"),
+            cell(kind.bytes, "bytes"),
+            cell(kind.intensity, "ops/byte"),
+            cell(kind.seconds, "seconds"),
+            cell(kind.seconds / why.seconds if why.seconds else None, "share"),
+            cell(kind.operations * rate if rate else None, "ops/s"),
+            cell(kind.bytes * rate if rate else None, "bytes/s"),
+            cell(kind.memory_floor, "seconds"),
+            cell(kind.compute_floor, "seconds"),
+            cell(kind.roof_share, "share"),
+            cell(kind.overhead, "seconds"),
+            cell(kind.error, "increase"),
+            cell(verdict(kind.verdict)),
+        )
+    )
 
 
-def _remedies(remedies: tuple[Remedy, ...]) -> Text:
-    if not remedies:
-        return cell(None)
-    return join([say("{} {} ({})", r.name, Number(r.gain, "factor"), r.rule) for r in remedies], "; ")
+def _remedies(point: Point, why: PhaseWhy, number: int) -> list[Block]:
+    """Of the phase and of its kinds, where there are any."""
+    rows = [_remedy_row("the phase", remedy) for remedy in why.remedies]
+    rows += [_remedy_row(kind.kind, remedy) for kind in why.kinds for remedy in kind.remedies]
+    columns = (
+        Column("of", numeric=False),
+        Column("remedy", numeric=False),
+        Column("predicted gain"),
+        Column("computed by", numeric=False),
+    )
+    caption = f"{why.name}: what would help next"
+    return [Table(f"why-{slug(point.id)}-{number}-next", caption, columns, tuple(rows))] if rows else []
+
+
+def _remedy_row(of: str, remedy: Remedy) -> Row:
+    return Row((cell(of), cell(remedy.name), cell(remedy.gain, "factor"), Text((remedy.rule,))))

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gristmill.report import choose, units
-from gristmill.report.pictures.sketch import Sketch, logarithmic
+from gristmill.report.pictures.sketch import Sketch, logarithmic, plain_ticks, short, trimmed
 from gristmill.report.plots import COLOURS, FONT, Drawing, line_style, marker_style
 from gristmill.report.schema import PhaseWhy, Point, Report, SpeedPoint
-from gristmill.report.tables import Column, Number, Row, Table, Text, cell, join, say
+from gristmill.report.tables import Column, Number, Row, Table, Text, cell, say
 
 
 @dataclass(frozen=True)
@@ -98,20 +98,29 @@ def _paint(drawing: Drawing, kind: Kind, lines: list[Line], styles: dict[str, ch
     axes = drawing.axes()
     for line in lines:
         style = styles[line.point.id]
-        axes.plot(line.xs, line.ys, **{**marker_style(style), **line_style(style), "markersize": 6},
-                  label=line.point.label)  # fmt: skip
+        axes.plot(
+            line.xs,
+            line.ys,
+            **{**marker_style(style), **line_style(style), "markersize": 6},
+            label=line.point.label,
+        )
         for x, y in zip(line.xs, line.ys):
             (dot,) = axes.plot([x], [y], marker="o", markersize=14, color=COLOURS["paper"], alpha=0.0)
-            drawing.tip(dot, f"{line.point.label}, {kind.x} {x:,}: {units.text(y, kind.unit)} "
-                             f"{'tok/s' if kind.unit == 'tok/s' else ''}".rstrip())  # fmt: skip
+            drawing.tip(
+                dot,
+                f"{line.point.label}, {kind.x} {x:,}: {units.text(y, kind.unit)} "
+                f"{'tok/s' if kind.unit == 'tok/s' else ''}".rstrip(),
+            )
     xs = sorted({x for line in lines for x in line.xs})
     if min(xs) > 0:
         logarithmic(axes, "x", _apart(xs, drawing))
     ys = [y for line in lines for y in line.ys]
-    if kind.logarithmic or (min(ys) > 0 and max(ys) / min(ys) > 20):
-        logarithmic(axes, "y")
+    write = short if kind.unit == "tok/s" else trimmed(kind.unit)
+    if min(ys) > 0 and max(ys) / min(ys) > (4 if kind.logarithmic else 20):
+        logarithmic(axes, "y", write=write)
     else:
         axes.set_ylim(0, max(ys) * 1.08)
+        plain_ticks(axes, "y", write)
     drawing.label(axes, kind.x, kind.y)
     drawing.legend(axes)
 
@@ -134,8 +143,13 @@ def _ends(line: Line) -> float:
 
 def _read_context(lines: list[Line]) -> Text:
     best, worst = max(lines, key=_ends), min(lines, key=_ends)
-    said = say("from {} to {} tokens of context {} keeps {} of its speed", Number(best.xs[0], "count"),
-               Number(best.xs[-1], "count"), best.point.label, Number(_ends(best), "share"))  # fmt: skip
+    said = say(
+        "From {} to {} tokens of context {} keeps {} of its speed",
+        Number(best.xs[0], "count"),
+        Number(best.xs[-1], "count"),
+        best.point.label,
+        Number(_ends(best), "share"),
+    )
     if worst is not best:
         said = say("{}, {} {}", said, worst.point.label, Number(_ends(worst), "share"))
     return say("{}.", said)
@@ -144,24 +158,45 @@ def _read_context(lines: list[Line]) -> Text:
 def _read_gain(what: str) -> Callable[[list[Line]], Text]:
     def read(lines: list[Line]) -> Text:
         top, gain = max(lines, key=lambda line: max(line.ys)), max(lines, key=_ends)
-        first = say("{} reaches {} tok/s, the most here", top.point.label, Number(max(top.ys), "tok/s"))
-        second = say("{} gains most from {}: {} from {} to {}", gain.point.label, what,
-                     Number(_ends(gain), "factor"), Number(gain.xs[0], "count"), Number(gain.xs[-1], "count"))  # fmt: skip
+        first = say("{} reaches {} tok/s", top.point.label, Number(max(top.ys), "tok/s"))
+        name = "it" if gain is top else gain.point.label
+        if _ends(gain) <= 1:
+            return say("{}; none gains from {}.", first, what)
+        second = say(
+            "{} gains most from {}: {} from {} to {}",
+            name,
+            what,
+            Number(_ends(gain), "factor"),
+            Number(gain.xs[0], "count"),
+            Number(gain.xs[-1], "count"),
+        )
         return say("{}; {}.", first, second)
 
     return read
 
 
-_CONTEXT = Kind("context", "Decode over context", "tokens of context", "tok/s, one sequence", "tok/s", _read_context)
-_BATCH = Kind("batch", "Decode over batch", "sequences", "tok/s, all sequences", "tok/s", _read_gain("a batch"))
-_PROMPT = Kind("prompt", "Prefill over prompt", "tokens of prompt", "tok/s", "tok/s", _read_gain("longer prompts"))
+_CONTEXT = Kind(
+    "context", "Decode over context", "tokens of context", "tok/s, one sequence", "tok/s", _read_context
+)
+_BATCH = Kind(
+    "batch", "Decode over batch", "sequences", "tok/s, all sequences", "tok/s", _read_gain("a batch")
+)
+_PROMPT = Kind(
+    "prompt", "Prefill over prompt", "tokens of prompt", "tok/s", "tok/s", _read_gain("longer prompts")
+)
 
 
 def growth_sketches(report: Report) -> list[Sketch]:
     """Time of the same forward with more and more rows: where it does not grow, it is overhead."""
     found = []
     for device in choose.devices(report):
-        phases = [(p, why) for p in choose.good(report) if p.device == device for why in p.why if len(why.growth) > 1]
+        phases = [
+            (p, why)
+            for p in choose.good(report)
+            if p.device == device
+            for why in p.why
+            if len(why.growth) > 1
+        ]
         first: dict[str, tuple[Point, PhaseWhy]] = {}
         for point, why in phases:
             first.setdefault(point.id, (point, why))
@@ -171,18 +206,37 @@ def growth_sketches(report: Report) -> list[Sketch]:
         ]
         if lines:
             name = next(iter(first.values()))[1].name
-            kind = Kind("growth", f"Time over work ({name})", "rows in one forward", "seconds", "seconds",
-                        lambda lines, first=first: _read_growth(lines, first), logarithmic=True)  # fmt: skip
+            kind = Kind(
+                "growth",
+                f"Time over work ({name})",
+                "rows in one forward",
+                "seconds",
+                "seconds",
+                lambda lines, first=first: _read_growth(lines, first),
+                logarithmic=True,
+            )
             found.append(line_sketch(report, kind, lines, device))
     return found
 
 
+FLAT = 1.1  # times as long counts as no longer
+
+
 def _read_growth(lines: list[Line], whys: dict[str, tuple[Point, PhaseWhy]]) -> Text:
-    said = []
-    flat, steep = min(lines, key=_ends), max(lines, key=_ends)
-    for line in (flat, steep) if flat is not steep else (flat,):
-        why = whys[line.point.id][1]
-        said.append(say("{}: {} the rows take {} the time, overhead {} of {}", line.point.label,
-                        Number(line.xs[-1] / line.xs[0], "factor"), Number(_ends(line), "factor"),
-                        Number(why.overhead, "seconds"), Number(why.seconds, "seconds")))  # fmt: skip
-    return say("{}.", join(said, "; "))
+    """How many rows cost no more than one, of the point where that is most; its overhead."""
+    most = max(lines, key=_free_rows)
+    why = whys[most.point.id][1]
+    return say(
+        "{}: {} rows take {} the time of {}; overhead {} of {}; up to {} rows cost at most a tenth more.",
+        most.point.label,
+        Number(most.xs[-1], "count"),
+        Number(_ends(most), "factor"),
+        Number(most.xs[0], "count"),
+        Number(why.overhead, "seconds"),
+        Number(why.seconds, "seconds"),
+        Number(_free_rows(most), "count"),
+    )
+
+
+def _free_rows(line: Line) -> int:
+    return max(x for x, y in zip(line.xs, line.ys) if y <= FLAT * line.ys[0])

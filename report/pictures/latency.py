@@ -22,26 +22,47 @@ def _sketch(report: Report, device: str, waits: list[tuple[Point, Latency]]) -> 
     styles = choose.styles(report)
     best, worst = (pick(waits, key=lambda w: w[1].inter_token_p50) for pick in (min, max))
     wide = max(waits, key=lambda w: w[1].inter_token_p99 / w[1].inter_token_p50)
-    reading = say("{} gives a token every {}, {} every {}; {} has the longest tail: p99 is {} its median.",
-                  best[0].label, Number(best[1].inter_token_p50, "seconds"), worst[0].label,
-                  Number(worst[1].inter_token_p50, "seconds"), wide[0].label,
-                  Number(wide[1].inter_token_p99 / wide[1].inter_token_p50, "factor"))  # fmt: skip
-    columns = (Column("point", numeric=False), Column("prompt", "tokens"), Column("first token"),
-               Column("p50"), Column("p95"), Column("p99"))  # fmt: skip
+    reading = say("{} gives a token every {}", best[0].label, Number(best[1].inter_token_p50, "seconds"))
+    if len(waits) > 1:
+        reading = say("{}, {} every {}", reading, worst[0].label, Number(worst[1].inter_token_p50, "seconds"))
+    reading = say(
+        "{}; {} has the longest tail, p99 is {} its median.",
+        reading,
+        wide[0].label if len(waits) > 1 else "it",
+        Number(wide[1].inter_token_p99 / wide[1].inter_token_p50, "factor"),
+    )
+    columns = (
+        Column("point", numeric=False),
+        Column("prompt", "tokens"),
+        Column("first token"),
+        Column("p50"),
+        Column("p95"),
+        Column("p99"),
+    )
     rows = tuple(
-        Row((cell(p.label), cell(w.prompt), cell(w.first_token, "seconds"), cell(w.inter_token_p50, "seconds"),
-             cell(w.inter_token_p95, "seconds"), cell(w.inter_token_p99, "seconds")))
+        Row(
+            (
+                cell(p.label),
+                cell(w.prompt),
+                cell(w.first_token, "seconds"),
+                cell(w.inter_token_p50, "seconds"),
+                cell(w.inter_token_p95, "seconds"),
+                cell(w.inter_token_p99, "seconds"),
+            )
+        )
         for p, w in waits
-    )  # fmt: skip
+    )
     height = 90.0 + 26 * len(waits)
     return Sketch(
         id=f"latency-{device}",
         title=f"Time between tokens, {device}",
         reading=reading,
-        data=Table(f"latency-{device}-data", f"Time to the first token and between tokens, {device}", columns, rows),
+        data=Table(
+            f"latency-{device}-data", f"Time to the first token and between tokens, {device}", columns, rows
+        ),
         paint=lambda drawing: _paint(drawing, waits, styles),
         device=device,
-        wide=(540.0, max(height, 300.0)),
+        wide=(540.0, max(height, 200.0)),
         narrow=(372.0, height),
     )
 
@@ -52,11 +73,16 @@ def _paint(drawing: Drawing, waits: list[tuple[Point, Latency]], styles: dict[st
         style = styles[point.id]
         ends = [1e3 * x for x in (wait.inter_token_p50, wait.inter_token_p95, wait.inter_token_p99)]
         axes.plot(ends[::2], [row, row], color=COLOURS[style.colour], linewidth=2)
-        axes.plot(ends[1:], [row, row], color=COLOURS[style.colour], marker="|", markersize=11, linestyle="none")
+        axes.plot(
+            ends[1:], [row, row], color=COLOURS[style.colour], marker="|", markersize=11, linestyle="none"
+        )
         (dot,) = axes.plot(ends[:1], [row], **marker_style(style))
-        drawing.tip(dot, f"{point.label}: p50 {units.text(wait.inter_token_p50, 'seconds')}, "
-                         f"p95 {units.text(wait.inter_token_p95, 'seconds')}, "
-                         f"p99 {units.text(wait.inter_token_p99, 'seconds')}")  # fmt: skip
+        drawing.tip(
+            dot,
+            f"{point.label}: p50 {units.text(wait.inter_token_p50, 'seconds')}, "
+            f"p95 {units.text(wait.inter_token_p95, 'seconds')}, "
+            f"p99 {units.text(wait.inter_token_p99, 'seconds')}",
+        )
     axes.set_yticks(range(len(waits)), [point.label for point, _ in waits])
     axes.set_ylim(len(waits) - 0.5, -0.5)
     axes.set_xlim(0, None)

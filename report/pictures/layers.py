@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from gristmill.report import choose, units
 from gristmill.report.pictures.sketch import Sketch
 from gristmill.report.plots import COLOURS, FONT, Drawing
 from gristmill.report.schema import LayerError, Point, Report
-from gristmill.report.tables import Column, Number, Row, Table, Text, cell, join, say
+from gristmill.report.tables import Column, Number, Row, Table, Text, cell, say
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 STRIPS = 6  # more are in the table
 Cells = dict[tuple[str, int | None], LayerError]
@@ -16,13 +21,14 @@ Cells = dict[tuple[str, int | None], LayerError]
 
 def sketches(report: Report) -> list[Sketch]:
     points = [point for point in choose.good(report) if point.layer_errors]
-    distinct = list({(p.artifact or p.id): p for p in reversed(points)}.values())[::-1]  # one for all devices
+    first: dict[str, Point] = {}  # of the points that run one artifact, on other devices
+    for point in points:
+        first.setdefault(point.artifact or point.id, point)
+    distinct = list(first.values())
     if not distinct:
         return []
     shown = distinct[:STRIPS]
-    rows = sum(len(_parts(point)) for point in shown)
-    columns = max(len(_layers(point)) for point in shown)
-    step = min(30.0, max(15.0, 900.0 / (columns + 2)))
+    height = 104.0 + sum(17.0 * len(_parts(point)) + 26.0 for point in shown)
     return [
         Sketch(
             id="layers",
@@ -31,21 +37,25 @@ def sketches(report: Report) -> list[Sketch]:
             data=_table(distinct),
             paint=lambda drawing: _paint(drawing, shown),
             half=False,
-            wide=(1100.0, 76.0 + 17.0 * rows + 36.0 * len(shown)),
-            narrow=(372.0, 76.0 + 17.0 * rows + 36.0 * len(shown)),
+            wide=(1100.0, height),
+            narrow=(372.0, height),
             device=shown[0].device,
         )
-    ] if step else []
+    ]
 
 
 def _parts(point: Point) -> list[str]:
-    return list(dict.fromkeys(e.part for e in point.layer_errors))
+    """Of the layers, in the order of the program."""
+    return list(dict.fromkeys(e.part for e in point.layer_errors if e.layer is not None))
 
 
-def _layers(point: Point) -> list[int | None]:
-    """In order; matrices outside of layers come last, as None."""
-    found = {e.layer for e in point.layer_errors}
-    return [*sorted(x for x in found if x is not None), *([None] if None in found else [])]
+def _layers(point: Point) -> list[int]:
+    return sorted({e.layer for e in point.layer_errors if e.layer is not None})
+
+
+def _outside(point: Point) -> list[LayerError]:
+    """Matrices that belong to no layer: the head, the embedding."""
+    return [e for e in point.layer_errors if e.layer is None]
 
 
 def _cells(point: Point) -> Cells:
@@ -53,91 +63,117 @@ def _cells(point: Point) -> Cells:
 
 
 def _table(points: list[Point]) -> Table:
-    layers = sorted({x for p in points for x in _layers(p) if x is not None})
-    columns = (Column("point", numeric=False), Column("part", numeric=False),
-               *(Column(f"{layer}") for layer in layers), Column("outside"))  # fmt: skip
+    layers = sorted({x for p in points for x in _layers(p)})
+    columns = (
+        Column("point", numeric=False),
+        Column("part", numeric=False),
+        Column("no layer"),
+        *(Column(f"{layer}") for layer in layers),
+    )
     rows = []
     for point in points:
         cells = _cells(point)
-        for part in _parts(point):
-            values = [cells.get((part, layer)) for layer in (*layers, None)]
-            rows.append(Row((cell(point.label), cell(part), *(cell(v.error if v else None, "error") for v in values))))
+        for part in dict.fromkeys(e.part for e in point.layer_errors):
+            found = [cells.get((part, layer)) for layer in (None, *layers)]
+            rows.append(
+                Row((cell(point.label), cell(part), *(cell(e.error if e else None, "error") for e in found)))
+            )
     return Table("layers-data", "Relative squared error by part and layer", columns, tuple(rows))
 
 
 def _reading(points: list[Point]) -> Text:
-    said = []
-    for point in points[:STRIPS]:
-        worst = max(point.layer_errors, key=lambda e: e.error)
-        mean = sum(e.error for e in point.layer_errors) / len(point.layer_errors)
-        said.append(say("{}: worst is {} with {}, {} its mean", point.label, worst.name,
-                        Number(worst.error, "error"), Number(worst.error / mean if mean else 1.0, "factor")))  # fmt: skip
-    return say("{}.", join(said, "; "))
+    """Which matrix is the worst, and whether in all points."""
+    worst = {p.id: max(p.layer_errors, key=lambda e: e.error) for p in points}
+    top = max(points, key=lambda p: worst[p.id].error)
+    name = worst[top.id].name
+    same = sum(e.name == name for e in worst.values())
+    mean = sum(e.error for e in top.layer_errors) / len(top.layer_errors)
+    said = say("{} is the worst with {} in {}", name, Number(worst[top.id].error, "error"), top.label)
+    if mean > 0:
+        said = say("{}, {} the mean of all its matrices", said, Number(worst[top.id].error / mean, "factor"))
+    if len(points) > 1:
+        said = say(
+            "{}; it is the worst in {} of {} points",
+            said,
+            Number(same, "count"),
+            Number(len(points), "count"),
+        )
+    return say("{}.", said)
 
 
 def _paint(drawing: Drawing, points: list[Point]) -> None:
-    from matplotlib import colormaps
+    colour, low, high = _colours(points)
+    ratios = [len(_parts(p)) for p in points]
+    grid = drawing.figure.add_gridspec(len(points) + 1, 1, height_ratios=[*ratios, 0.8])
+    for i, point in enumerate(points):
+        _strip(drawing, drawing.bare(grid[i, 0]), point, colour, last=i == len(points) - 1)
+    _scale(drawing, drawing.bare(grid[len(points), 0]), low, high, colour)
 
-    errors = [e.error for p in points for e in p.layer_errors if e.error > 0 and math.isfinite(e.error)]
-    low, high = (math.log10(min(errors)), math.log10(max(errors))) if errors else (0.0, 1.0)
-    colours = colormaps["cividis"]
+
+def _colours(points: list[Point]) -> tuple[Callable[[float], str], float, float]:
+    """Error -> colour on a logarithmic scale from the 2nd percentile to the largest; its ends as log10."""
+    import numpy as np
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    errors = [e.error for p in points for e in p.layer_errors if 0 < e.error < math.inf] or [1e-3, 1.0]
+    low, high = np.log10(np.quantile(errors, 0.02)), math.log10(max(errors))
+    shades = colormaps["viridis"]
 
     def colour(error: float) -> str:
-        from matplotlib.colors import to_hex
+        place = math.log10(error) if 0 < error < math.inf else (low if error <= 0 else high)
+        return to_hex(shades(float(np.clip((place - low) / max(high - low, 1e-9), 0, 1))))
 
-        if error <= 0:
-            return to_hex(colours(0.0))
-        return to_hex(colours(min(1.0, (math.log10(error) - low) / max(high - low, 1e-9)))) if error < math.inf else "red"
-
-    ratios = [len(_parts(p)) + 0.4 for p in points]
-    grid = drawing.figure.add_gridspec(len(points) + 1, 1, height_ratios=[*ratios, 0.7])
-    for i, point in enumerate(points):
-        _strip(drawing, grid[i, 0], point, colour, last=i == len(points) - 1)
-    _scale(drawing, grid[len(points), 0], low, high, colour)
+    return colour, float(low), high
 
 
-def _strip(drawing: Drawing, where, point: Point, colour, last: bool) -> None:  # type: ignore[no-untyped-def]
-    from matplotlib.patches import Rectangle
-
-    axes = drawing.axes(*(), **{}) if where is None else _bare(drawing, where)
+def _strip(drawing: Drawing, axes: Axes, point: Point, colour: Callable[[float], str], last: bool) -> None:
     parts, layers, cells = _parts(point), _layers(point), _cells(point)
     for row, part in enumerate(parts):
         for column, layer in enumerate(layers):
             if found := cells.get((part, layer)):
-                x = column + (0.5 if layer is None else 0.0)
-                box = axes.add_patch(Rectangle((x, row), 0.94, 0.94, facecolor=colour(found.error), linewidth=0))
-                drawing.tip(box, f"{point.label}, {found.name}: {units.text(found.error, 'error')}")
-    axes.set_xlim(0, len(layers) + 0.5)
-    axes.set_ylim(len(parts), 0)
+                _box(drawing, axes, column, row, 1.0, point, found, colour(found.error))
+    unit = max(1, len(layers)) / (9 if drawing.narrow else 26)  # width of a cell beside the layers
+    start = len(layers) + unit / 2
+    for row, found in enumerate(_outside(point)):
+        _box(drawing, axes, start, row, unit, point, found, colour(found.error))
+        axes.text(
+            start + 1.2 * unit, row + 0.5, found.part, va="center", fontsize=FONT - 1, color=COLOURS["ink"]
+        )
+    axes.set_xlim(0, start + 3.2 * unit)
+    axes.set_ylim(max(len(parts), len(_outside(point))), 0)
     axes.set_yticks([row + 0.5 for row in range(len(parts))], parts)
-    inside = [x for x in layers if x is not None]
-    step = max(1, math.ceil(len(inside) / (8 if drawing.narrow else 24)))
-    ticks = [(i + 0.5, f"{x}") for i, x in enumerate(inside) if i % step == 0]
-    if None in layers and not drawing.narrow:
-        ticks.append((len(inside) + 1.0, "outside"))
+    step = max(1, math.ceil(len(layers) / (8 if drawing.narrow else 24)))
+    ticks = [(i + 0.5, f"{x}") for i, x in enumerate(layers) if i % step == 0] if last else []
     axes.set_xticks([x for x, _ in ticks], [text for _, text in ticks])
     axes.set_title(point.label, loc="left", fontsize=FONT, color=COLOURS["ink"])
     if last:
-        axes.set_xlabel("layer", fontsize=FONT, color=COLOURS["ink"])
+        axes.set_xlabel("layer", fontsize=FONT, color=COLOURS["ink"], loc="left")
 
 
-def _bare(drawing: Drawing, where):  # type: ignore[no-untyped-def]
-    axes = drawing.figure.add_subplot(where)
-    axes.set_facecolor("none")
-    axes.tick_params(length=0, labelcolor=COLOURS["ink"], labelsize=FONT - 1)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    return axes
-
-
-def _scale(drawing: Drawing, where, low: float, high: float, colour) -> None:  # type: ignore[no-untyped-def]
+def _box(
+    drawing: Drawing,
+    axes: Axes,
+    x: float,
+    y: float,
+    width: float,
+    point: Point,
+    found: LayerError,
+    colour: str,
+) -> None:
     from matplotlib.patches import Rectangle
 
-    axes = _bare(drawing, where)
+    box = Rectangle((x, y), 0.95 * width, 0.94, facecolor=colour, linewidth=0)
+    drawing.tip(axes.add_patch(box), f"{point.label}, {found.name}: {units.text(found.error, 'error')}")
+
+
+def _scale(drawing: Drawing, axes: Axes, low: float, high: float, colour: Callable[[float], str]) -> None:
+    from matplotlib.patches import Rectangle
+
     steps = 40
     for i in range(steps):
         value = low + (high - low) * (i + 0.5) / steps
-        axes.add_patch(Rectangle((i, 0), 1.02, 1, facecolor=colour(10**value), linewidth=0))
+        axes.add_patch(Rectangle((i, 0), 1.04, 1, facecolor=colour(10**value), linewidth=0))
     axes.set_xlim(0, steps if drawing.narrow else steps * 2.5)
     axes.set_ylim(0, 1)
     axes.set_yticks([])

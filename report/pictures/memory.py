@@ -14,7 +14,9 @@ MIB = float(1 << 20)
 def sketches(report: Report) -> list[Sketch]:
     found = []
     for device in choose.devices(report):
-        points = [p for p in choose.good(report) if p.device == device and p.memory and len(p.memory.over_time) > 1]
+        points = [
+            p for p in choose.good(report) if p.device == device and p.memory and len(p.memory.over_time) > 1
+        ]
         if points:
             found.append(_sketch(report, device, points))
     return found
@@ -43,8 +45,13 @@ def _reading(points: list[Point]) -> Text:
     top, low = (pick(points, key=_peak) for pick in (max, min))
     if top is low:
         return say("{} reaches {}.", top.label, Number(_peak(top), "bytes"))
-    return say("{} reaches {}, {} only {}.", top.label, Number(_peak(top), "bytes"), low.label,
-               Number(_peak(low), "bytes"))  # fmt: skip
+    return say(
+        "{} reaches {}, {} only {}.",
+        top.label,
+        Number(_peak(top), "bytes"),
+        low.label,
+        Number(_peak(low), "bytes"),
+    )
 
 
 def _peak(point: Point) -> int:
@@ -57,12 +64,24 @@ def _table(device: str, points: list[Point]) -> Table:
     for point in points:
         stages = {sample.stage: sample for sample in _samples(point)}
         rows += [
-            Row((cell(point.label), cell(s.stage), cell(s.seconds, "seconds"), cell(s.resident_bytes, "bytes"),
-                 cell(max(x.resident_bytes for x in _samples(point) if x.stage == s.stage), "bytes")))
+            Row(
+                (
+                    cell(point.label),
+                    cell(s.stage),
+                    cell(s.seconds, "seconds"),
+                    cell(s.resident_bytes, "bytes"),
+                    cell(max(x.resident_bytes for x in _samples(point) if x.stage == s.stage), "bytes"),
+                )
+            )
             for s in stages.values()
-        ]  # fmt: skip
-    columns = (Column("point", numeric=False), Column("stage", numeric=False), Column("ends at"),
-               Column("resident then"), Column("most in it"))  # fmt: skip
+        ]
+    columns = (
+        Column("point", numeric=False),
+        Column("stage", numeric=False),
+        Column("ends at"),
+        Column("resident then"),
+        Column("most in it"),
+    )
     return Table(f"memory-{device}-data", f"Resident memory by stage, {device}", columns, tuple(rows))
 
 
@@ -70,14 +89,28 @@ def _paint(drawing: Drawing, points: list[Point], styles: dict[str, choose.Style
     axes = drawing.axes()
     for point in points:
         samples, style = _samples(point), styles[point.id]
-        axes.plot([s.seconds for s in samples], [s.resident_bytes / MIB for s in samples], **line_style(style),
-                  label=point.label)  # fmt: skip
-        starts = [s for before, s in zip((None, *samples), samples) if before is None or before.stage != s.stage]
+        axes.plot(
+            [s.seconds for s in samples],
+            [s.resident_bytes / MIB for s in samples],
+            **line_style(style),
+            label=point.label,
+        )
+        starts = [
+            s for before, s in zip((None, *samples), samples) if before is None or before.stage != s.stage
+        ]
         for s in starts:
-            (dot,) = axes.plot([s.seconds], [s.resident_bytes / MIB], marker=style.marker, markersize=7,
-                               color=COLOURS[style.colour])  # fmt: skip
-            drawing.tip(dot, f"{point.label}, {s.stage} begins at {units.text(s.seconds, 'seconds')}: "
-                             f"{units.text(s.resident_bytes, 'bytes')}")  # fmt: skip
+            (dot,) = axes.plot(
+                [s.seconds],
+                [s.resident_bytes / MIB],
+                marker=style.marker,
+                markersize=7,
+                color=COLOURS[style.colour],
+            )
+            drawing.tip(
+                dot,
+                f"{point.label}, {s.stage} begins at {units.text(s.seconds, 'seconds')}: "
+                f"{units.text(s.resident_bytes, 'bytes')}",
+            )
     axes.set_ylim(0, max(_peak(p) for p in points) / MIB * 1.08)
     axes.set_xlim(0, None)
     plain_ticks(axes, "y")

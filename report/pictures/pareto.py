@@ -9,6 +9,7 @@ from gristmill.report import choose, units
 from gristmill.report.pictures.sketch import Sketch, place_labels, plain_ticks
 from gristmill.report.plots import COLOURS, Drawing, marker_style
 from gristmill.report.schema import Point, Report
+from gristmill.report.summary import promise
 from gristmill.report.tables import Column, Number, Row, Table, Text, cell, join, say
 
 Axis = Literal["speed", "size"]
@@ -58,6 +59,8 @@ def _sketch(report: Report, device: str, by: Axis, spots: list[Spot]) -> Sketch:
         data=_table(f"pareto-{by}-{device}-data", f"{name}, {device}", by, spots),
         paint=lambda drawing: _paint(drawing, by, spots, styles),
         device=device,
+        wide=(540.0, 450.0),
+        narrow=(372.0, 420.0),
     )
 
 
@@ -69,14 +72,25 @@ def _table(id: str, caption: str, by: Axis, spots: list[Spot]) -> Table:
     columns = (
         Column("point", numeric=False),
         Column("decode tok/s" if by == "speed" else "size on disk"),
-        Column("perplexity"), Column("lowest"), Column("highest"), Column("dominated", numeric=False),
-    )  # fmt: skip
+        Column("perplexity"),
+        Column("lowest"),
+        Column("highest"),
+        Column("dominated", numeric=False),
+    )
     rows = tuple(
-        Row((cell(s.point.label), cell(s.x, _unit(by)), cell(s.increase, "increase"), cell(s.low, "increase"),
-             cell(s.high, "increase"), cell("yes" if s.dominated else "no")),
-            ("dominated",) if s.dominated else ())
+        Row(
+            (
+                cell(s.point.label),
+                cell(s.x, _unit(by)),
+                cell(s.increase, "increase"),
+                cell(s.low, "increase"),
+                cell(s.high, "increase"),
+                cell("yes" if s.dominated else "no"),
+            ),
+            ("dominated",) if s.dominated else (),
+        )
         for s in spots
-    )  # fmt: skip
+    )
     return Table(id, caption, columns, rows)
 
 
@@ -89,50 +103,82 @@ def _reading(report: Report, device: str, by: Axis, spots: list[Spot]) -> Text:
     best = max(keep, key=lambda s: s.x if by == "speed" else -s.x, default=None)
     if best and start and best is not start:
         factor = best.x / start.x if by == "speed" else start.x / best.x
-        said.append(say(
-            "{} is {} as fast as {} at {} perplexity" if by == "speed" else "{} is {} smaller than {} at {} perplexity",
-            best.point.label, Number(factor, "factor"), start.point.label, Number(best.increase, "increase"),
-        ))  # fmt: skip
+        said.append(
+            say(
+                "{} is {} as fast as {} at {} perplexity"
+                if by == "speed"
+                else "{} is {} smaller than {} at {} perplexity",
+                best.point.label,
+                Number(factor, "factor"),
+                start.point.label,
+                Number(best.increase, "increase"),
+            )
+        )
     elif best:
-        said.append(say("{} is the {} that keeps perplexity within {}", best.point.label,
-                        "fastest" if by == "speed" else "smallest", Number(choose.PROMISE, "increase")))  # fmt: skip
+        said.append(
+            say(
+                "{} is the {} that keeps perplexity within {}",
+                best.point.label,
+                "fastest" if by == "speed" else "smallest",
+                promise(),
+            )
+        )
     else:
-        said.append(say("no point keeps perplexity within {}", Number(choose.PROMISE, "increase")))
+        said.append(say("None keeps perplexity within {}", promise()))
     lost = [cell(s.point.label) for s in spots if s.dominated]
-    if lost:
-        said.append(say("{} {} dominated: another point is at least as good in both", join(lost),
-                        "is" if len(lost) == 1 else "are"))  # fmt: skip
-    else:
-        said.append(say("no point is dominated"))
+    said.append(say("dominated: {}", join(lost) if lost else say("none")))
     return say("{}.", join(said, "; "))
 
 
 def _paint(drawing: Drawing, by: Axis, spots: list[Spot], styles: dict[str, choose.Style]) -> None:
     axes = drawing.axes()
-    spread = max(s.increase for s in spots) > 5 * LINEAR
+    spread = max(s.increase for s in spots) > 2 * LINEAR
     scale = 1.0 if by == "speed" else float(1 << 20)
     _scale_y(axes, spots, spread)
     front = sorted((s for s in spots if not s.dominated), key=lambda s: s.x)
-    axes.plot([s.x / scale for s in front], [s.increase for s in front], color=COLOURS["muted"],
-              linewidth=1.2, linestyle="dotted", zorder=1)  # fmt: skip
+    axes.plot(
+        [s.x / scale for s in front],
+        [s.increase for s in front],
+        color=COLOURS["muted"],
+        linewidth=1.2,
+        linestyle="dotted",
+        zorder=1,
+    )
     for s in spots:
         style = styles[s.point.id]
         axes.plot([s.x / scale] * 2, [s.low, s.high], color=COLOURS[style.colour], linewidth=1.4, alpha=0.6)
         (dot,) = axes.plot([s.x / scale], [s.increase], **marker_style(style, hollow=s.dominated), zorder=3)
-        drawing.tip(dot, f"{s.point.label}: {units.text(s.x, _unit(by))}"
-                         f"{' tok/s' if by == 'speed' else ''}, perplexity {units.text(s.increase, 'increase')} "
-                         f"({units.text(s.low, 'increase')} to {units.text(s.high, 'increase')})"
-                         f"{', dominated' if s.dominated else ''}")  # fmt: skip
+        drawing.tip(
+            dot,
+            f"{s.point.label}: {units.text(s.x, _unit(by))}"
+            f"{' tok/s' if by == 'speed' else ''}, perplexity {units.text(s.increase, 'increase')} "
+            f"({units.text(s.low, 'increase')} to {units.text(s.high, 'increase')})"
+            f"{', dominated' if s.dominated else ''}",
+        )
     high = max(s.x for s in spots) / scale
     axes.set_xlim(0, high * 1.12)
     plain_ticks(axes, "x")
     better = "right" if by == "speed" else "left"
     x = "decode, tok/s" if by == "speed" else "size on disk, MiB"
     drawing.label(axes, f"{x} (better: {better})", "increase of perplexity (better: down)")
-    place_labels(drawing, axes, [
-        (s.x / scale, s.increase, s.point.label + (" (dominated)" if s.dominated else ""),
-         "muted" if s.dominated else "ink") for s in spots
-    ])  # fmt: skip
+    place_labels(
+        drawing,
+        axes,
+        [(s.x / scale, s.increase, s.point.label, "muted" if s.dominated else "ink") for s in spots],
+    )
+    handles = [
+        axes.plot(
+            [],
+            [],
+            color=COLOURS["muted"],
+            linestyle=line,
+            marker=mark,
+            linewidth=1.2,
+            markerfacecolor=COLOURS["paper"],
+        )[0]
+        for line, mark in (("dotted", ""), ("none", "o"), ("solid", ""))
+    ]
+    drawing.legend_of(handles, ["nothing beats these", "dominated", "95 % interval"])
 
 
 def _scale_y(axes, spots: list[Spot], spread: bool) -> None:  # type: ignore[no-untyped-def]
@@ -142,8 +188,11 @@ def _scale_y(axes, spots: list[Spot], spread: bool) -> None:  # type: ignore[no-
     low, high = min(s.low for s in spots), max(s.high for s in spots)
     if spread:
         axes.set_yscale("symlog", linthresh=LINEAR, linscale=1.0)
-        ticks = [v for v in (-0.01, -0.005, 0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 100)
-                 if low * 1.2 - 0.003 <= v <= high * 1.3]  # fmt: skip
+        ticks = [
+            v
+            for v in (-0.01, -0.005, 0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 100)
+            if low * 1.2 - 0.003 <= v <= high * 1.3
+        ]
         axes.yaxis.set_major_locator(FixedLocator(ticks))
         axes.set_ylim(min(low, 0) - 0.003, high * 1.4)
         axes.axhline(LINEAR, color=COLOURS["grid"], linewidth=1.6)
@@ -151,4 +200,6 @@ def _scale_y(axes, spots: list[Spot], spread: bool) -> None:  # type: ignore[no-
         room = 0.1 * (high - low or 0.01)
         axes.set_ylim(min(low, 0) - room, high + room)
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:+.3g} %".replace("-", "−") if v else "0"))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda v, _: f"{100 * v:+.3g} %".replace("-", "−") if v else "0")
+    )

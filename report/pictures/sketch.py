@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gristmill.report import units
 from gristmill.report.plots import COLOURS, FONT, Drawing
 from gristmill.report.tables import Table, Text
-from gristmill.report.units import figures
+from gristmill.report.units import Unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,13 +37,22 @@ class Sketch:
 
 def short(value: float, _: Any = None) -> str:
     """A tick's number: 500, 2k, 1.5M, 0.01."""
-    for size, name in ((1e9, "G"), (1e6, "M"), (1e4, "")):
-        if abs(value) >= size:
-            return f"{value / (size if name else 1e3):.3g}{name or 'k'}"
-    return figures(value, 2) if abs(value) < 1 else f"{value:.4g}".replace("-", "−")
+    for limit, size, name in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / size:.3g}{name}"
+    return f"{value:.4g}".replace("-", "−").replace("e−0", "e−")
 
 
-def logarithmic(axes: Axes, which: str, values: Iterable[float] = ()) -> None:
+def trimmed(unit: Unit) -> Callable[[float, Any], str]:
+    """Writes a tick in `unit` without the zeros after its point: 10 ms."""
+    return lambda value, _=None: re.sub(
+        r"\.0+(?=\D|$)|(\.\d*?[1-9])0+(?=\D|$)", r"\1", units.text(value, unit)
+    )
+
+
+def logarithmic(
+    axes: Axes, which: str, values: Iterable[float] = (), write: Callable[[float, Any], str] = short
+) -> None:
     """A logarithmic x or y axis with plain numbers; values: ticks at these alone."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
@@ -50,17 +61,19 @@ def logarithmic(axes: Axes, which: str, values: Iterable[float] = ()) -> None:
     low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
     ticks = sorted(set(values))
     few = low > 0 and high / low < 80
-    axis.set_major_locator(FixedLocator(ticks) if ticks else LogLocator(subs=(1, 2, 5) if few else (1,), numticks=9))
+    axis.set_major_locator(
+        FixedLocator(ticks) if ticks else LogLocator(subs=(1, 2, 5) if few else (1,), numticks=9)
+    )
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(short))
+    axis.set_major_formatter(FuncFormatter(write))
 
 
-def plain_ticks(axes: Axes, which: str, write: Callable[[float], str] = short, count: int = 6) -> None:
+def plain_ticks(axes: Axes, which: str, write: Callable[[float, Any], str] = short, count: int = 6) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_major_locator(MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
+    axis.set_major_formatter(FuncFormatter(write))
 
 
 def place_labels(drawing: Drawing, axes: Axes, spots: Sequence[tuple[float, float, str, str]]) -> None:
@@ -73,20 +86,33 @@ def place_labels(drawing: Drawing, axes: Axes, spots: Sequence[tuple[float, floa
     for i in sorted(range(len(spots)), key=lambda i: -dots[i][1]):
         x, y, text, colour = spots[i]
         width, height = 0.57 * FONT * len(text), FONT * 1.15
-        best = min(_around(width, height), key=lambda at: _covered(_box(dots[i], at, width, height), taken, frame))
+        best = min(
+            _around(width, height), key=lambda at: _covered(_box(dots[i], at, width, height), taken, frame)
+        )
         taken.append(_box(dots[i], best, width, height))
         ha = "left" if best[0] > 2 else ("right" if best[0] < -width + 2 else "center")
         shift = best[0] + {"left": 0.0, "right": width, "center": width / 2}[ha]
-        axes.annotate(text, (x, y), (shift, best[1] + height / 2), textcoords="offset points", ha=ha,
-                      va="center", fontsize=FONT - 1, color=COLOURS[colour], annotation_clip=False,
-                      in_layout=False)  # fmt: skip
+        axes.annotate(
+            text,
+            (x, y),
+            (shift, best[1] + height / 2),
+            textcoords="offset points",
+            ha=ha,
+            va="center",
+            fontsize=FONT - 1,
+            color=COLOURS[colour],
+            annotation_clip=False,
+            in_layout=False,
+        )
 
 
 def _around(width: float, height: float) -> list[tuple[float, float]]:
     """Where a label's lower left corner may be, from the spot."""
     gap = 9.0
     across = (gap, -width / 2, -width - gap)
-    near = [(x, y) for x in across for y in (-height / 2, gap - 2, -height - gap + 2) if x != -width / 2 or y > -5]
+    near = [
+        (x, y) for x in across for y in (-height / 2, gap - 2, -height - gap + 2) if x != -width / 2 or y > -5
+    ]
     under = [(-width / 2, -height - gap + 2)]
     far = [(x, y) for x in across for y in (gap + height, -2 * height - gap)]
     return [*near, *under, *far]
