@@ -19,6 +19,7 @@ from ..runtime.artifact_writer import ArtifactWriter
 from ..runtime.errors import GristmillError
 from ..runtime.program import Program
 from ..runtime.weights_file import read_header_bytes, read_tensors
+from .exports import Export
 from .load import load_source
 from .options import CompileOptions
 from .pipeline import accept, float_model
@@ -32,9 +33,10 @@ REWRITTEN = (PROGRAM, WEIGHTS, "selftest.json", "evaluation.json")
 
 
 def change_cache(
-    model: str, base: str | Path, out: str | Path, options: CompileOptions, progress: Progress | None = None
-) -> Path:
-    """Writes `base` to `out` with the cache of `options`, which otherwise are those that `base` was made with.
+    model: str, base: str | Path, out: str | Path, options: CompileOptions, progress: Progress | None = None,
+    export: Export | None = None,
+) -> Path:  # fmt: skip
+    """Writes `base` to `out` with the cache of `options`; the rest of them are what `base` was made with.
 
     model: what `base` was compiled from, for the gate. Raises GristmillError for another model, and as a
     compile does.
@@ -57,7 +59,8 @@ def change_cache(
         manifest = {key: value for key, value in opened.manifest.items() if key not in OWN}
         manifest["quantization"] = {**manifest["quantization"], "kv": str(kv)}
         report("trace", 0.0)
-        accept(writer, manifest, float_model(source).traced if options.gate else None, source, options, report)
+        traced = float_model(source, export).traced if options.gate else None
+        accept(writer, manifest, traced, source, options, report)
         return writer.commit(manifest)
 
 

@@ -40,6 +40,7 @@ from ..runtime.session import Session
 from ..runtime.session import load as load_session
 from . import foreign, gate, interpret
 from .emit import write_weights
+from .exports import Export
 from .load import QUANTIZATION, Source, load_source, read_config
 from .lower import Lowered
 from .memory import plan_arena
@@ -77,10 +78,12 @@ def compile_model(
     options: CompileOptions,
     progress: Progress | None = None,
     note: Note | None = None,
+    export: Export | None = None,
 ) -> CompileResult:
     """Compile ``model`` (directory or hub name) to the artifact directory ``out``.
 
-    ``progress(stage, fraction)`` is called on the way, ``note(line)`` with what is worth telling at once.
+    ``progress(stage, fraction)`` is called on the way, ``note(line)`` with what is worth telling at once;
+    ``export``: of exports.py, where several compiles share one.
     Raises GristmillError, leaving nothing behind but a calibration that can be resumed.
     """
     report = progress or (lambda stage, fraction: None)
@@ -96,7 +99,7 @@ def compile_model(
         limits = plan_limits(source.config, options)
         tokenizer = tokenizer_files(source.directory, [gate.default_text("prose"), gate.default_text("code")])
         report("trace", 0.0)
-        traced = trace(source.config, source.checkpoint, limits.max_len)
+        traced = trace(source.config, source.checkpoint, limits.max_len, export)
         limits = _narrow(limits, traced)
         report("passes", 0.0)
         taken = foreign.of(source, options)
@@ -132,13 +135,13 @@ class FloatModel:
     vocabulary: int
 
 
-def float_model(source: Source) -> FloatModel:
+def float_model(source: Source, export: Export | None = None) -> FloatModel:
     """Traces and rewrites a model as a compile with default options does; what its checkpoint holds quantized
     is what it stands for. Raises GristmillError as a compile does."""
     options = CompileOptions.of()
     limits = plan_limits(source.config, options)
     tokenizer = tokenizer_files(source.directory, [gate.default_text("prose"), gate.default_text("code")])
-    traced = trace(source.config, source.checkpoint, limits.max_len)
+    traced = trace(source.config, source.checkpoint, limits.max_len, export)
     _run_passes(traced, options)
     max_len = min(limits.max_len, _narrow(limits, traced).max_position)
     return FloatModel(traced, tokenizer, max_len, _vocabulary(traced))

@@ -12,8 +12,8 @@ from gristmill.cli_output import echo_json, note
 from gristmill.runtime.errors import GristmillError
 
 TAKEN = (  # options of compile that say something here
-    "model", "out", "auto", "max_ppl_increase", "min_tok_s", "max_size", "sweep", "text", "gate_tokens", "device",
-    "samples", "force", "as_json",
+    "model", "out", "auto", "max_ppl_increase", "min_tok_s", "max_size", "sweep", "text", "gate_tokens",
+    "device", "samples", "force", "as_json",
 )  # fmt: skip
 
 
@@ -60,6 +60,8 @@ def _refuse_others() -> None:
         name = parameter.name or ""
         given = context.get_parameter_source(name) == ParameterSource.COMMANDLINE
         if given and name not in TAKEN:
-            raise click.UsageError(f"{parameter.opts[0]} does not go with --auto, which chooses the configuration")
+            raise click.UsageError(
+                f"{parameter.opts[0]} does not go with --auto, which chooses the configuration"
+            )
     if context.params["max_ppl_increase"] is None:
         raise click.UsageError("--auto needs --max-ppl-increase, such as 1%: what may be lost")

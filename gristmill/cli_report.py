@@ -20,7 +20,9 @@ FILES = ("report.html", "report.md", "report.json")
 
 @click.command("report", no_args_is_help=True)
 @click.argument("subjects", nargs=-1, metavar="MODEL|ARTIFACT...")
-@click.option("-o", "--out", required=True, type=click.Path(), help="The directory of report, artifacts and work.")
+@click.option(
+    "-o", "--out", required=True, type=click.Path(), help="The directory of report, artifacts and work."
+)
 @click.option("--weights", help="Formats to compile, such as f16,int8,int4,int3.  [default: see below]")
 @click.option("--methods", help="How integers are chosen, such as rtn,gptq,awq+gptq.")
 @click.option("--kv", help="Types of the cache, such as f16,int8; keys and values apart as int8/int4.")
@@ -46,8 +48,9 @@ FILES = ("report.html", "report.md", "report.json")
 @click.option("--fresh", is_flag=True, help="Measure accuracy anew as well; artifacts are kept.")
 @JSON
 def report_command(
-    subjects: tuple[str, ...], out: str, as_json: bool, weights: str | None, methods: str | None, kv: str | None,
-    devices: str, peers: tuple[str, ...], pythons: tuple[str, ...], threads: int | None, **given: Any,
+    subjects: tuple[str, ...], out: str, as_json: bool, weights: str | None, methods: str | None,
+    kv: str | None, devices: str, peers: tuple[str, ...], pythons: tuple[str, ...], threads: int | None,
+    **given: Any,
 ) -> None:  # fmt: skip
     """Measure accuracy, speed and why, and write report.html, report.md and report.json.
 
@@ -79,7 +82,8 @@ def report_command(
         given[name] = Path(given[name]) if given[name] is not None else None
     options = SweepOptions.of(
         subjects, out, weights=split(weights), methods=split(methods), kv=split(kv), devices=split(devices),
-        peers=parse_peers(peers, pythons, threads or default_threads()), threads=threads, command=_typed(), **given,
+        peers=parse_peers(peers, pythons, threads or default_threads()), threads=threads,
+        command=_typed(), **given,
     )  # fmt: skip
     try:
         with watching(note) as watcher:
@@ -98,7 +102,9 @@ def _typed() -> str:
 def _show(report: Report, out: Path, as_json: bool) -> None:
     failed = [point for point in report.points if point.status == "failed"]
     if as_json:
-        points = {p.id: {"status": p.status, "reason": p.reason, "artifact": p.artifact} for p in report.points}
+        points = {
+            p.id: {"status": p.status, "reason": p.reason, "artifact": p.artifact} for p in report.points
+        }
         echo_json({"files": [str(out / name) for name in FILES], "seconds": report.seconds, "points": points})
         return
     rows: Rows = [(point.label, _figures(report, point)) for point in report.points]

@@ -18,7 +18,9 @@ from gristmill.runtime.errors import GristmillError
 PACKAGES = ("numpy", "torch", "transformers", "tokenizers", "triton", "matplotlib")
 
 
-def assemble(options: SweepOptions, subjects: Sequence[Subject], remarks: Sequence[str], seconds: float) -> Report:
+def assemble(
+    options: SweepOptions, subjects: Sequence[Subject], remarks: Sequence[str], seconds: float
+) -> Report:
     """seconds: that this start of the sweep has taken."""
     speeds = {subject.id: merge_rounds(subject.rounds) for subject in subjects if subject.rounds}
     engines = {speeds[s.id].version for s in subjects if s.peer and s.id in speeds}

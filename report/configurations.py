@@ -64,7 +64,9 @@ class Configuration:
 
 
 def grid(
-    weights: Sequence[str] | None = None, methods: Sequence[str] | None = None, kv: Sequence[str] | None = None
+    weights: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
+    kv: Sequence[str] | None = None,
 ) -> tuple[Configuration, ...]:
     """All combinations that differ, in the order of their names; None: DEFAULT where all are, else WEIGHTS,
     METHODS, KV. Raises GristmillError for names that are not known."""

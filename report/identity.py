@@ -61,8 +61,8 @@ def model_directory(model: str) -> Path:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise GristmillError(
-                f"{folder} has neither config.json nor {MANIFEST}: neither a Hugging Face model directory nor "
-                "an artifact"
+                f"{folder} has neither config.json nor {MANIFEST}: neither a Hugging Face model directory "
+                "nor an artifact"
             )
         return folder
     if folder.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
@@ -125,7 +125,12 @@ def machine_name(device: str) -> str:
 
 def machine_key(device: str) -> dict[str, Any]:
     """What tells this machine from another one whose figures must not be mixed with its own."""
-    return {"device": device, "name": machine_name(device), "cpus": usable_cpus(), "host": os.uname().nodename}
+    return {
+        "device": device,
+        "name": machine_name(device),
+        "cpus": usable_cpus(),
+        "host": os.uname().nodename,
+    }
 
 
 def _lines(path: str) -> list[str]:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from gristmill.runtime.errors import GristmillError
@@ -38,24 +39,54 @@ def run_task(name: str, arguments: dict[str, Any], progress: Progress | None = N
     progress(stage, fraction) is called on the way. Raises TaskFailed; whatever else ends the wait, such as
     KeyboardInterrupt, ends the child first.
     """
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
-        child = subprocess.Popen(
-            [sys.executable, "-c", BOOT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+    with Worker() as worker:
+        return worker.run(name, arguments, progress)
+
+
+class Worker:
+    """A child for one task after the other, where what they share is worth more than apart; a new one takes
+    the place of one that crashed. A context manager: with its end all have ended."""
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._child is not None:
+            _end(self._child)
+            self._errors.close()
+            self._child = None
+
+    def run(self, name: str, arguments: dict[str, Any], progress: Progress | None = None) -> Any:
+        """As `run_task`."""
+        child = self._child or self._started()
+        try:
+            answer = _converse(child, {"task": name, "arguments": arguments}, progress or _ignore)
+            if answer is None:
+                _end(child)
+                raise TaskFailed(_crash(child.returncode, self._errors), expected=False)
+        except BaseException:
+            self.__exit__()
+            raise
+        if "error" in answer:
+            raise TaskFailed(answer["error"], answer["expected"])
+        return answer["result"]
+
+    def _started(self) -> subprocess.Popen[str]:
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._child = subprocess.Popen(
+            [sys.executable, "-c", BOOT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
             text=True, start_new_session=True, env={**os.environ, "PYTHONPATH": _python_path()},
         )  # fmt: skip
-        try:
-            ended = _converse(child, {"task": name, "arguments": arguments}, progress or _ignore)
-        finally:
-            _end(child)
-        if ended is None:
-            raise TaskFailed(_crash(child.returncode, errors), expected=False)
-    if "error" in ended:
-        raise TaskFailed(ended["error"], ended["expected"])
-    return ended["result"]
+        return self._child
 
 
-def _converse(child: subprocess.Popen[str], request: dict[str, Any], progress: Progress) -> dict[str, Any] | None:
-    """The last line of the child, None where it ended without one."""
+def _converse(
+    child: subprocess.Popen[str], request: dict[str, Any], progress: Progress
+) -> dict[str, Any] | None:
+    """The answer of the child, None where it ended without one."""
     assert child.stdin and child.stdout
     try:
         print(json.dumps(request), file=child.stdin, flush=True)
@@ -70,21 +101,17 @@ def _converse(child: subprocess.Popen[str], request: dict[str, Any], progress: P
 
 
 def _end(child: subprocess.Popen[str]) -> None:
-    """The child has ended, and all that it started, when this returns."""
+    """The child has ended, and all that it started, when this returns. May be called again."""
     assert child.stdin and child.stdout
-    try:
+    with suppress(BrokenPipeError):  # it is gone already
         child.stdin.close()
-    except BrokenPipeError:
-        pass  # it is gone already
     try:
         child.wait(PATIENCE)
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
-    try:
+    with suppress(ProcessLookupError):  # it started nothing that is still there
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # it started nothing that is still there
     child.stdout.close()
 
 

@@ -91,7 +91,9 @@ def _expected(kind: str) -> str:
 def _python_of(text: str) -> tuple[str, str]:
     kind, equals, python = text.partition("=")
     if kind not in KINDS or not equals:
-        raise GristmillError(f"--peer-python is {text!r}, expected KIND=PYTHON with one of {', '.join(KINDS)}")
+        raise GristmillError(
+            f"--peer-python is {text!r}, expected KIND=PYTHON with one of {', '.join(KINDS)}"
+        )
     found = shutil.which(python)
     if found is None:
         raise GristmillError(f"--peer-python {text}: {python} is no program that can be run")

@@ -122,11 +122,14 @@ class Pieces:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise GristmillError(
-                f"{path} cannot be written ({error.strerror or error}); make room and run it again: it goes on"
+                f"{path} cannot be written ({error.strerror or error}); make room and run it again: "
+                "it goes on"
             ) from None
 
 
-def _read(path: Path, needed: tuple[str, ...] = ("key", "value", "seconds", "created")) -> dict[str, Any] | None:
+def _read(
+    path: Path, needed: tuple[str, ...] = ("key", "value", "seconds", "created")
+) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):

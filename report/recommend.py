@@ -51,7 +51,9 @@ def recommend(report: Report, promise: Promise) -> Choice:
     """Of gristmill's own points the fastest that breaks nothing. Raises GristmillError that names the closest
     where all break something."""
     own = [point for point in report.points if not choose.is_peer(point)]
-    measured = [p for p in own if p.status == "ok" and p.accuracy and choose.decode_speed(report, p) and p.memory]
+    measured = [
+        p for p in own if p.status == "ok" and p.accuracy and choose.decode_speed(report, p) and p.memory
+    ]
     if not measured:
         failed = [f"{p.label}: {p.reason}" for p in own if p.reason]
         raise GristmillError(f"no point was measured ({failed[0] if failed else 'there is none'})")
@@ -99,7 +101,9 @@ def _nothing_fits(measured: list[Point], breaches: dict[str, list[Breach]], prom
 
     closest = min(measured, key=distance)
     said = " and ".join(breach.text for breach in breaches[closest.id])
-    return f"no point keeps {promise}; the closest is {closest.label}, with {said}{_more_text(closest, promise)}"
+    return (
+        f"no point keeps {promise}; the closest is {closest.label}, with {said}{_more_text(closest, promise)}"
+    )
 
 
 def _more_text(point: Point, promise: Promise) -> str:
@@ -107,7 +111,11 @@ def _more_text(point: Point, promise: Promise) -> str:
     assert point.accuracy
     increase, tokens = point.accuracy.ppl_increase, point.accuracy.tokens
     needed: Callable[..., int | None] = statistics.tokens_to_decide
-    count = needed(increase, promise.max_ppl_increase, tokens) if increase.high > promise.max_ppl_increase else None
+    count = (
+        needed(increase, promise.max_ppl_increase, tokens)
+        if increase.high > promise.max_ppl_increase
+        else None
+    )
     return f": about {count} tokens would decide (--gate-tokens, --text)" if count else ""
 
 
@@ -123,8 +131,8 @@ def _figures(report: Report, point: Point) -> str:
     assert point.accuracy and point.memory
     increase = point.accuracy.ppl_increase
     return (
-        f"{choose.decode_speed(report, point):.4g} tok/s, {size_text(point.memory.artifact_bytes)}, perplexity "
-        f"{_signed(increase.estimate)} ({_signed(increase.low)} to {_signed(increase.high)})"
+        f"{choose.decode_speed(report, point):.4g} tok/s, {size_text(point.memory.artifact_bytes)}, "
+        f"perplexity {_signed(increase.estimate)} ({_signed(increase.low)} to {_signed(increase.high)})"
     )
 
 

@@ -233,8 +233,8 @@ class LayerError:
 class Point:
     """One configuration on one device. runtime: "gristmill" or a peer's name with version.
 
-    reason: why it failed, or of a point that is ok, what was not measured and why. command repeats its figures,
-    compile_command makes its artifact.
+    reason: why it failed, or of a point that is ok, what was not measured and why. command repeats its
+    figures, compile_command makes its artifact.
     """
 
     id: str

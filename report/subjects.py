@@ -179,7 +179,11 @@ def _compile_command_of(opened: Artifact) -> str:
 
 
 def repeat_command(
-    options: SweepOptions, subjects: Sequence[str], chosen: Sequence[str], device: str, peer: Peer | None = None
+    options: SweepOptions,
+    subjects: Sequence[str],
+    chosen: Sequence[str],
+    device: str,
+    peer: Peer | None = None,
 ) -> str:
     """The `gristmill report` that measures these subjects as this sweep does."""
     words = ["gristmill", "report", *subjects, *chosen, "--devices", device]
@@ -200,5 +204,3 @@ def default_threads() -> int:
     from gristmill.runtime.session import native
 
     return int(min(machine.usable_cpus(), native().default_threads()))
-
-

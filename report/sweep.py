@@ -17,8 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.report.assemble import assemble
-from gristmill.report.identity import RUNTIME, code_digest, file_digest, machine_key, model_digests, model_directory
-from gristmill.report.jobs import TaskFailed, run_task
+from gristmill.report.identity import (
+    RUNTIME,
+    code_digest,
+    file_digest,
+    machine_key,
+    model_digests,
+    model_directory,
+)
+from gristmill.report.jobs import TaskFailed, Worker, run_task
 from gristmill.report.peer_measures import WITH_LOGITS, Shapes
 from gristmill.report.pieces import Piece, Pieces, Run
 from gristmill.report.schema import Report
@@ -84,8 +91,9 @@ class _Sweep:
             own = artifact_subjects(self.options)
         peers = peer_subjects(self.options)
         self._expect(missing, own, peers)
-        self._compile(own)
-        reference = self._reference()
+        with Worker() as worker:  # one for these: they share the export of the model
+            self._compile(own, worker)
+            reference = self._reference(worker)
         self._accuracies([*own, *peers], reference)
         self._speeds(own, peers)
         if self.options.explain:
@@ -107,7 +115,9 @@ class _Sweep:
             return
         path, formats = found
         self.options = replace(self.options, reference=path)
-        self.remarks.append(f"Accuracy is against the artifact {path.name} ({formats}), the nearest to float.")
+        self.remarks.append(
+            f"Accuracy is against the artifact {path.name} ({formats}), the nearest to float."
+        )
 
     def _expect(self, missing: list[Wanted], own: list[Subject], peers: list[Subject]) -> None:
         """What is ahead, for the time left."""
@@ -122,7 +132,9 @@ class _Sweep:
         compared = self._is_compared()
         jobs["reference"] = int(compared)
         jobs["accuracy"] = len(own) if compared else 0
-        jobs["peer_accuracy"] = sum(p.peer is not None and p.peer.kind in WITH_LOGITS for p in peers) * compared
+        jobs["peer_accuracy"] = (
+            sum(p.peer is not None and p.peer.kind in WITH_LOGITS for p in peers) * compared
+        )
         jobs["speed"] = self.options.rounds * len(own)
         jobs["peer_speed"] = self.options.rounds * len(peers)
         jobs["why"] = len(own) * self.options.explain
@@ -131,23 +143,21 @@ class _Sweep:
     def _is_compared(self) -> bool:
         return self.options.model is not None or self.options.reference is not None
 
-    def _compile(self, own: list[Subject]) -> None:
+    def _compile(self, own: list[Subject], worker: Worker) -> None:
         problems: dict[Path, str] = {}
         for wanted in self.wanted:
             if not wanted.is_there:
-                problem = self._make(wanted)
-                if problem:
-                    problems[wanted.path] = problem
+                problems[wanted.path] = self._make(wanted, worker)
         for subject in own:
             assert subject.artifact is not None, "own points have artifacts"
             content = content_of(subject.artifact)
             if content is None:
-                subject.fail(problems.get(subject.artifact, "its artifact is not whole"))
+                subject.fail(problems.get(subject.artifact) or "its artifact is not whole")
             subject.content = content or ""
             made = self._compile_piece(subject)
             subject.results["compile"] = made.value if made else None
 
-    def _make(self, wanted: Wanted) -> str:
+    def _make(self, wanted: Wanted, worker: Worker) -> str:
         """Compiles one configuration, from an artifact that differs in its cache alone where there is one;
         why it could not be done, or ""."""
         c = wanted.configuration
@@ -155,11 +165,13 @@ class _Sweep:
         kind = "change_cache" if base else "calibrate" if c.calibrated else "compile"
         task = "change_cache" if base else "compile_model"
         arguments: dict[str, Any] = {
-            "model": self.options.model, "out": str(wanted.path), "options": {**wanted.options, "force": True},
+            "model": self.options.model, "out": str(wanted.path),
+            "options": {**wanted.options, "force": True},
             **({"base": str(base)} if base else {}),
         }  # fmt: skip
         try:
-            self._done(kind, {"artifact": wanted.key}, f"compile {c.label}", task, arguments, anew=True)
+            key = {"artifact": wanted.key}
+            self._done(kind, key, f"compile {c.label}", task, arguments, anew=True, worker=worker)
         except TaskFailed as error:
             self._stop_if_full(error)
             return f"compile: {error}"
@@ -175,28 +187,35 @@ class _Sweep:
         wanted = next((w for w in self.wanted if w.path == subject.artifact), None)
         if wanted is None:
             return None
-        found = (self.pieces.get(kind, {"artifact": wanted.key}) for kind in ("compile", "calibrate", "change_cache"))
+        found = (
+            self.pieces.get(kind, {"artifact": wanted.key})
+            for kind in ("compile", "calibrate", "change_cache")
+        )
         return next((piece for piece in found if piece), None)
 
-    def _reference(self) -> str | None:
+    def _reference(self, worker: Worker) -> str | None:
         """The folder of the float model's logits. Raises GristmillError where there can be none: no point
         could be compared, and a model that cannot be read compiles to nothing either."""
         o = self.options
         if not self._is_compared():
             return None
         subject = (
-            {"model": model_digests(self.directory)} if self.directory else {"content": content_of(o.reference or Path())}
+            {"model": model_digests(self.directory)}
+            if self.directory
+            else {"content": content_of(o.reference or Path())}
         )
         text = file_digest(o.text) if o.text else "built in"
         key = {**subject, "text": text, "tokens": o.tokens, "code": code_digest(RUNTIME)}
         arguments = {
-            "cache": str(o.out / WORK / REFERENCES), "text": str(o.text) if o.text else None, "tokens": o.tokens,
-            "model": o.model, "artifact": str(o.reference) if o.reference else None, "threads": o.threads,
+            "cache": str(o.out / WORK / REFERENCES), "text": str(o.text) if o.text else None,
+            "tokens": o.tokens, "model": o.model, "artifact": str(o.reference) if o.reference else None,
+            "threads": o.threads,
         }  # fmt: skip
         known = self.pieces.get("reference", key)
         lost = known is not None and not Path(known.value["folder"]).is_dir()
         try:
-            return str(self._done("reference", key, "the float model", "reference", arguments, anew=lost)["folder"])
+            found = self._done("reference", key, "the float model", "reference", arguments, lost, worker)
+            return str(found["folder"])
         except TaskFailed as error:
             raise GristmillError(f"the float model cannot be measured: {error}") from None
 
@@ -210,8 +229,8 @@ class _Sweep:
                 continue
             assert reference is not None, "there are reasons for all others"
             key = {
-                "content": self._content(subject), "reference": Path(reference).name, "code": code_digest(RUNTIME),
-                "machine": machine_key(subject.device),
+                "content": self._content(subject), "reference": Path(reference).name,
+                "code": code_digest(RUNTIME), "machine": machine_key(subject.device),
             }  # fmt: skip
             what = f"accuracy of {subject.label}"
             if subject.peer:
@@ -316,9 +335,10 @@ class _Sweep:
         return found
 
     def _done(
-        self, kind: str, key: dict[str, Any], what: str, task: str, arguments: dict[str, Any], anew: bool = False
-    ) -> Any:
-        """A piece from the disk, or by its task. Raises TaskFailed."""
+        self, kind: str, key: dict[str, Any], what: str, task: str, arguments: dict[str, Any],
+        anew: bool = False, worker: Worker | None = None,
+    ) -> Any:  # fmt: skip
+        """A piece from the disk, or by its task, in `worker` or a process of its own. Raises TaskFailed."""
         since = self.run.started if self.run.fresh and kind != "reference" else 0.0
         piece = None if anew else self.pieces.get(kind, key, since)
         if piece is not None:
@@ -328,7 +348,8 @@ class _Sweep:
         self.watcher.start(kind, what)
         began = time.monotonic()
         try:
-            value = run_task(task, arguments, self.watcher.stage)
+            run = worker.run if worker else run_task
+            value = run(task, arguments, self.watcher.stage)
         except TaskFailed as error:
             self.watcher.finish(kind, what, time.monotonic() - began, str(error))
             raise
@@ -342,24 +363,25 @@ class _Sweep:
         free = shutil.disk_usage(self.options.out).free
         if free < FULL_BYTES or "No space left" in str(error):
             raise GristmillError(
-                f"{self.options.out}: the disk is full ({free >> 20} MiB free); make room and run it again: it goes on"
+                f"{self.options.out}: the disk is full ({free >> 20} MiB free); make room and run it again: "
+                "it goes on"
             ) from None
 
     def _remark(self) -> None:
         rounds = self.options.rounds
         self.remarks.append(
-            f"Speeds are medians of {rounds} round{'s' * (rounds > 1)} that go through all points and peers in turn; "
-            "every measurement has a process of its own."
+            f"Speeds are medians of {rounds} round{'s' * (rounds > 1)} that go through all points and peers "
+            "in turn; every measurement has a process of its own."
         )
         kept = sum(count for kind, count in self.reused.items() if kind.endswith("accuracy"))
         if kept:
             self.remarks.append(
-                f"{kept} accuracies are from an earlier run: the same artifact, text, code and machine give the same "
-                "figures; --fresh measures them anew."
+                f"{kept} accuracies are from an earlier run: the same artifact, text, code and machine give "
+                "the same figures; --fresh measures them anew."
             )
         resumed = sum(self.reused.get(kind, 0) for kind in SPEED_KINDS)
         if resumed:
             began = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.run.started))
-            self.remarks.append(f"{resumed} measurements of speed are from an earlier start of this run, begun {began}.")
-
-
+            self.remarks.append(
+                f"{resumed} measurements of speed are from an earlier start of this run, begun {began}."
+            )

@@ -28,8 +28,8 @@ class SweepOptions:
     out: the report's folder; text: scored for accuracy, None for the built-in one that suits; tokens: of it;
     last_word: file of passages; reference: the artifact that others are compared with, None for the one
     nearest to float; samples: of calibration; rounds: of speed; fresh: measure accuracy anew as well;
-    reuse_speed: take the speeds of the last run, if it was here and today; explain: measure why; command: what
-    the user typed, for the report.
+    reuse_speed: take the speeds of the last run, if it was here and today; explain: measure why; command:
+    what the user typed, for the report.
     """
 
     out: Path
@@ -64,13 +64,17 @@ class SweepOptions:
             raise GristmillError("nothing to report on; give a model, or artifacts")
         if made and len(made) < len(paths):
             other = next(path for path in paths if path not in made)
-            raise GristmillError(f"{other} is no artifact and {made[0]} is one; give one model, or artifacts alone")
+            raise GristmillError(
+                f"{other} is no artifact and {made[0]} is one; give one model, or artifacts alone"
+            )
         if not made and len(paths) > 1:
             raise GristmillError(f"{len(paths)} models were given, expected one; artifacts may be several")
         grid_names = {"weights": weights, "methods": methods, "kv": kv}
         chosen = [name for name, value in grid_names.items() if value is not None]
         if made and chosen:
-            raise GristmillError(f"--{chosen[0]} says what to compile, and artifacts were given; leave it out")
+            raise GristmillError(
+                f"--{chosen[0]} says what to compile, and artifacts were given; leave it out"
+            )
         subject: dict[str, Any] = (
             {"artifacts": tuple(map(Path, paths))}
             if made
@@ -110,7 +114,9 @@ def _check_files(options: SweepOptions) -> None:
         raise GristmillError(f"{options.last_word} has no passages")
     if options.reference is not None:
         if options.model is not None:
-            raise GristmillError("--reference is for artifacts; a model is compared with its own float weights")
+            raise GristmillError(
+                "--reference is for artifacts; a model is compared with its own float weights"
+            )
         open_artifact(options.reference)
     for artifact in options.artifacts:
         open_artifact(artifact)
@@ -129,6 +135,6 @@ def refuse_full_disk(options: SweepOptions, directory: Path, missing: Iterable[C
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise GristmillError(
-            f"{options.out}: {len(missing)} artifacts take about {int(needed) >> 20} MiB, {free >> 20} are free; "
-            "make room, or ask for fewer --weights"
+            f"{options.out}: {len(missing)} artifacts take about {int(needed) >> 20} MiB, {free >> 20} are "
+            "free; make room, or ask for fewer --weights"
         )

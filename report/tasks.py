@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import queue
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from gristmill.report import storage
 from gristmill.runtime.errors import GristmillError
@@ -29,26 +30,39 @@ def task(function: Callable[..., Any]) -> Callable[..., Any]:
 @task
 def compile_model(model: str, out: str, options: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Compiles, going on with a calibration that was killed."""
-    import gristmill
     from gristmill.compiler.calibration_store import IDENTITY, NotResumable, store_path
+    from gristmill.compiler.options import CompileOptions
+    from gristmill.compiler.pipeline import compile_model as make
 
     resume = (store_path(Path(out)) / IDENTITY).is_file()
     try:
-        found = gristmill.compile(model, out, **options, resume=resume, progress=progress)
+        found = make(model, out, CompileOptions.of(**options, resume=resume), progress, export=_export())
     except NotResumable:  # made by another version, or with another number of threads
-        found = gristmill.compile(model, out, **options, progress=progress)
-    return {"compile_s": found.summary["compile_s"], "peak_memory_bytes": found.summary["peak_memory_bytes"]}
+        found = make(model, out, CompileOptions.of(**options), progress, export=_export())
+    return {"compile_s": found.summary["compile_s"]}
 
 
 @task
-def change_cache(model: str, base: str, out: str, options: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def change_cache(
+    model: str, base: str, out: str, options: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
     """Makes an artifact from one that differs in its cache's type alone."""
     from gristmill.compiler.change_cache import change_cache as change
     from gristmill.compiler.options import CompileOptions
 
     started = time.perf_counter()
-    change(model, base, out, CompileOptions.of(**options), progress)
-    return {"compile_s": time.perf_counter() - started, "peak_memory_bytes": None}
+    change(model, base, out, CompileOptions.of(**options), progress, _export())
+    return {"compile_s": time.perf_counter() - started}
+
+
+@functools.cache
+def _export() -> Callable[[Any], tuple[Any, Any]]:
+    """One export for all compiles of this process, where two models of this size are not too much."""
+    from gristmill.compiler import trace
+    from gristmill.compiler.exports import remembered
+    from gristmill.runtime.machine import available_memory_bytes
+
+    return remembered(trace._export, (available_memory_bytes() or 0) // (4 * 2))
 
 
 @task
@@ -61,12 +75,17 @@ def reference(
 
     if model is not None:
         found = module.reference_from_model(
-            model, cache, *_named_text(text, model, None), tokens=tokens, progress=progress
+            model, cache, *_named_text(text, model, None), tokens=tokens, progress=progress, export=_export()
         )
     else:
         assert artifact is not None, "a model or an artifact"
         found = module.reference_from_artifact(
-            artifact, cache, *_named_text(text, None, artifact), tokens=tokens, threads=threads, progress=progress
+            artifact,
+            cache,
+            *_named_text(text, None, artifact),
+            tokens=tokens,
+            threads=threads,
+            progress=progress,
         )
     return {"folder": str(found.folder), "name": found.name}
 
@@ -153,32 +172,40 @@ def peer_accuracy(
 
 
 def main() -> None:
-    """The child's side: one request, lines of progress, one result."""
+    """The child's side: requests in, for each lines of progress and one result, until stdin is closed."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes to where errors go
-    request = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(requests,), daemon=True).start()
+    while True:
+        request = requests.get()
+        _say(out, _answer(request["task"], request["arguments"], out))
 
+
+def _answer(name: str, arguments: dict[str, Any], out: TextIO) -> dict[str, Any]:
     def progress(stage: str, fraction: float) -> None:
         _say(out, {"progress": [stage, fraction]})
 
     try:
-        result = TASKS[request["task"]](**request["arguments"], progress=progress)
-        ending = {"result": result}
+        return {"result": TASKS[name](**arguments, progress=progress)}
     except GristmillError as error:
-        ending = {"error": " ".join(str(error).split()), "expected": True}
+        return {"error": " ".join(str(error).split()), "expected": True}
     except Exception as error:  # the parent makes a row of it
-        ending = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", "expected": False}
-    _say(out, ending)
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", "expected": False}
 
 
-def _say(out: Any, event: dict[str, Any]) -> None:
+def _say(out: TextIO, event: dict[str, Any]) -> None:
     with suppress(BrokenPipeError):
         print(json.dumps(event), file=out, flush=True)
 
 
-def _end_with_parent() -> None:
-    """Ends this process when the parent has closed its side, which it does at the latest by its own end."""
-    while os.read(0, 1 << 10):  # past sys.stdin, whose lock an ending interpreter wants
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)  # an artifact that is half written is removed
+def _listen(requests: queue.SimpleQueue[dict[str, Any]]) -> None:
+    """Reads requests, past sys.stdin, whose lock an interpreter that ends wants. When the parent has closed
+    its side, which it does at the latest by its own end, this process ends: by SIGTERM, on which an
+    artifact that is half written is removed."""
+    rest = b""
+    while data := os.read(0, 1 << 16):
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            requests.put(json.loads(line))
+    os.kill(os.getpid(), signal.SIGTERM)

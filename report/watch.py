@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from typing import Any
 
 GUESSES = {  # seconds
-    "compile": 20.0, "calibrate": 90.0, "change_cache": 20.0, "reference": 20.0, "accuracy": 8.0, "speed": 15.0,
-    "why": 20.0, "peer_speed": 15.0, "peer_accuracy": 15.0,
+    "compile": 20.0, "calibrate": 90.0, "change_cache": 20.0, "reference": 20.0, "accuracy": 8.0,
+    "speed": 15.0, "why": 20.0, "peer_speed": 15.0, "peer_accuracy": 15.0,
 }  # fmt: skip
 Say = Callable[[str], None]
 

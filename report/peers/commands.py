@@ -22,7 +22,9 @@ from .peer_process import Engine, own_stdout, serve
 KINDS = ("llama.cpp", *other_peers.ENGINES)
 
 
-def load(kind: str, model: Path, threads: int, length: int, cache: str = "f16", logits: bool = False) -> Engine:
+def load(
+    kind: str, model: Path, threads: int, length: int, cache: str = "f16", logits: bool = False
+) -> Engine:
     """The engine with its model. length: positions; logits: of every position, where it can."""
     if kind == "llama.cpp":
         return llamacpp_peer.load(model, threads, length, cache, logits)
@@ -37,7 +39,9 @@ def time_once(engine: Engine, prompt: int, context: int, tokens: int) -> dict[st
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="peers", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    top = argparse.ArgumentParser(
+        prog="peers", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     commands = top.add_subparsers(dest="command", required=True)
     for name in ("serve", "time"):
         command = commands.add_parser(name)

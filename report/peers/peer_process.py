@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -49,7 +50,7 @@ def own_stdout() -> TextIO:
 
 
 def serve(engine: Engine, out: TextIO | None = None) -> None:
-    """The peer's side, until its stdin is closed. out: what `own_stdout` gave before the engine was loaded."""
+    """The peer's side, until its stdin is closed. out: from `own_stdout`, before the engine was loaded."""
     out = out or own_stdout()
     _say(out, {**engine.about, "logits": engine.logits is not None})
     for line in sys.stdin:
@@ -102,7 +103,7 @@ class Peer:
 
     def __init__(self, command: list[str]):
         self.command = command
-        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         try:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
@@ -115,15 +116,15 @@ class Peer:
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
-            raise PeerStopped(f"{' '.join(self.command)} stopped with exit code {self.process.wait()}{self._said()}")
+            raise PeerStopped(
+                f"{' '.join(self.command)} stopped with exit code {self.process.wait()}{self._said()}"
+            )
         return dict(json.loads(line))
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin
-        try:
+        with suppress(BrokenPipeError):  # reading says why
             print(json.dumps(request), file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # reading says why
         return self.read()
 
     def measure(self, prompt: int, context: int, tokens: int) -> dict[str, Any]:

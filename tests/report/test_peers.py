@@ -18,7 +18,9 @@ def clockwork(ids: list[int], count: int) -> list[float]:
     return [len(ids) / 128 + i for i in range(count)]
 
 
-def test_one_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = other_peers.measure(clockwork, 512, 16, 4)
     assert found == {"prefill_tok_s": 128.0, "decode_tok_s": 1.0, "first_s": 4.0, "token_s": [1.0] * 4}
     with pytest.raises(RuntimeError, match="gave 1 tokens, expected 5"):
@@ -51,7 +53,9 @@ def test_the_folder_runs_by_a_python_without_gristmill(tmp_path: Path) -> None:
     python.chmod(0o755)
     peer_folder = command_of("x")[1]
     assert peer_folder == str(Path(peer_process.__file__).resolve().parent)
-    with pytest.raises(PeerStopped, match="exit code 1: ModuleNotFoundError: No module named 'openvino_genai'"):
+    with pytest.raises(
+        PeerStopped, match="exit code 1: ModuleNotFoundError: No module named 'openvino_genai'"
+    ):
         Peer(command_of(str(python), "serve", "openvino", str(tmp_path)))
 
 
