@@ -139,3 +139,15 @@ def _scalar(value: Any, hint: Any, where: str) -> Any:
 def _wrong(where: str, value: Any, expected: str) -> GristmillError:
     got = repr(value)
     return GristmillError(f"{where} is {got if len(got) < 60 else got[:57] + '...'}, expected {expected}")
+
+
+def plain(value: Any) -> Any:
+    """A dataclass of `schema` (or a tuple of them) as JSON has it."""
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
+    return _plain(asdict(value))
+
+
+def value_of(value: Any, kind: Any, where: str) -> Any:
+    """What `plain` made, as `kind` again: a dataclass, or a tuple of one such as tuple[PhaseWhy, ...]."""
+    return _convert(value, kind, where)
