@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,11 +74,6 @@ def decode_speed(report: Report, point: Point) -> float | None:
     return found.tokens_s if found else None
 
 
-def increase(point: Point) -> float | None:
-    """Of perplexity against the float model, a fraction."""
-    return point.accuracy.ppl_increase.estimate if point.accuracy else None
-
-
 def reference(report: Report, device: str) -> Point | None:
     """What others on `device` are compared with: gristmill's own point with unrounded weights."""
     own = [p for p in good(report) if p.device == device and not is_peer(p)]
@@ -87,17 +83,15 @@ def reference(report: Report, device: str) -> Point | None:
 def picks(report: Report) -> list[Pick]:
     """On each device the fastest and the smallest of gristmill's rounded points that keep PROMISE.
 
-    Of equally small ones the fastest; one point that is both comes once.
+    Of equally small ones the one that diverges least; one point that is both comes once.
     """
     found: list[Pick] = []
     for device in devices(report):
-        keep = [p for p in good(report) if p.device == device and _keeps_promise(p)]
+        keep = [p for p in good(report) if p.device == device and keeps_promise(p)]
         speeds = {p.id: decode_speed(report, p) or 0.0 for p in keep}
         fast = max((p for p in keep if speeds[p.id]), key=lambda p: speeds[p.id], default=None)
         sizes = {p.id: p.memory.artifact_bytes for p in keep if p.memory}
-        small = min(
-            (p for p in keep if p.id in sizes), key=lambda p: (sizes[p.id], -speeds[p.id]), default=None
-        )
+        small = min((p for p in keep if p.id in sizes), key=lambda p: (sizes[p.id], _kl(p)), default=None)
         if fast and fast is small:
             found.append(Pick(fast, "fastest and smallest"))
         else:
@@ -105,9 +99,15 @@ def picks(report: Report) -> list[Pick]:
     return found
 
 
-def _keeps_promise(point: Point) -> bool:
-    more = increase(point)
-    return more is not None and more <= PROMISE and not is_peer(point) and point.weights not in FLOATS
+def _kl(point: Point) -> float:
+    return point.accuracy.kl.estimate if point.accuracy else math.inf
+
+
+def keeps_promise(point: Point) -> bool:
+    """Whether one of gristmill's rounded points keeps PROMISE with its whole interval, as the gate asks."""
+    if is_peer(point) or point.weights in FLOATS or point.accuracy is None:
+        return False
+    return point.accuracy.ppl_increase.high <= PROMISE
 
 
 def is_dominated(report: Report, point: Point, by: str) -> bool:

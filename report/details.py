@@ -52,8 +52,8 @@ def _worst_row(w: WorstToken) -> Row:
             cell(w.position),
             cell(Code(context(before), "before")),
             cell(Code(visible(w.token), "mark")),
-            cell(Code(visible(w.reference_choice))),
-            cell(Code(visible(w.choice))),
+            cell(Code(visible(w.reference_choice), "token")),
+            cell(Code(visible(w.choice), "token")),
             cell(w.reference_probability, "probability"),
             cell(w.probability, "probability"),
         )

@@ -88,7 +88,12 @@ def _sections(report: Report) -> tuple[Section, ...]:
         return tuple(_draw(report, sketch) for some in sketches for sketch in some)
 
     found = (
-        Section("summary", "All points", "What each choice costs and gains.", (summary.table(report),)),
+        Section(
+            "summary",
+            "All points",
+            "What each choice costs and gains.",
+            (summary.table(report), *summary.gaps(report)),
+        ),
         Section(
             "pareto",
             "Accuracy against cost",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from gristmill.report import choose
 from gristmill.report.schema import Accuracy, Point, Report
 from gristmill.report.tables import (
+    Block,
     Card,
     Code,
     Column,
@@ -61,6 +62,7 @@ def facts(report: Report) -> list[tuple[str, Text]]:
             say("{}{}", report.created.replace("T", " ").replace("+00:00", " UTC"), _duration(report)),
         )
     )
+    rows += [("Remarks", cell("; ".join(report.remarks)))] if report.remarks else []
     rows.append(("Repeat", cell(Code(report.command))))
     return rows
 
@@ -77,11 +79,12 @@ def _texts(report: Report) -> list[Text]:
             found.setdefault((point.accuracy.text, point.accuracy.text_sha256), point.accuracy)
     return [
         say(
-            "{} (sha256 {}), {} tokens in windows of {}",
+            "{} (sha256 {}), {} tokens in windows of {}{}",
             a.text,
             a.text_sha256[:12],
             Number(a.tokens, "count"),
             Number(a.window, "count"),
+            say(", beside {}", a.reference) if a.reference else say(""),
         )
         for a in found.values()
     ]
@@ -95,7 +98,7 @@ def promise() -> Number:
 def cards(report: Report) -> tuple[Card, ...]:
     """What to take: a card for each pick, or one that says that there is none."""
     found = tuple(_card(report, pick) for pick in choose.picks(report))
-    none = say("No rounded point was measured to keep perplexity within {} of the float model's.", promise())
+    none = say("No rounded point was sure to keep perplexity within +{} of the float model's.", promise())
     return found or (Card(say("Best"), "none", (none,)),)
 
 
@@ -168,7 +171,7 @@ def _row(report: Report, point: Point, best: list[str]) -> Row:
     first = Text((point.label, *(part for tag in tags for part in (" ", tag))))
     marks = (
         *(["failed"] if point.status != "ok" else []),
-        *(["dominated"] if lost else []),
+        *(["dominated"] if len(lost) > 1 else []),
         *(["pick"] if best else []),
     )
     figures = (
@@ -203,6 +206,15 @@ def _interval(accuracy: Accuracy | None) -> Text:
     return say("{}{}", Number(i.estimate, "increase"), Small(say("{} to {}", low, high)))
 
 
+def gaps(report: Report) -> tuple[Block, ...]:
+    """What could not be measured of points that are otherwise good."""
+    rows = tuple(
+        Row((cell(p.label), cell(p.device), cell(p.reason))) for p in choose.good(report) if p.reason
+    )
+    columns = tuple(Column(name, numeric=False) for name in ("point", "device", "not measured, and why"))
+    return (Table("gaps", "What was not measured", columns, rows, source(report)),) if rows else ()
+
+
 def commands(report: Report) -> Table:
     """What repeats each point alone."""
     rows = tuple(
@@ -212,15 +224,15 @@ def commands(report: Report) -> Table:
                 cell(p.device),
                 cell(p.runtime),
                 cell(p.content_id[:16] or None),
+                cell(Code(p.compile_command) if p.compile_command else None),
                 cell(Code(p.command) if p.command else None),
             )
         )
         for p in report.points
     )
-    columns = tuple(
-        Column(name, numeric=False) for name in ("point", "device", "runtime", "content", "command")
-    )
-    return Table("commands", "The command of each point", columns, rows, source(report))
+    names = ("point", "device", "runtime", "content", "made by", "measured by")
+    columns = tuple(Column(name, numeric=False) for name in names)
+    return Table("commands", "The commands of each point", columns, rows, source(report))
 
 
 _TERMS = (
@@ -234,8 +246,12 @@ _TERMS = (
         "how far the distribution of the next token is from the float model's, nats per token; 0: the same",
     ),
     (
+        "fastest, smallest",
+        "of the rounded points whose increase of perplexity stays within 1 % with its whole interval",
+    ),
+    (
         "dominated",
-        "another point on the same device is at least as accurate and at least as fast (or as small), and "
+        "another point on the same device diverges no more and is at least as fast (or as small), and "
         "better in one of both: there is no reason to take it",
     ),
     (

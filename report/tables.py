@@ -26,6 +26,11 @@ class Number:
     def __str__(self) -> str:
         return units.text(self.value, self.unit)
 
+    @property
+    def exact(self) -> str:
+        """As a program reads it."""
+        return repr(self.value).replace("inf", "Infinity").replace("nan", "NaN")
+
 
 @dataclass(frozen=True)
 class Tag:
@@ -41,7 +46,8 @@ class Tag:
 
 @dataclass(frozen=True)
 class Code:
-    """Text that is shown as it stands: commands and tokens. tone: "mark" sets it off."""
+    """Text that is shown as it stands: commands and tokens. tone: before, token, mark (sets it off);
+    a command has none."""
 
     text: str
     tone: str = ""

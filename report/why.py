@@ -80,13 +80,26 @@ def _phase_row(point: Point, why: PhaseWhy, split: bool) -> Row:
 def _group(report: Report, point: Point, is_open: bool) -> Group:
     inside: list[Block] = []
     for i, why in enumerate(point.why):
-        inside.append(Heading(say("{} {}", why.name, verdict(why.verdict)), cell(why.reason)))
+        inside.append(Heading(say("{} {}", why.name, verdict(why.verdict)), _reason(why)))
         inside.append(_kinds(point, why, i))
         inside += _remedies(point, why, i)
     verdicts = join([say("{} {}", why.name, verdict(why.verdict)) for why in point.why], " · ")
     title = say("{} on {}", point.label, point.device)
     where = source(report, point.command, point.device)
     return Group(f"why-{slug(point.id)}", title, verdicts, tuple(inside), is_open, where)
+
+
+def _reason(why: PhaseWhy) -> Text:
+    """With the roofs that the phase was held to, where they were measured for it."""
+    if not why.read_bytes_s:
+        return cell(why.reason)
+    return say(
+        "{}. Held to a read stream of {}, float products {}, integer products {}.",
+        why.reason.rstrip("."),
+        Number(why.read_bytes_s, "bytes/s"),
+        Number(why.float_ops_s, "ops/s"),
+        Number(why.integer_ops_s, "ops/s"),
+    )
 
 
 def _kinds(point: Point, why: PhaseWhy, number: int) -> Table:

@@ -11,7 +11,8 @@ for (const table of document.querySelectorAll("table")) {
       const key = (row) => {
         const cell = row.cells[column];
         if (!cell || cell.colSpan > 1) return undefined;
-        if (numeric) return cell.querySelector("data")?.value;
+        const value = cell.querySelector("data")?.value;
+        if (numeric) return value === "NaN" ? undefined : value;
         return cell.textContent === "–" ? undefined : cell.textContent;
       };
       const rows = [...table.tBodies[0].rows].sort((a, b) => {

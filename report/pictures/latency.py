@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from gristmill.report import choose, units
 from gristmill.report.pictures.sketch import Sketch, plain_ticks
 from gristmill.report.plots import COLOURS, FONT, Drawing, marker_style
@@ -12,10 +14,16 @@ from gristmill.report.tables import Column, Number, Row, Table, cell, say
 def sketches(report: Report) -> list[Sketch]:
     found = []
     for device in choose.devices(report):
-        waits = [(p, p.latency) for p in choose.good(report) if p.device == device and p.latency]
+        points = [point for point in choose.good(report) if point.device == device]
+        waits = [(p, p.latency) for p in points if p.latency and _can_be_drawn(p.latency)]
         if waits:
             found.append(_sketch(report, device, waits))
     return found
+
+
+def _can_be_drawn(wait: Latency) -> bool:
+    times = (wait.inter_token_p50, wait.inter_token_p95, wait.inter_token_p99)
+    return all(0 < time < math.inf for time in times)
 
 
 def _sketch(report: Report, device: str, waits: list[tuple[Point, Latency]]) -> Sketch:

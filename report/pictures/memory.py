@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from gristmill.report import choose, units
 from gristmill.report.pictures.sketch import HALF, Sketch, plain_ticks
 from gristmill.report.plots import COLOURS, Drawing, line_style
@@ -14,16 +16,15 @@ MIB = float(1 << 20)
 def sketches(report: Report) -> list[Sketch]:
     found = []
     for device in choose.devices(report):
-        points = [
-            p for p in choose.good(report) if p.device == device and p.memory and len(p.memory.over_time) > 1
-        ]
+        points = [p for p in choose.good(report) if p.device == device and len(_samples(p)) > 1]
         if points:
             found.append(_sketch(report, device, points, len(choose.devices(report)) > 1))
     return found
 
 
 def _samples(point: Point) -> tuple[MemorySample, ...]:
-    return point.memory.over_time if point.memory else ()
+    samples = point.memory.over_time if point.memory else ()
+    return tuple(s for s in samples if math.isfinite(s.seconds) and s.resident_bytes > 0)
 
 
 def _sketch(report: Report, device: str, points: list[Point], several: bool) -> Sketch:

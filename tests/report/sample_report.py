@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gristmill.compiler.statistics import Interval
+from gristmill.report.pareto import with_dominated
 from gristmill.report.schema import (
     Accuracy,
     Bottleneck,
@@ -126,7 +127,7 @@ FAILED = Point(
 
 def sample_report() -> Report:
     points = tuple(_point(made) for made in MADE)
-    return Report(
+    report = Report(
         title="SAMPLE: TinyLlama-1.1B shape, accuracy against speed",
         model="tinyllama-1.1b (random weights; every figure on this page is made up)",
         created="2026-11-24T10:31:07+00:00",
@@ -140,9 +141,10 @@ def sample_report() -> Report:
         },
         machines={"cpu": CPU, "cuda": GPU},
         points=(*points[:5], FAILED, *points[5:]),
-        dominated={"speed": ("int4-rtn", "q8_0", "q4_0", "int8"), "size": ("int4-rtn", "q4_0", "q8_0")},
         seconds=514.2,
+        remarks=("3 artifacts were there already", "peers and points were measured in turns"),
     )
+    return with_dominated(report)
 
 
 def _point(made: Made) -> Point:
@@ -156,6 +158,10 @@ def _point(made: Made) -> Point:
         made.method,
         made.kv,
         "ok",
+        reason="peak memory: the peer runs in a process of its own" if peer else "",
+        compile_command=""
+        if peer
+        else f"gristmill compile tinyllama -o {made.id} --weights {made.weights[:4]}",
         command=f"gristmill bench {made.id}" + (" --device cuda" if made.device == "cuda" else ""),
         artifact=made.id.removesuffix("-cuda"),
         content_id="" if peer else f"{sum(map(ord, made.weights + made.method + made.kv)):064x}"[::-1],
@@ -324,6 +330,9 @@ def _why(made: Made, name: str, rows: int, context: int, sequences: int) -> Phas
         kinds,
         kinds[0].remedies,
         growth,
+        made.machine.read_bytes_s,
+        made.machine.float_ops_s,
+        made.machine.integer_ops_s,
     )
 
 

@@ -27,7 +27,8 @@ def test_the_shapes_that_most_points_share() -> None:
 
 def test_the_picks_keep_the_promise_and_are_no_peers() -> None:
     assert [(p.point.id, p.why) for p in choose.picks(SAMPLE)] == [
-        ("int4-gptq-kv8", "fastest and smallest"),
+        ("int4-gptq-kv8", "fastest"),
+        ("int4-gptq", "smallest"),
         ("int4-gptq-cuda", "fastest and smallest"),
     ]
     rest = report_of(*(BY_ID[id] for id in ("f16", "int4-rtn", "int3-gptq", "q8_0", "int4-awq")))
@@ -39,6 +40,13 @@ def test_the_fastest_and_the_smallest_may_differ() -> None:
     slow = replace(small, speed=tuple(replace(s, tokens_s=s.tokens_s / 10) for s in small.speed))
     found = choose.picks(report_of(BY_ID["int8"], slow))
     assert [(p.point.id, p.why) for p in found] == [("int8", "fastest"), ("int4-gptq", "smallest")]
+
+
+def test_a_promise_is_kept_with_the_whole_interval() -> None:
+    point = BY_ID["int4-gptq"]
+    assert point.accuracy and choose.keeps_promise(point)
+    unsure = replace(point.accuracy, ppl_increase=replace(point.accuracy.ppl_increase, high=0.0101))
+    assert not choose.keeps_promise(replace(point, accuracy=unsure))
 
 
 def test_the_reference_is_the_float_point_of_the_device() -> None:
