@@ -23,9 +23,9 @@ from gristmill.report.tables import (
 
 
 def source(report: Report, command: str = "", device: str = "") -> Source:
-    """What repeats a figure, and where and when it was measured."""
-    machine = report.machines.get(device) or next(iter(report.machines.values()), None)
-    where = [f"{machine.name}, {machine.threads} threads"] if machine else []
+    """What repeats a figure, and where and when it was measured; no device: on all of them."""
+    machines = [report.machines[device]] if device in report.machines else list(report.machines.values())
+    where = [f"{m.name}, {m.threads} threads" if m.threads > 1 else m.name for m in machines]
     where += [" ".join(item) for item in report.versions.items() if item[0] == "gristmill"]
     return Source(command or report.command, (*where, report.created[:10]))
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from html.parser import HTMLParser
@@ -333,6 +336,16 @@ def test_without_matplotlib_it_is_said_and_nothing_is_written(
     with pytest.raises(GristmillError, match=r"pip install 'gristmill\[report\]'"):
         pages.write_report(sample_report(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_draws_is_imported_when_it_draws(tmp_path: Path) -> None:
+    code = (
+        "import sys, gristmill.report.page; print({'matplotlib', 'torch', 'transformers'} & set(sys.modules))"
+    )
+    environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_matplotlib_s_settings_are_left_alone(page: Path) -> None:
