@@ -131,12 +131,11 @@ _MARKERS = "osD^vPX<>ph"
 
 def styles(report: Report) -> dict[str, Style]:
     """Point's id -> style: colour by weights (peers: one of their own), marker by turn, dashes by cache."""
-    taken: Counter[str] = Counter()
-    found = {}
+    found, drawn = {}, 0
     for point in report.points:
         colour = "purple" if is_peer(point) else _COLOUR.get(point.weights.split(" ")[0], "sky")
-        marker = _MARKERS[taken[colour] % len(_MARKERS)]
         dash = "dashed" if point.kv not in (*FLOATS, "") else "solid"
+        marker = _MARKERS[drawn % len(_MARKERS)]
         found[point.id] = Style(colour, marker, "dashdot" if is_peer(point) else dash)
-        taken[colour] += point.status == "ok"
+        drawn += point.status == "ok"
     return found

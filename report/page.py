@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gristmill.report import choose, details, storage, summary, why
+from gristmill.report import choose, storage
 from gristmill.report.clean import clean, tidy
 from gristmill.report.pictures import curves, latency, layers, memory, pareto, positions, roofline
 from gristmill.report.pictures.sketch import Sketch
 from gristmill.report.plots import draw, require_matplotlib
 from gristmill.report.schema import Report
+from gristmill.report.sections import details, summary, why
 from gristmill.report.tables import (
     Block,
     Card,

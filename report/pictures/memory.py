@@ -47,7 +47,7 @@ def _reading(points: list[Point]) -> Text:
     if top is low:
         return say("{} reaches {}.", top.label, Number(_peak(top), "bytes"))
     return say(
-        "{} reaches {}, {} only {}.",
+        "{} reaches {}, {} {}.",
         top.label,
         Number(_peak(top), "bytes"),
         low.label,

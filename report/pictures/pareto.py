@@ -14,7 +14,7 @@ from gristmill.report import choose, units
 from gristmill.report.pictures.sketch import Sketch, place_labels, plain_ticks, short
 from gristmill.report.plots import COLOURS, Drawing, marker_style
 from gristmill.report.schema import Accuracy, Point, Report
-from gristmill.report.summary import promise
+from gristmill.report.sections.summary import promise
 from gristmill.report.tables import Column, Number, Row, Table, Text, cell, join, say
 
 if TYPE_CHECKING:

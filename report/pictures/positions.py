@@ -10,6 +10,7 @@ from gristmill.report.plots import COLOURS, Drawing, line_style, marker_style
 from gristmill.report.schema import Point, PositionBin, Report
 from gristmill.report.tables import Column, Number, Row, Table, Text, cell, say
 
+WIDENING = 20  # bins that grow by more than this in all stand on a logarithmic axis
 VISIBLE = 1e4  # a point whose divergence is smaller than the largest by more is in the table alone
 
 
@@ -105,5 +106,8 @@ def _paint(drawing: Drawing, points: list[Point], styles: dict[str, choose.Style
                 f"{units.text(b.kl, 'nats')} nats over {b.tokens:,} tokens",
             )
     logarithmic(axes, "y")
+    ends = [(b.first + b.last) / 2 for p in points for b in _bins(p)]
+    if min(ends) > 0 and max(ends) / min(ends) > WIDENING:
+        logarithmic(axes, "x")
     drawing.label(axes, "position in the context", "KL divergence, nats per token")
     drawing.legend(axes)

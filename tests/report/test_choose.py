@@ -59,5 +59,5 @@ def test_no_two_points_look_the_same() -> None:
     styles = choose.styles(SAMPLE)
     assert set(styles) == set(BY_ID)
     good = [styles[point.id] for point in choose.good(SAMPLE)]
-    assert len({(style.colour, style.marker) for style in good}) == len(good)
+    assert len({style.marker for style in good}) == len(good), "told apart without colours"
     assert styles["q4_0"].colour == styles["q8_0"].colour != styles["int8"].colour

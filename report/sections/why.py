@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gristmill.report import choose
 from gristmill.report.schema import Bottleneck, KindVerdict, PhaseWhy, Point, Remedy, Report
-from gristmill.report.summary import source
+from gristmill.report.sections.summary import source
 from gristmill.report.tables import (
     Block,
     Column,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gristmill.report import choose
 from gristmill.report.clean import context, visible
 from gristmill.report.schema import Point, Report, WorstToken
-from gristmill.report.summary import source
+from gristmill.report.sections.summary import source
 from gristmill.report.tables import Block, Code, Column, Group, Number, Row, Table, cell, say, slug
 
 CONTEXT = 60  # characters of a worst token's text before it

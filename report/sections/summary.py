@@ -171,7 +171,7 @@ def _row(report: Report, point: Point, best: list[str]) -> Row:
     first = Text((point.label, *(part for tag in tags for part in (" ", tag))))
     marks = (
         *(["failed"] if point.status != "ok" else []),
-        *(["dominated"] if len(lost) > 1 else []),
+        *(["dominated"] if len(lost) > 1 and not best else []),
         *(["pick"] if best else []),
     )
     figures = (
