@@ -13,7 +13,7 @@ well, saying how many tokens would do.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gristmill.compiler import statistics
-from gristmill.compiler.statistics import Blocks, Interval
+from gristmill.compiler.statistics import Comparison, Interval
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.evaluation import text_windows, window_logits
 from gristmill.runtime.session import Session
@@ -219,20 +219,30 @@ def _judge(logits: Array, continuation: list[int], prompt_tokens: int) -> Greedy
     return Greedy(prompt_tokens, len(chosen), at, float(first - second), float(first - row[chosen[at]]))
 
 
-def _score_window(session: Session, ids: list[int], expected: Array) -> Array:
-    """The `token_scores` [len(ids) - 1, COLUMNS] of one window."""
-    if expected.shape != (len(ids), session.vocabulary):
-        raise GristmillError(
-            f"the float model gave logits {expected.shape}, the artifact {(len(ids), session.vocabulary)}: "
-            "they are not the same model"
-        )
+def score_window(pieces: Iterable[tuple[int, Array]], ids: list[int], expected: Array) -> Array:
+    """The `token_scores` [len(ids) - 1, COLUMNS] of one window.
+
+    pieces: (first row, logits [rows, V] f32) of the artifact that cover the window, as `window_logits` has
+    them; expected: the float model's logits [len(ids) or one less, V]. Raises GristmillError where the widths
+    differ.
+    """
     scores = np.empty((len(ids) - 1, statistics.COLUMNS))
-    with session.slot() as slot:
-        for start, logits in window_logits(session, ids, slot):
-            targets = np.array(ids[start + 1 : start + 1 + len(logits)])
-            rows = slice(start, start + len(targets))
-            scores[rows] = statistics.token_scores(expected[rows], logits[: len(targets)], targets)
+    for start, logits in pieces:
+        if expected.shape[1:] != logits.shape[1:]:
+            raise GristmillError(
+                f"the float model gave logits of {expected.shape[1]} tokens, the artifact of "
+                f"{logits.shape[1]}: they are not the same model"
+            )
+        targets = np.array(ids[start + 1 : start + 1 + len(logits)])
+        rows = slice(start, start + len(targets))
+        scores[rows] = statistics.token_scores(expected[rows], logits[: len(targets)], targets)
     return scores
+
+
+def _score_window(session: Session, ids: list[int], expected: Array) -> Array:
+    assert len(expected) == len(ids), f"{len(expected)} rows of the float model for {len(ids)} tokens"
+    with session.slot() as slot:
+        return score_window(window_logits(session, ids, slot), ids, expected)
 
 
 def _summary(
@@ -243,25 +253,23 @@ def _summary(
     command: str,
     versions: Mapping[str, str],
 ) -> Evaluation:
-    tokens = np.concatenate(scores)
-    reference_nll, nll, kl, agreement = (float(mean) for mean in tokens.mean(0))
-    increase = Blocks.of([window[:, 1] - window[:, 0] for window in scores])
+    found = Comparison.of(scores)
     return Evaluation(
         text=text.name,
         text_sha256=text.sha256,
-        tokens=len(tokens),
+        tokens=found.tokens,
         window=window,
-        reference_nll=reference_nll,
-        reference_ppl=statistics.perplexity(reference_nll),
-        nll=nll,
-        ppl=statistics.perplexity(nll),
-        ppl_increase=statistics.bootstrap_mean(increase).relative_growth(),
-        kl=statistics.bootstrap_mean(Blocks.of([window[:, 2] for window in scores])),
-        kl_p99=float(np.quantile(tokens[:, 2], 0.99)),
-        kl_max=float(tokens[:, 2].max()),
-        top1_agreement=agreement,
+        reference_nll=found.reference_nll,
+        reference_ppl=found.reference_ppl,
+        nll=found.nll,
+        ppl=found.ppl,
+        ppl_increase=found.ppl_increase,
+        kl=found.kl,
+        kl_p99=found.kl_p99,
+        kl_max=found.kl_max,
+        top1_agreement=found.top1_agreement,
         greedy=greedy,
-        blocks=len(increase.sums),
+        blocks=found.blocks,
         command=command,
         versions=versions,
     )

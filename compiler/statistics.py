@@ -23,7 +23,10 @@ CONFIDENCE = 0.95
 FEWEST_BLOCKS = 8  # with fewer, resampling cannot show how far the next text may lie
 
 LARGEST_NLL = 700.0  # exp overflows soon after; a model this wrong needs no finer figure
-COLUMNS = 4  # of token_scores
+# Columns of token_scores. BEST: nll that a model gives its own first choice; CHOICE: that token's id.
+REFERENCE_NLL, NLL, KL, TOP1, TOP5, REFERENCE_BEST, BEST, REFERENCE_CHOICE, CHOICE = range(9)
+COLUMNS = 9
+FEW = 5  # of TOP5
 F64_BYTES = 16 << 20  # the most that one f64 copy of some rows of logits may take
 
 Array = NDArray[Any]
@@ -38,7 +41,8 @@ def token_scores(expected: Array, logits: Array, targets: Array) -> Array:
     """Compare logits [R, V] f32 of the float model and the artifact on targets [R], in f64: [R, COLUMNS].
 
     The columns: nll of the float model, nll of the artifact, KL(float || artifact), whether the top tokens
-    agree.
+    agree, whether the float model's top token is among the artifact's five (fewer than five have a larger
+    logit), the nll that either model gives its own top token, and those tokens' ids.
     """
     step = max(1, F64_BYTES // (8 * expected.shape[1]))
     parts = [
@@ -58,8 +62,10 @@ def _score_block(expected: Array, logits: Array, targets: Array) -> Array:
     nll_a, nll_b = log_a - a[rows, targets], log_b - b[rows, targets]
     a -= b
     kl = np.einsum("rv,rv->r", weight, a) / total - log_a + log_b
-    agrees = expected.argmax(1) == logits.argmax(1)
-    return np.stack([nll_a, nll_b, np.maximum(kl, 0), agrees], axis=1)
+    top_a, top_b = expected.argmax(1), logits.argmax(1)
+    among = (logits > logits[rows, top_a][:, None]).sum(1) < FEW
+    columns = [nll_a, nll_b, np.maximum(kl, 0), top_a == top_b, among, log_a, log_b, top_a, top_b]
+    return np.stack(columns, axis=1).astype(np.float64)
 
 
 def _shifted(logits: Array, whose: str) -> Array:
@@ -117,6 +123,49 @@ def bootstrap_mean(
     low, high = np.quantile(means, [tail, 1 - tail])
     estimate = float(blocks.sums.sum() / blocks.counts.sum())
     return Interval(estimate, min(float(low), estimate), max(float(high), estimate))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `token_scores` say of a text. nll and kl in nats per token, ppl_increase relative, agreements
+    shares of the tokens."""
+
+    tokens: int
+    blocks: int
+    reference_nll: float
+    nll: float
+    ppl_increase: Interval
+    kl: Interval
+    kl_p99: float
+    kl_max: float
+    top1_agreement: float
+    top5_agreement: float
+
+    @staticmethod
+    def of(windows: Sequence[Array]) -> Comparison:
+        """windows: the scores [tokens, COLUMNS] of each."""
+        scores = np.concatenate(windows)
+        increase = Blocks.of([window[:, NLL] - window[:, REFERENCE_NLL] for window in windows])
+        return Comparison(
+            tokens=len(scores),
+            blocks=len(increase.sums),
+            reference_nll=float(scores[:, REFERENCE_NLL].mean()),
+            nll=float(scores[:, NLL].mean()),
+            ppl_increase=bootstrap_mean(increase).relative_growth(),
+            kl=bootstrap_mean(Blocks.of([window[:, KL] for window in windows])),
+            kl_p99=float(np.quantile(scores[:, KL], 0.99)),
+            kl_max=float(scores[:, KL].max()),
+            top1_agreement=float(scores[:, TOP1].mean()),
+            top5_agreement=float(scores[:, TOP5].mean()),
+        )
+
+    @property
+    def reference_ppl(self) -> float:
+        return perplexity(self.reference_nll)
+
+    @property
+    def ppl(self) -> float:
+        return perplexity(self.nll)
 
 
 def tokens_to_decide(interval: Interval, limit: float, tokens: int) -> int | None:

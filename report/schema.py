@@ -32,7 +32,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class PositionBin:
-    """Means over the scored tokens at positions first to last of their window."""
+    """Means over the scored tokens at positions first to last of their window (that many tokens before
+    them)."""
 
     first: int
     last: int
@@ -43,7 +44,8 @@ class PositionBin:
 
 @dataclass(frozen=True)
 class WorstToken:
-    """One of the tokens that diverge most: the text before it, what came, what either model preferred."""
+    """One of the tokens that diverge most: the text before it, what came, what either model preferred, and
+    the probability it gave that choice of its own. position: tokens before it in its window."""
 
     kl: float
     position: int
@@ -65,7 +67,11 @@ class LastWord:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Against the float model on the same tokens; kl is KL(float || artifact) in nats per token."""
+    """Against the float model on the same tokens; kl is KL(float || artifact) in nats per token.
+
+    top5_agreement: how often the float model's most likely token is among the artifact's five; reference:
+    what stood for the float model.
+    """
 
     text: str
     text_sha256: str
@@ -82,6 +88,7 @@ class Accuracy:
     by_position: tuple[PositionBin, ...] = ()
     worst: tuple[WorstToken, ...] = ()
     last_word: LastWord | None = None
+    reference: str = ""
 
 
 @dataclass(frozen=True)
@@ -188,7 +195,9 @@ class PhaseWhy:
     """Why one phase is as fast as it is. name: "decode", "prefill 512", "decode at 4096", ...
 
     communication: seconds between ranks or over PCIe, None on one device. growth: the same forward with
-    more and more rows: time that does not grow with the work is overhead.
+    more and more rows: time that does not grow with the work is overhead. read_bytes_s, float_ops_s,
+    integer_ops_s: the roofs it is held to; the read stream is measured over as many bytes as the forward
+    reads, since a small model stays in the processor's caches.
     """
 
     name: str
@@ -205,6 +214,9 @@ class PhaseWhy:
     kinds: tuple[KindVerdict, ...]
     remedies: tuple[Remedy, ...] = ()
     growth: tuple[ScalePoint, ...] = ()
+    read_bytes_s: float = 0.0
+    float_ops_s: float = 0.0
+    integer_ops_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -219,7 +231,11 @@ class LayerError:
 
 @dataclass(frozen=True)
 class Point:
-    """One configuration on one device. runtime: "gristmill" or a peer's name with version."""
+    """One configuration on one device. runtime: "gristmill" or a peer's name with version.
+
+    reason: why it failed, or of a point that is ok, what was not measured and why. command repeats its
+    figures, compile_command makes its artifact.
+    """
 
     id: str
     label: str
@@ -242,11 +258,17 @@ class Point:
     energy: Energy | None = None
     why: tuple[PhaseWhy, ...] = ()
     layer_errors: tuple[LayerError, ...] = ()
+    compile_command: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """command repeats all of it; versions: of packages; created: ISO date and time, UTC."""
+    """command repeats all of it; versions: of packages; created: ISO date and time, UTC.
+
+    readings: the sentence under each picture and the page's first ones; derived: what the page works out from
+    the rest, by the place where it stands. Both are filled in where the page is written. remarks: how it was
+    measured, what was reused.
+    """
 
     title: str
     model: str
@@ -257,4 +279,7 @@ class Report:
     points: tuple[Point, ...]
     dominated: dict[str, tuple[str, ...]] = field(default_factory=dict)  # "speed", "size" -> ids of points
     seconds: float = 0.0
+    readings: dict[str, str] = field(default_factory=dict)
+    derived: dict[str, float] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
     format: int = FORMAT

@@ -62,11 +62,15 @@ class Roofs:
 class Probe(Protocol):
     """What measures the device that a session runs on."""
 
-    def read_stream(self) -> float: ...
+    def read_stream(self, size: int = PROBE_BYTES) -> float: ...
 
     def roofs(self, stream_gb_s: float) -> Roofs: ...
 
-    def profile(self, roofs: Roofs, forward: Forward, repeats: int) -> Profile: ...
+    def profile(
+        self, roofs: Roofs, forward: Forward, repeats: int, filled: int | None = None
+    ) -> Profile: ...
+
+    def communication(self, forward: Forward) -> float | None: ...
 
 
 class CpuProbe:
@@ -75,15 +79,18 @@ class CpuProbe:
     def __init__(self, session: Session) -> None:
         self._session = session
 
-    def read_stream(self) -> float:
-        """10^9 bytes per second that all threads together read."""
-        return float(native().read_bandwidth(PROBE_BYTES, self._session.threads, PROBE_SECONDS))
+    def read_stream(self, size: int = PROBE_BYTES) -> float:
+        """10^9 bytes per second that all threads together read, over and over, of ``size`` bytes."""
+        return float(native().read_bandwidth(size, self._session.threads, PROBE_SECONDS))
 
     def roofs(self, stream_gb_s: float) -> Roofs:
         return Roofs.measure(self._session, stream_gb_s)
 
-    def profile(self, roofs: Roofs, forward: Forward, repeats: int) -> Profile:
-        return profile(self._session, roofs, forward, repeats)
+    def profile(self, roofs: Roofs, forward: Forward, repeats: int, filled: int | None = None) -> Profile:
+        return profile(self._session, roofs, forward, repeats, filled)
+
+    def communication(self, forward: Forward) -> None:
+        """The threads share one memory."""
 
 
 def probe_of(session: Session) -> Probe:
@@ -142,19 +149,25 @@ class Profile:
         }
 
 
-def profile(session: Session, roofs: Roofs, forward: Forward, repeats: int) -> Profile:
-    """Profile a forward; times are means over ``repeats``.
+def profile(
+    session: Session, roofs: Roofs, forward: Forward, repeats: int, filled: int | None = None
+) -> Profile:
+    """Profile a forward; times are medians over ``repeats``. filled: as for `held_slots`.
 
     Raises GristmillError where it does not fit into the session.
     """
     executor = cpu_executor(session)
-    with prepared(session, forward) as run:
+    found = []
+    with prepared(session, forward, filled) as run:
         run()
-        executor.profile(True)
-        for _ in range(repeats):
-            run()
-        times = [nanoseconds / repeats / 1e9 for _, nanoseconds, _ in executor.profile_results()]
-        executor.profile(False)
+        try:
+            for _ in range(repeats):
+                executor.profile(True)
+                run()
+                found.append([nanoseconds for _, nanoseconds, _ in executor.profile_results()])
+        finally:
+            executor.profile(False)
+    times = (np.median(found, axis=0) / 1e9).tolist()
     return Profile(
         forward, collect(session.program, times, roofs, forward), sum(times), executor.shared_phases
     )
@@ -234,13 +247,36 @@ def take_in(session: Session, slot: int, ids: NDArray[np.int32]) -> None:
         session._run(chunk, positions, np.full(len(chunk), slot, np.int32), np.array(rows, np.int32))
 
 
+def _copied(session: Session, source: int, target: int, length: int) -> bool:
+    """Whether ``target`` got the first positions of ``source``: it may hold fewer, and its sliding window may
+    have moved past them."""
+    slots = session._slots
+    if length > slots.lengths[source] or slots.reachable(source, length) != length:
+        return False
+    return session._copy_slot(source, target, length)
+
+
 @contextmanager
-def prepared(session: Session, forward: Forward) -> Iterator[Callable[[], object]]:
-    """Slots that hold the context; what it yields runs the forward, over the same positions every time."""
+def held_slots(
+    session: Session, context: int, sequences: int, filled: int | None = None
+) -> Iterator[list[int]]:
+    """``sequences`` slots that hold ``context`` positions of `random_ids` each; those that ``filled``, a slot
+    of the caller's, begins with are copied from it, which takes less time than to compute them."""
     with ExitStack() as held:
-        slots = [held.enter_context(session.slot()) for _ in range(forward.sequences)]
+        slots = [held.enter_context(session.slot()) for _ in range(sequences)]
         for slot in slots:
-            take_in(session, slot, random_ids(session, forward.context))
+            source = slots[0] if filled is None and slot != slots[0] else filled
+            if source is None or not _copied(session, source, slot, context):
+                take_in(session, slot, random_ids(session, context))
+        yield slots
+
+
+@contextmanager
+def prepared(
+    session: Session, forward: Forward, filled: int | None = None
+) -> Iterator[Callable[[], object]]:
+    """Slots that hold the context; what it yields runs the forward, over the same positions every time."""
+    with held_slots(session, forward.context, forward.sequences, filled) as slots:
         count = forward.rows * forward.sequences
         tokens = random_ids(session, count)
         new = np.arange(forward.context, forward.context + forward.rows, dtype=np.int32)

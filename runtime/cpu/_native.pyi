@@ -54,6 +54,8 @@ class Executor:
         """Begins (from zero) or ends the timing of every instruction."""
     def profile_results(self) -> list[tuple[str, int, int]]:
         """Per instruction: label, nanoseconds since profile(True), bytes of weights that one pass reads."""
+    def stall(self, nanoseconds: int) -> None:
+        """Every instruction begins with a busy wait, 0: none. For tests of what judges speed."""
     @property
     def shared_phases(self) -> int:
         """Phases of the last forward that its threads shared: so often they waited for each other."""

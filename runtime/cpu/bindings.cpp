@@ -111,6 +111,7 @@ PYBIND11_MODULE(_native, module) {
              for (auto& r : results) tuples.emplace_back(std::move(r.label), r.nanoseconds, r.bytes);
              return tuples;
            })
+      .def("stall", &Executor::stall, py::arg("nanoseconds"), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("shared_phases", &Executor::shared_phases)
       .def_property_readonly("threads", &Executor::threads)
       .def_property_readonly("max_tokens", [](const Executor& self) { return self.program().max_tokens; })

@@ -205,6 +205,13 @@ void Executor::profile(bool enable) {
   std::fill(times_.begin(), times_.end(), 0);
 }
 
+void Executor::stall(int64_t nanoseconds) {
+  constexpr int64_t kMost = 1'000'000'000;
+  if (nanoseconds < 0 || nanoseconds > kMost) fail("stall: got ", nanoseconds, " ns, expected 0 to ", kMost);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  stall_ = std::chrono::nanoseconds(nanoseconds);
+}
+
 std::vector<InstructionTime> Executor::profile_results() {
   const std::lock_guard<std::mutex> lock(mutex_);
   std::vector<InstructionTime> results;

@@ -50,6 +50,8 @@ class Executor final : private Job {
 
   void profile(bool enable);
   std::vector<InstructionTime> profile_results();
+  // For tests of what judges speed: every instruction begins with a busy wait of so many nanoseconds; 0: none.
+  void stall(int64_t nanoseconds);
 
   // Phases of the last forward that its threads shared: so often they waited for each other.
   int64_t shared_phases() const { return pool_.shared_phases(); }
@@ -85,6 +87,7 @@ class Executor final : private Job {
   void copy_hidden(float* out) const;
   bool tiny() const;
   void note_time(int64_t next_step);
+  void wait_busily(int64_t step) const;
 
   std::shared_ptr<const Weights> weights_;
   Program program_;
@@ -104,6 +107,7 @@ class Executor final : private Job {
   std::vector<int64_t> times_;  // per step
   int64_t timed_step_ = -1;
   std::chrono::steady_clock::time_point since_;
+  std::chrono::nanoseconds stall_{0};
 
   ForkListener fork_listener_{this, after_fork};
 };

@@ -106,11 +106,21 @@ bool Executor::tiny() const {
 
 int64_t Executor::open(int64_t phase) noexcept {
   if (profiling_) note_time(phase);
+  if (stall_.count()) wait_busily(phase);
   return steps_[static_cast<size_t>(phase)]->open();
 }
 
 void Executor::work(int64_t phase, int64_t begin, int64_t end, int thread) noexcept {
   steps_[static_cast<size_t>(phase)]->work(begin, end, thread);
+}
+
+// At the first step of each instruction.
+void Executor::wait_busily(int64_t step) const {
+  const auto at = static_cast<size_t>(step);
+  if (step_instruction_[at] < 0 || (at && step_instruction_[at - 1] == step_instruction_[at])) return;
+  const auto begin = std::chrono::steady_clock::now();
+  while (std::chrono::steady_clock::now() - begin < stall_) {
+  }
 }
 
 // The time since the last call belongs to the step that was opened then.

@@ -14,12 +14,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gristmill.kernels.triton.stream import read
 from gristmill.runtime.cuda.graphs import captured
-from gristmill.runtime.profile import Forward, Profile, Roofs, collect, kind_of, prepared
+from gristmill.runtime.profile import (
+    PROBE_BYTES,
+    Forward,
+    Profile,
+    Roofs,
+    collect,
+    kind_of,
+    prepared,
+)
 
 if TYPE_CHECKING:
     from gristmill.runtime.cuda.executor import CudaExecutor
@@ -75,10 +84,12 @@ class CudaProbe:
         self._memory = torch.ones(self._sizes.stream // 4, dtype=torch.int32, device=executor.device)
         self._read = torch.zeros(8 * processors, dtype=torch.int32, device=executor.device)
 
-    def read_stream(self) -> float:
-        """10^9 bytes per second that the device reads from its memory."""
-        seconds = self._seconds(lambda: read(self._memory, self._read), self._sizes.repeats)
-        return self._memory.nbytes / seconds / 1e9
+    def read_stream(self, size: int = PROBE_BYTES) -> float:
+        """10^9 bytes per second that the device reads of ``size`` bytes, or of the probe's where those are
+        fewer."""
+        memory = self._memory[: max(1, size // 4)]
+        seconds = self._seconds(lambda: read(memory, self._read), self._sizes.repeats)
+        return memory.nbytes / seconds / 1e9
 
     def roofs(self, stream_gb_s: float) -> Roofs:
         """With the peak of products of bf16 matrices; activations are floats on a GPU whatever the weights
@@ -93,7 +104,29 @@ class CudaProbe:
         peak = 2 * width**3 / seconds
         return Roofs(1e9 * stream_gb_s, peak, peak)
 
-    def profile(self, roofs: Roofs, forward: Forward, repeats: int) -> Profile:
+    def communication(self, forward: Forward) -> float:
+        """Seconds that the host's ids take to the device, and tokens, or logits where the host draws, take
+        back: median of the repeats."""
+        executor, count = self._executor, forward.rows * forward.sequences
+        ids = np.zeros(count, np.int32)
+        batch = {"tokens": ids, "positions": ids, "slots": ids, "rows": ids[: forward.sequences]}
+
+        def move() -> None:
+            with executor._current():
+                executor._batch.fill(batch)
+                if executor.draws_tokens:
+                    executor._drawing.read(forward.sequences)
+                else:
+                    executor._values.logits[: forward.sequences].cpu()
+                if executor.device.type == "cuda":
+                    torch.cuda.current_stream().synchronize()
+
+        move()
+        return wall_seconds(move, self._sizes.repeats)
+
+    def profile(
+        self, roofs: Roofs, forward: Forward, repeats: int, filled: int | None = None
+    ) -> Profile:
         """Profile a forward kind by kind; the seconds of a kind are shared out evenly to its instructions.
 
         Raises GristmillError where it does not fit into the session.
@@ -103,7 +136,7 @@ class CudaProbe:
         for index, instruction in enumerate(program.instructions):
             kinds.setdefault(kind_of(program, instruction), []).append(index)
         times = [0.0] * len(program.instructions)
-        with prepared(self._session, forward) as run:
+        with prepared(self._session, forward, filled) as run:
             run()
             for indices in kinds.values():
                 launch = self._executor.relaunch(indices)

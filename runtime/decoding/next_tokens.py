@@ -49,6 +49,17 @@ def most_likely_token(session: Session, token: int, position: int, slot: int) ->
     return most_likely(session._run(tokens, positions, slots, rows)[0])
 
 
+def most_likely_tokens(
+    session: Session, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray
+) -> np.ndarray:
+    """The same of one row [i32] in each of several slots: the tokens [T] i32 that follow."""
+    rows = np.arange(len(tokens), dtype=np.int32)
+    if draws_tokens(session):
+        found = session._draw(tokens, positions, slots, rows, Draws.greedy(len(rows)))
+        return np.array([drawn(token) for token in found], np.int32)
+    return np.array([most_likely(row) for row in session._run(tokens, positions, slots, rows)], np.int32)
+
+
 def draws_tokens(session: Session) -> bool:
     """Whether the session's executor draws tokens itself, so that no logits have to come to the host."""
     return bool(getattr(session.executor, "draws_tokens", False))
