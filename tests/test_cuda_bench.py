@@ -17,7 +17,7 @@ from cuda_cases import CASES, a_small_gpu, make  # noqa: F401
 from triton_device import DEVICE
 
 from gristmill.kernels.triton.stream import BLOCK, read
-from gristmill.report import why
+from gristmill.report import explain
 from gristmill.runtime.bench import BenchOptions, measure_round
 from gristmill.runtime.cuda.probe import CudaProbe, Sizes
 from gristmill.runtime.errors import GristmillError
@@ -82,13 +82,13 @@ def test_transfers_are_timed_alone(tmp_path: Path) -> None:
 
 
 def test_a_phase_is_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `report.why` does, of one phase alone; the interpreter's times say nothing."""
+    """What `report.explain` does, of one phase alone; the interpreter's times say nothing."""
     session = session_in(tmp_path)
     executor: Any = session.executor
     executor.probe = lambda session: CudaProbe(executor, session, SIZES)
-    plan = why.Plan("decode", Forward(1, 1), (), (Forward(1, 1),))
-    monkeypatch.setattr(why, "phases", lambda session, options: [plan])
-    (found,) = why.explain_session(session, why.WhyOptions(device="cuda", seconds=0.0))
+    plan = explain.Plan("decode", Forward(1, 1), (), (Forward(1, 1),))
+    monkeypatch.setattr(explain, "phases", lambda session, options: [plan])
+    (found,) = explain.explain_session(session, explain.WhyOptions(device="cuda", seconds=0.0))
     assert found.communication is not None and 0 < found.communication < found.seconds
     assert sum(kind.count for kind in found.kinds) == len(session.program.instructions)
 

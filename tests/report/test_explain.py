@@ -11,8 +11,8 @@ from tiny import tiny_artifact
 
 import gristmill
 from gristmill.compiler.options import CompileOptions
+from gristmill.report.explain import WhyOptions, explain, explain_session, phases
 from gristmill.report.schema import PhaseWhy
-from gristmill.report.why import WhyOptions, explain, explain_session, phases
 from gristmill.runtime import profile
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.profile import Forward
