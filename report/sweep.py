@@ -261,6 +261,7 @@ class _Sweep:
             for subject in own:
                 options = {
                     "device": subject.device, "threads": self._threads(subject), "rounds": 1, "budget": 0.0,
+                    "seconds": self.options.seconds,
                     "memory": number == 0, "latency_prompt": LATENCY[0], "latency_tokens": LATENCY[1],
                 }  # fmt: skip
                 arguments = {"artifact": str(subject.artifact), "options": options}
@@ -297,7 +298,9 @@ class _Sweep:
             if subject.failed:
                 self.watcher.drop("why")
                 continue
-            options = {"device": subject.device, "threads": self._threads(subject)}
+            options = {
+                "device": subject.device, "threads": self._threads(subject), "seconds": self.options.seconds,
+            }  # fmt: skip
             arguments = {"artifact": str(subject.artifact), "options": options}
             key = self._speed_key(subject, options)
             self._measure(subject, "why", key, f"why {subject.label} is as fast as it is", arguments)
