@@ -77,7 +77,8 @@ class FakeTasks:
         )
         sizes = Memory(4000 if "int4" in Path(given["artifact"]).name else 16000, 4.5, None, 1 << 20, 1 << 21)
         return {
-            "machine": asdict(MACHINE), "points": storage.plain(points), "latency": None, "load_seconds": 0.01,
+            "machine": asdict(MACHINE), "points": storage.plain(points), "latency": None,
+            "load_seconds": 0.01,
             "memory": storage.plain(sizes), "energy": None,
         }  # fmt: skip
 

@@ -144,7 +144,8 @@ def test_real_tasks_measure_a_real_artifact(tmp_path: Path, monkeypatch: pytest.
     found = run_task("accuracy", {**arguments, "last_word": None})
     assert found["kl"]["estimate"] == 0.0 and found["tokens"] == 600 and found["top5_agreement"] == 1.0
     options = {
-        "threads": 1, "rounds": 1, "budget": 0.0, "seconds": 0.0, "prompts": [8], "contexts": [4], "batches": [1],
+        "threads": 1, "rounds": 1, "budget": 0.0, "seconds": 0.0, "prompts": [8], "contexts": [4],
+        "batches": [1],
         "latency_prompt": 4, "latency_tokens": 4, "memory": False,
     }  # fmt: skip
     speed = run_task("speed", {"artifact": str(path), "options": options})

@@ -70,7 +70,8 @@ def test_the_fastest_that_keeps_the_promise() -> None:
     choice = recommend(report(*points), Promise(0.01))
     assert choice.point.id == "int8", "int4's estimate is within, its upper bound is not"
     assert choice.reasons == (
-        "int8: 20 tok/s, 50 B, perplexity +0.2 % (+0 % to +0.4 %); the fastest of 2 that keep perplexity +1 % at most",
+        "int8: 20 tok/s, 50 B, perplexity +0.2 % (+0 % to +0.4 %); the fastest of 2 that keep "
+        "perplexity +1 % at most",
         "not int4: perplexity up to +1.2 % (estimate +0.6 %)",
         "not f16: 10 tok/s",
         "not broken: compile: no",

@@ -48,7 +48,8 @@ def test_all_is_measured_and_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (point.status, point.reason, point.compile_seconds) == ("ok", "", 1.5)
     assert [s.rounds for s in point.speed] == [2, 2] and report.machines["cpu"].name == "made up"
     assert point.command.split() == [
-        "gristmill", "report", str(tmp_path / "model"), "--weights", "int4", "--methods", "gptq", "--kv", "f16",
+        "gristmill", "report", str(tmp_path / "model"), "--weights", "int4", "--methods", "gptq",
+        "--kv", "f16",
         "--devices", "cpu", "--rounds", "2", "-o", str(tmp_path / "out"),
     ]  # fmt: skip
     assert "--weights int4 --method gptq --kv f16 --samples 64" in point.compile_command
@@ -99,7 +100,7 @@ def test_what_changes_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("ended", [0, 1, 3, 5, 9, 14])
 def test_a_killed_sweep_goes_on(tmp_path: Path, ended: int) -> None:
-    """Killed outright after so many tasks have ended: none is done twice, but for the one that was running."""
+    """Killed outright after so many tasks have ended: none is done twice but the one that was running."""
     command = [sys.executable, fake_tasks.__file__, str(tmp_path), "0.05"]
     path = os.pathsep.join(p for p in sys.path if p)
     child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE)
