@@ -291,7 +291,7 @@ class _Sweep:
             return FALLBACK
         prompts = [p["rows"] for p in points if p["phase"] == "prefill" and not p["context"]]
         contexts = [p["context"] for p in points if p["phase"] == "decode" and p["sequences"] == 1]
-        return Shapes(tuple(prompts), tuple(contexts), *LATENCY)
+        return Shapes(tuple(prompts), tuple(contexts), *LATENCY, seconds=self.options.seconds)
 
     def _reasons(self, own: list[Subject]) -> None:
         for subject in own:
