@@ -146,7 +146,7 @@ def speed(artifact: str, options: dict[str, Any], progress: Progress) -> Any:
 
 @task
 def why(artifact: str, options: dict[str, Any], progress: Progress) -> Any:
-    from gristmill.report.why import WhyOptions, explain
+    from gristmill.report.explain import WhyOptions, explain
 
     return storage.plain(explain(artifact, WhyOptions(**options)))
 
