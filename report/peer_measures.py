@@ -118,7 +118,8 @@ def running(peer: Peer, length: int, logits: bool = False) -> Iterator[Process]:
 
 def measure_speed(peer: Peer, shapes: Mapping[str, Any]) -> dict[str, Any]:
     """One round, as `tasks.speed` has them. version: of the engine."""
-    wanted = Shapes(**{k: tuple(v) if isinstance(v, list) else v for k, v in shapes.items()})
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in shapes.items()}
+    wanted = Shapes(**given)
     with running(peer, wanted.length) as process:
         process.measure(*WARM_UP)
         points = list(_points(process, wanted))

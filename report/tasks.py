@@ -132,7 +132,8 @@ def speed(artifact: str, options: dict[str, Any], progress: Progress) -> Any:
     """One round of measure_speed, with the machine that it found."""
     from gristmill.report.speed import SpeedOptions, machine_of, measure_speed
 
-    given = SpeedOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    given = SpeedOptions(**plain)
     found = measure_speed(artifact, given)
     return {
         "machine": storage.plain(machine_of(found, given.device)),

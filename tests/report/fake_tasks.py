@@ -119,7 +119,7 @@ def model(folder: Path) -> Path:
 
 
 def options(folder: Path, **changes: Any) -> SweepOptions:
-    given = {"configurations": CONFIGURATIONS, "rounds": 2, "command": "gristmill report"} | changes
+    given: dict[str, Any] = {"configurations": CONFIGURATIONS, "rounds": 2, "command": "gristmill report"} | changes
     return SweepOptions(folder / "out", str(model(folder)), **given)
 
 

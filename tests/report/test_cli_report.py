@@ -51,6 +51,18 @@ def test_the_files_and_the_summary(
     assert [point["status"] for point in found["points"].values()] == ["ok"] * 3
 
 
+def test_failed_points_are_told(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["report", "model", "-o", "out", "--rounds", "1"]
+    for broken, code in ({"compile_model": "int4"}, 0), ({"speed": ""}, 1):
+        fake_tasks.install(monkeypatch.setattr, fake_tasks.FakeTasks(folder / "log", broken=broken))
+        out, err = output(capsys, *arguments, code=code)
+        assert "int4 gptq, KV int8  failed" in out and "KV int8 failed: " in err
+        assert "its process ended by SIGSEGV" in (folder / "out" / "report.html").read_text()
+    assert "error: no point could be measured; the first: speed: its process ended by SIGSEGV" in err
+
+
 def test_mistakes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         "--weights has 'int5'" in output(capsys, "report", "model", "-o", "o", "--weights", "int5", code=1)[1]

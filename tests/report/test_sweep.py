@@ -12,6 +12,7 @@ from pathlib import Path
 
 import fake_tasks
 import pytest
+from tiny import tiny_artifact
 
 from gristmill.report.identity import digest
 from gristmill.report.peer_measures import Peer
@@ -256,7 +257,7 @@ def test_mistakes_are_refused_before_any_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     fake_tasks.model(tmp_path)
-    fake_tasks.tiny_artifact(tmp_path / "a")
+    tiny_artifact(tmp_path / "a")
     (tmp_path / "model2").mkdir()
     (tmp_path / "model2" / "config.json").write_text("{}")
     (tmp_path / "empty").mkdir()
@@ -270,7 +271,7 @@ def test_artifacts_without_a_float_one_have_no_accuracy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patched(monkeypatch, tmp_path)
-    path = fake_tasks.tiny_artifact(tmp_path / "int4")
+    path = tiny_artifact(tmp_path / "int4")
     monkeypatch.setattr("gristmill.report.reference.best_reference", lambda artifacts: None)
     report = run_sweep(SweepOptions.of([str(path)], tmp_path / "out", rounds=1))
     assert "Accuracy was not measured" in report.remarks[0]
