@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from gristmill.report.schema import Point, Report, SpeedPoint
@@ -55,7 +57,9 @@ def prefill_shape(report: Report) -> Shape | None:
     return _common(report, lambda s: s.phase == "prefill" and s.context == 0, lambda s: -s.rows)
 
 
-def _common(report: Report, wanted, order) -> Shape | None:  # type: ignore[no-untyped-def]
+def _common(
+    report: Report, wanted: Callable[[SpeedPoint], bool], order: Callable[[Shape], int]
+) -> Shape | None:
     counts = Counter(shape_of(s) for point in good(report) for s in point.speed if wanted(s))
     return min(counts, key=lambda shape: (-counts[shape], order(shape)), default=None)
 
@@ -70,11 +74,6 @@ def decode_speed(report: Report, point: Point) -> float | None:
     return found.tokens_s if found else None
 
 
-def increase(point: Point) -> float | None:
-    """Of perplexity against the float model, a fraction."""
-    return point.accuracy.ppl_increase.estimate if point.accuracy else None
-
-
 def reference(report: Report, device: str) -> Point | None:
     """What others on `device` are compared with: gristmill's own point with unrounded weights."""
     own = [p for p in good(report) if p.device == device and not is_peer(p)]
@@ -82,24 +81,33 @@ def reference(report: Report, device: str) -> Point | None:
 
 
 def picks(report: Report) -> list[Pick]:
-    """On each device the fastest and the smallest of gristmill's points that keep PROMISE."""
+    """On each device the fastest and the smallest of gristmill's rounded points that keep PROMISE.
+
+    Of equally small ones the one that diverges least; one point that is both comes once.
+    """
     found: list[Pick] = []
     for device in devices(report):
-        keep = [
-            point
-            for point in good(report)
-            if point.device == device and not is_peer(point) and (increase(point) or 0.0) <= PROMISE
-            if point.accuracy and point.weights not in FLOATS
-        ]
-        fast = [p for p in keep if decode_speed(report, p)]
-        small = [p for p in keep if p.memory]
-        if fast:
-            found.append(Pick(max(fast, key=lambda p: decode_speed(report, p) or 0.0), "fastest"))
-        if small and len(keep) > 1:
-            found.append(
-                Pick(min(small, key=lambda p: p.memory.artifact_bytes if p.memory else 0), "smallest")
-            )
+        keep = [p for p in good(report) if p.device == device and keeps_promise(p)]
+        speeds = {p.id: decode_speed(report, p) or 0.0 for p in keep}
+        fast = max((p for p in keep if speeds[p.id]), key=lambda p: speeds[p.id], default=None)
+        sizes = {p.id: p.memory.artifact_bytes for p in keep if p.memory}
+        small = min((p for p in keep if p.id in sizes), key=lambda p: (sizes[p.id], _kl(p)), default=None)
+        if fast and fast is small:
+            found.append(Pick(fast, "fastest and smallest"))
+        else:
+            found += [Pick(p, why) for p, why in ((fast, "fastest"), (small, "smallest")) if p]
     return found
+
+
+def _kl(point: Point) -> float:
+    return point.accuracy.kl.estimate if point.accuracy else math.inf
+
+
+def keeps_promise(point: Point) -> bool:
+    """Whether one of gristmill's rounded points keeps PROMISE with its whole interval, as the gate asks."""
+    if is_peer(point) or point.weights in FLOATS or point.accuracy is None:
+        return False
+    return point.accuracy.ppl_increase.high <= PROMISE
 
 
 def is_dominated(report: Report, point: Point, by: str) -> bool:

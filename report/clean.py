@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from gristmill.report.schema import Point, WorstToken
 
 SHOWN = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
+LONGEST_LABEL = 60
 _KEPT = {"\n", "\t"}  # harmless in running text
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # controls, direction marks, surrogates, unassigned
 
@@ -13,6 +18,24 @@ _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # controls, direction mark
 def clean(text: str) -> str:
     """Controls and marks that change how other text looks become their code: ESC is "‹U+001B›"."""
     return "".join(c if c in _KEPT or unicodedata.category(c) not in _HIDDEN else _code(c) for c in text)
+
+
+def tidy(value: Any) -> Any:
+    """A report whose texts can be shown anywhere: clean and on one line, labels not too long.
+
+    The texts around worst tokens keep their white space: it is what they are shown for.
+    """
+    if isinstance(value, str):
+        return " ".join(clean(value).split())
+    if isinstance(value, tuple):
+        return tuple(tidy(item) for item in value)
+    if isinstance(value, dict):
+        return {tidy(key): tidy(item) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, (type, WorstToken)):
+        value = replace(value, **{f.name: tidy(getattr(value, f.name)) for f in fields(value)})
+    if isinstance(value, Point) and len(value.label) > LONGEST_LABEL:
+        value = replace(value, label=value.label[: LONGEST_LABEL - 1] + "…")
+    return value
 
 
 def visible(text: str) -> str:

@@ -6,7 +6,7 @@ from gristmill.report import choose
 from gristmill.report.clean import context, visible
 from gristmill.report.schema import Point, Report, WorstToken
 from gristmill.report.summary import source
-from gristmill.report.tables import Block, Code, Column, Group, Number, Row, Table, Text, cell, say, slug
+from gristmill.report.tables import Block, Code, Column, Group, Number, Row, Table, cell, say, slug
 
 CONTEXT = 60  # characters of a worst token's text before it
 
@@ -34,15 +34,14 @@ def _worst_group(report: Report, point: Point, is_open: bool) -> Group:
     )
     table = Table(
         f"worst-{slug(point.id)}",
-        f"Tokens that diverge most, {point.label}",
+        "Tokens whose prediction diverges most from the float model's",
         columns,
         tuple(_worst_row(w) for w in worst),
         source(report, point.command, point.device),
     )
-    title = say(
-        "{} on {}: worst {} nats", point.label, point.device, Number(max(w.kl for w in worst), "nats")
-    )
-    return Group(f"worst-{slug(point.id)}-group", title, (table,), is_open)
+    title = say("Worst tokens of {} on {}", point.label, point.device)
+    aside = say("worst {} nats", Number(max(w.kl for w in worst), "nats"))
+    return Group(f"worst-{slug(point.id)}-group", title, aside, (table,), is_open)
 
 
 def _worst_row(w: WorstToken) -> Row:
@@ -53,8 +52,8 @@ def _worst_row(w: WorstToken) -> Row:
             cell(w.position),
             cell(Code(context(before), "before")),
             cell(Code(visible(w.token), "mark")),
-            cell(Code(visible(w.reference_choice))),
-            cell(Code(visible(w.choice))),
+            cell(Code(visible(w.reference_choice), "token")),
+            cell(Code(visible(w.choice), "token")),
             cell(w.reference_probability, "probability"),
             cell(w.probability, "probability"),
         )
@@ -178,4 +177,5 @@ def speeds(report: Report) -> tuple[Block, ...]:
     if not rows:
         return ()
     table = Table("speeds", "All timed forwards", columns, rows, source(report))
-    return (Group("speeds-group", Text(("All timed forwards",)), (table,)),)
+    count = say("{} of them", Number(len(rows), "count"))
+    return (Group("speeds-group", say("All timed forwards"), count, (table,)),)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.report import choose, details, storage, summary, why
-from gristmill.report.clean import clean
+from gristmill.report.clean import clean, tidy
 from gristmill.report.pictures import curves, latency, layers, memory, pareto, positions, roofline
 from gristmill.report.pictures.sketch import Sketch
 from gristmill.report.plots import draw, require_matplotlib
@@ -32,6 +32,7 @@ from gristmill.report.tables import (
     Small,
     Text,
     blocks_in,
+    slug,
     texts_of,
 )
 
@@ -41,6 +42,9 @@ DATA = Path(__file__).parent / "data"
 
 @dataclass(frozen=True)
 class Page:
+    """report: as it is stored, with all that the page works out."""
+
+    title: str
     report: Report
     facts: list[tuple[str, Text]]
     cards: tuple[Card, ...]
@@ -74,7 +78,8 @@ def html_of(page: Page) -> str:
 def build_page(report: Report) -> Page:
     """All that the page shows; its report holds every number of it."""
     report = replace(report, readings={}, derived={})
-    page = Page(report, summary.facts(report), summary.cards(report), _sections(report))
+    shown: Report = tidy(report)
+    page = Page(shown.title, report, summary.facts(shown), summary.cards(shown), _sections(shown))
     return replace(page, report=replace(report, readings=_readings(page), derived=_derived(page)))
 
 
@@ -83,7 +88,12 @@ def _sections(report: Report) -> tuple[Section, ...]:
         return tuple(_draw(report, sketch) for some in sketches for sketch in some)
 
     found = (
-        Section("summary", "All points", "What each choice costs and gains.", (summary.table(report),)),
+        Section(
+            "summary",
+            "All points",
+            "What each choice costs and gains.",
+            (summary.table(report), *summary.gaps(report)),
+        ),
         Section(
             "pareto",
             "Accuracy against cost",
@@ -137,13 +147,14 @@ def _speed_sketches(report: Report) -> list[list[Sketch]]:
 
 
 def _draw(report: Report, sketch: Sketch) -> Picture:
-    said = str(sketch.reading)
+    id, said = slug(sketch.id), str(sketch.reading)
     wide, narrow = (
-        draw(f"{sketch.id}-{name}", size, name == "narrow", clean(sketch.title), clean(said), sketch.paint)
+        draw(f"{id}-{name}", size, name == "narrow", sketch.title, said, sketch.paint)
         for name, size in (("wide", sketch.wide), ("narrow", sketch.narrow))
     )
     source = summary.source(report, sketch.command, sketch.device)
-    return Picture(sketch.id, sketch.title, sketch.reading, sketch.data, source, wide, narrow, sketch.half)
+    data = replace(sketch.data, id=f"{id}-data")
+    return Picture(id, sketch.title, sketch.reading, data, source, wide, narrow, sketch.half)
 
 
 def _all_texts(page: Page) -> Iterator[tuple[str, Text]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ COLOURS = {
         ("ink", "muted", "grid", "paper", "blue", "sky", "orange", "green", "red", "purple", "shade"), 16
     )
 }
+_NAMES = {value: name for name, value in COLOURS.items()}
 FONT = 12.0  # user units; a wide picture is shown at about one CSS pixel per unit
 _SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -89,12 +91,28 @@ class Drawing:
         axes.set_xlabel(x, color=COLOURS["ink"], fontsize=FONT)
         axes.set_title(y, color=COLOURS["ink"], fontsize=FONT, loc="left")
 
+    def fit(self, text: str, besides: float = 0.0) -> str:
+        """`text`, cut where it is longer than the picture is wide. besides: units that are taken."""
+        most = max(8, int((self.width - besides) / (0.6 * FONT)))
+        return text if len(text) <= most else f"{text[: most - 1]}…"
+
     def tip(self, artist: Artist, text: str) -> None:
         """Shows `text` where the pointer rests on `artist`; small screens have no pointer."""
         if not self.narrow:
             gid = f"tip{len(self.tips)}"
             artist.set_gid(gid)
+            artist.set_in_layout(False)  # one box less for the layout to measure
             self.tips[gid] = text
+
+    def spread(self, inches: float) -> None:
+        """More room above and below each axes."""
+        engine: Any = self.figure.get_layout_engine()
+        engine.set(h_pad=inches)
+
+    def settle(self) -> None:
+        """Lays the figure out for good: what is added from here on changes no sizes."""
+        self.figure.draw_without_rendering()
+        self.figure.set_layout_engine("none")
 
     def legend(self, axes: Axes, columns: int | None = None) -> None:
         """Below the figure, in as many columns as the width gives."""
@@ -104,6 +122,7 @@ class Drawing:
     def legend_of(self, handles: Sequence[Any], labels: Sequence[str], columns: int | None = None) -> None:
         if not labels:
             return
+        labels = [self.fit(label, 60) for label in labels]
         per_label = 44 + FONT * 0.6 * max(len(label) for label in labels)
         columns = columns or max(1, min(len(labels), int(self.width // per_label)))
         self.figure.legend(
@@ -133,7 +152,10 @@ def draw(
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_SETTINGS):
+    settings: Any = _SETTINGS  # their names are a type of matplotlib's own
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the page's font writes it
+
         figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72, layout="constrained")
         figure.patch.set_visible(False)
         drawing = Drawing(name, *size, narrow, figure)
@@ -148,12 +170,15 @@ def _for_the_page(svg: str, drawing: Drawing, title: str, text: str) -> str:
     ET.register_namespace("", SVG)
     ET.register_namespace("xlink", XLINK)
     root = ET.fromstring(svg)
-    for child in list(root):
-        if child.tag.endswith("metadata"):
+    for child in list(root):  # a style in there would hold for the whole page: page.css says it for pictures
+        if child.tag == f"{{{SVG}}}metadata" or child.find(f"{{{SVG}}}style") is not None:
             root.remove(child)
-    for element in root.iter():
-        _own_names(element, drawing.name)
-        if tip := drawing.tips.get(element.get("id", "").removeprefix(f"{drawing.name}-")):
+    used = set(re.findall(r"#([\w-]+)", svg))
+    for element in list(root.iter()):
+        tip = drawing.tips.get(element.get("id", ""))
+        _own_names(element, drawing.name, used)
+        _restyle(element)
+        if tip:
             note = ET.Element(f"{{{SVG}}}title")
             note.text = tip
             element.insert(0, note)
@@ -166,25 +191,40 @@ def _for_the_page(svg: str, drawing: Drawing, title: str, text: str) -> str:
         element = ET.Element(f"{{{SVG}}}{tag}", {"id": f"{drawing.name}-{tag}"})
         element.text = content
         root.insert(i, element)
-    return _in_css(ET.tostring(root, encoding="unicode"))
+    return ET.tostring(root, encoding="unicode")
 
 
-def _own_names(element: ET.Element, prefix: str) -> None:
-    """ids of one picture differ from those of the others."""
+def _own_names(element: ET.Element, prefix: str, used: set[str]) -> None:
+    """ids of one picture differ from those of the others; those that nothing uses go."""
     for key, value in list(element.attrib.items()):
         if key == "id":
-            element.set(key, f"{prefix}-{value}")
+            if value in used:
+                element.set(key, f"{prefix}-{value}")
+            else:
+                del element.attrib[key]
         elif key == f"{{{XLINK}}}href" and value.startswith("#"):
             element.set(key, f"#{prefix}-{value[1:]}")
         elif "url(#" in value:
             element.set(key, value.replace("url(#", f"url(#{prefix}-"))
 
 
-def _in_css(svg: str) -> str:
-    names = {value: name for name, value in COLOURS.items()}
-    svg = re.sub(r"#0102[0-9a-f]{2}", lambda m: f"var(--{names[m[0]]})", svg)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    return re.sub(r"\n\s*", "\n", svg)
+def _restyle(element: ET.Element) -> None:
+    """Stand-in colours to CSS variables, fonts to the page's, coordinates to hundredths; no texts."""
+    if style := element.get("style"):
+        style = re.sub(r"#0102[0-9a-f]{2}", lambda m: f"var(--{_NAMES[m[0]]})", style)
+        element.set("style", re.sub(r"font: ([\d.]+)px [^;]*|font-family: [^;]*;? ?", _font_size, style))
+    for key in ("d", "transform", "x", "y", "width", "height"):
+        if value := element.get(key):
+            short = re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}".rstrip("0").rstrip("."), value)
+            element.set(key, " ".join(short.split()))
+    element.tail = None
+    if len(element):
+        element.text = None
+
+
+def _font_size(found: re.Match[str]) -> str:
+    """Of the shorthand `font` its size, of `font-family` nothing."""
+    return f"font-size: {found[1]}px" if found[1] else ""
 
 
 def marker_style(style: Style, hollow: bool = False) -> dict[str, Any]:

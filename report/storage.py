@@ -11,14 +11,13 @@ import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from gristmill.report.schema import FORMAT, Report
 from gristmill.runtime.errors import GristmillError
 
 JSON_NAME = "report.json"
 _ODD = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # JSON has no such numbers
-T = TypeVar("T")
 
 
 def to_json(report: Report) -> str:
@@ -35,7 +34,8 @@ def from_json(text: str, name: str = JSON_NAME) -> Report:
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         got = value.get("format") if isinstance(value, dict) else type(value).__name__
         raise GristmillError(f"{name} has format {got!r}, this version reads {FORMAT}; measure again")
-    return _read(value, Report, name)
+    report: Report = _read(value, Report, name)
+    return report
 
 
 def read_report(path: str | Path) -> Report:
@@ -85,15 +85,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return next(name for name, odd in _ODD.items() if odd == value or (odd != odd and value != value))
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
     return value
 
 
-def _read(value: Any, kind: type[T], where: str) -> T:
-    """The dataclass `kind` from a JSON object."""
+def _read(value: Any, kind: Any, where: str) -> Any:
+    """An instance of the dataclass `kind` from a JSON object."""
     if not isinstance(value, dict):
         raise _wrong(where, value, "an object")
-    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    known = {f.name: f for f in fields(kind)}
     unknown = sorted(set(value) - set(known))
     if unknown:
         raise GristmillError(f"{where} has the unknown key {unknown[0]!r}; expected {', '.join(known)}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from gristmill.report import choose
 from gristmill.report.schema import Accuracy, Point, Report
 from gristmill.report.tables import (
+    Block,
     Card,
     Code,
     Column,
     Number,
-    Part,
     Row,
     Small,
     Source,
@@ -23,11 +23,11 @@ from gristmill.report.tables import (
 
 
 def source(report: Report, command: str = "", device: str = "") -> Source:
-    """What repeats a figure, and where and when it was measured."""
-    machine = report.machines.get(device) or next(iter(report.machines.values()), None)
-    where = [f"{machine.name}, {machine.threads} threads"] if machine else []
+    """What repeats a figure, and where and when it was measured; no device: on all of them."""
+    machines = [report.machines[device]] if device in report.machines else list(report.machines.values())
+    where = [f"{m.name}, {m.threads} threads" if m.threads > 1 else m.name for m in machines]
     where += [" ".join(item) for item in report.versions.items() if item[0] == "gristmill"]
-    return Source(command or report.command, " · ".join([*where, report.created[:10]]))
+    return Source(command or report.command, (*where, report.created[:10]))
 
 
 def facts(report: Report) -> list[tuple[str, Text]]:
@@ -62,6 +62,7 @@ def facts(report: Report) -> list[tuple[str, Text]]:
             say("{}{}", report.created.replace("T", " ").replace("+00:00", " UTC"), _duration(report)),
         )
     )
+    rows += [("Remarks", cell("; ".join(report.remarks)))] if report.remarks else []
     rows.append(("Repeat", cell(Code(report.command))))
     return rows
 
@@ -78,11 +79,12 @@ def _texts(report: Report) -> list[Text]:
             found.setdefault((point.accuracy.text, point.accuracy.text_sha256), point.accuracy)
     return [
         say(
-            "{} (sha256 {}), {} tokens in windows of {}",
+            "{} (sha256 {}), {} tokens in windows of {}{}",
             a.text,
             a.text_sha256[:12],
             Number(a.tokens, "count"),
             Number(a.window, "count"),
+            say(", beside {}", a.reference) if a.reference else say(""),
         )
         for a in found.values()
     ]
@@ -96,7 +98,7 @@ def promise() -> Number:
 def cards(report: Report) -> tuple[Card, ...]:
     """What to take: a card for each pick, or one that says that there is none."""
     found = tuple(_card(report, pick) for pick in choose.picks(report))
-    none = say("No rounded point was measured to keep perplexity within {} of the float model's.", promise())
+    none = say("No rounded point was sure to keep perplexity within +{} of the float model's.", promise())
     return found or (Card(say("Best"), "none", (none,)),)
 
 
@@ -112,7 +114,7 @@ def _card(report: Report, pick: choose.Pick) -> Card:
         facts.append(say("{} on disk", Number(point.memory.artifact_bytes, "bytes")))
     if point.accuracy:
         facts.append(say("perplexity {}", _interval(point.accuracy)))
-    title = say("{} on {} within {} of perplexity", pick.why.capitalize(), point.device, promise())
+    title = say("{} on {} within +{} perplexity", pick.why.capitalize(), point.device, promise())
     return Card(title, point.label, tuple(facts))
 
 
@@ -125,11 +127,10 @@ _COLUMNS = (
     Column("prefill", "tok/s"),
     Column("first token", "time to it"),
     Column("perplexity", "against float, 95 %"),
-    Column("KL", "nats per token, mean"),
+    Column("KL", "nats, mean"),
     Column("KL p99", "nats"),
-    Column("top 1", "the same token"),
-    Column("top 5", "float's among them"),
-    Column("load", "time"),
+    Column("top 1", "the same"),
+    Column("top 5", "among them"),
     Column("peak memory", "of the process"),
 )
 
@@ -144,34 +145,39 @@ def table(report: Report) -> Table:
     decode, prefill = choose.decode_shape(report), choose.prefill_shape(report)
     columns = list(_COLUMNS)
     if decode:
-        columns[4] = Column("decode", f"tok/s at {decode.context:,} of context")
+        columns[4] = Column("decode", f"tok/s after {decode.context:,}")
     if prefill:
-        columns[5] = Column("prefill", f"tok/s, {prefill.rows:,} tokens")
+        columns[5] = Column("prefill", f"tok/s of {prefill.rows:,}")
     return Table(
         "summary-table",
-        "All points",
+        "Size, speed and accuracy",
         tuple(columns),
         rows,
         source(report),
-        say("Every column sorts. Dominated: another is at least as accurate and as fast (or as small)."),
+        say(
+            "Every column sorts. Dominated: another is at least as accurate and as fast or as small (both, "
+            "where not said)."
+        ),
     )
 
 
 def _row(report: Report, point: Point, best: list[str]) -> Row:
-    tags: list[Part] = [Tag(why, "good") for why in best]
+    tags = [Tag(why, "good") for why in best]
     lost = [by for by in ("speed", "size") if choose.is_dominated(report, point, by)]
     if lost:
-        tags.append(Tag(f"dominated in {' and '.join(lost)}", "plain"))
+        tags.append(Tag("dominated" if len(lost) > 1 else f"dominated in {lost[0]}", "plain"))
     if point.status != "ok":
-        tags += [Tag("failed", "bad"), Small(Text((point.reason or "no reason was given",)))]
-    label = Text(tuple(part for tag in tags for part in ((" ", tag) if isinstance(tag, Tag) else (tag,))))
-    first = say("{}{}", point.label, label)
+        tags.append(Tag("failed", "bad"))
+    first = Text((point.label, *(part for tag in tags for part in (" ", tag))))
     marks = (
         *(["failed"] if point.status != "ok" else []),
-        *(["dominated"] if lost else []),
+        *(["dominated"] if len(lost) > 1 else []),
         *(["pick"] if best else []),
     )
-    return Row((first, cell(point.device), *_figures(report, point)), marks)
+    figures = (
+        _figures(report, point) if point.status == "ok" else [cell(point.reason or "no reason was given")]
+    )
+    return Row((first, cell(point.device), *figures), marks)
 
 
 def _figures(report: Report, point: Point) -> list[Text]:
@@ -188,7 +194,6 @@ def _figures(report: Report, point: Point) -> list[Text]:
         cell(a.kl_p99 if a else None, "nats"),
         cell(a.top1_agreement if a else None, "share"),
         cell(a.top5_agreement if a else None, "share"),
-        cell(point.load_seconds, "seconds"),
         cell(m.peak_bytes if m else None, "bytes"),
     ]
 
@@ -201,6 +206,15 @@ def _interval(accuracy: Accuracy | None) -> Text:
     return say("{}{}", Number(i.estimate, "increase"), Small(say("{} to {}", low, high)))
 
 
+def gaps(report: Report) -> tuple[Block, ...]:
+    """What could not be measured of points that are otherwise good."""
+    rows = tuple(
+        Row((cell(p.label), cell(p.device), cell(p.reason))) for p in choose.good(report) if p.reason
+    )
+    columns = tuple(Column(name, numeric=False) for name in ("point", "device", "not measured, and why"))
+    return (Table("gaps", "What was not measured", columns, rows, source(report)),) if rows else ()
+
+
 def commands(report: Report) -> Table:
     """What repeats each point alone."""
     rows = tuple(
@@ -210,15 +224,15 @@ def commands(report: Report) -> Table:
                 cell(p.device),
                 cell(p.runtime),
                 cell(p.content_id[:16] or None),
+                cell(Code(p.compile_command) if p.compile_command else None),
                 cell(Code(p.command) if p.command else None),
             )
         )
         for p in report.points
     )
-    columns = tuple(
-        Column(name, numeric=False) for name in ("point", "device", "runtime", "content", "command")
-    )
-    return Table("commands", "The command of each point", columns, rows, source(report))
+    names = ("point", "device", "runtime", "content", "made by", "measured by")
+    columns = tuple(Column(name, numeric=False) for name in names)
+    return Table("commands", "The commands of each point", columns, rows, source(report))
 
 
 _TERMS = (
@@ -232,8 +246,12 @@ _TERMS = (
         "how far the distribution of the next token is from the float model's, nats per token; 0: the same",
     ),
     (
+        "fastest, smallest",
+        "of the rounded points whose increase of perplexity stays within 1 % with its whole interval",
+    ),
+    (
         "dominated",
-        "another point on the same device is at least as accurate and at least as fast (or as small), and "
+        "another point on the same device diverges no more and is at least as fast (or as small), and "
         "better in one of both: there is no reason to take it",
     ),
     (

@@ -26,6 +26,11 @@ class Number:
     def __str__(self) -> str:
         return units.text(self.value, self.unit)
 
+    @property
+    def exact(self) -> str:
+        """As a program reads it."""
+        return repr(self.value).replace("inf", "Infinity").replace("nan", "NaN")
+
 
 @dataclass(frozen=True)
 class Tag:
@@ -41,7 +46,8 @@ class Tag:
 
 @dataclass(frozen=True)
 class Code:
-    """Text that is shown as it stands: commands and tokens. tone: "mark" sets it off."""
+    """Text that is shown as it stands: commands and tokens. tone: before, token, mark (sets it off);
+    a command has none."""
 
     text: str
     tone: str = ""
@@ -67,10 +73,9 @@ Part = str | Number | Tag | Code | Small
 
 @dataclass(frozen=True)
 class Text:
-    """Parts in a row. sort: what a column sorts by, else the first number, else the text."""
+    """Parts in a row."""
 
     parts: tuple[Part, ...]
-    sort: float | str | None = None
 
     @property
     def numbers(self) -> tuple[Number, ...]:
@@ -83,14 +88,6 @@ class Text:
 
     def __str__(self) -> str:
         return "".join(str(part) for part in self.parts)
-
-    @property
-    def sort_key(self) -> float | str | None:
-        """None sorts last."""
-        if self.sort is not None:
-            return self.sort
-        first = next((part.value for part in self.parts if isinstance(part, Number)), None)
-        return first if first is not None else (None if str(self) == units.MISSING else str(self))
 
 
 def say(pattern: str, *parts: Part | Text) -> Text:
@@ -133,7 +130,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """marks: dominated, failed, pick."""
+    """marks: dominated, failed, pick. The last of fewer cells than columns spans the rest."""
 
     cells: tuple[Text, ...]
     marks: tuple[str, ...] = ()
@@ -141,10 +138,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Source:
-    """Where figures come from: the command that repeats them, the machine, versions, the date."""
+    """Where figures come from: the command that repeats them; the machine, versions, the date."""
 
     command: str
-    where: str
+    where: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -159,7 +156,7 @@ class Table:
 
     def __post_init__(self) -> None:
         for row in self.rows:
-            assert len(row.cells) == len(self.columns), f"{self.id}: {len(row.cells)} cells"
+            assert 0 < len(row.cells) <= len(self.columns), f"{self.id}: {len(row.cells)} cells"
 
 
 @dataclass(frozen=True)
@@ -185,10 +182,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Group:
-    """Blocks under a heading that folds. source: of all tables in it."""
+    """Blocks under a heading that folds. aside: beside it; source: of all tables in it."""
 
     id: str
     title: Text
+    aside: Text
     blocks: tuple[Block, ...]
     open: bool = False
     source: Source | None = None
@@ -241,6 +239,7 @@ def texts_of(block: Block) -> Iterator[tuple[str, Text]]:
         yield "heading", block.text
     elif isinstance(block, Group):
         yield block.id, block.title
+        yield block.id, block.aside
     elif isinstance(block, Picture):
         yield f"{block.id}/reading", block.reading
         yield from texts_of(block.data)

@@ -36,8 +36,10 @@ def verdict(name: Bottleneck) -> Tag:
 
 
 def _phases(report: Report, points: list[Point]) -> Table:
+    split = any(why.communication is not None for point in points for why in point.why)
     columns = (
         Column("point", numeric=False),
+        Column("device", numeric=False),
         Column("phase", numeric=False),
         Column("rows"),
         Column("context"),
@@ -46,21 +48,20 @@ def _phases(report: Report, points: list[Point]) -> Table:
         Column("model"),
         Column("error", "of the model"),
         Column("overhead"),
-        Column("communication"),
+        *([Column("communication")] if split else []),
         Column("verdict", numeric=False),
         Column("next remedy", "predicted gain", numeric=False),
     )
-    rows = tuple(
-        _phase_row(point, why, len(choose.devices(report)) > 1) for point in points for why in point.why
-    )
+    rows = tuple(_phase_row(point, why, split) for point in points for why in point.why)
     return Table("why-phases", "Phases and their verdicts", columns, rows, source(report))
 
 
-def _phase_row(point: Point, why: PhaseWhy, several: bool) -> Row:
+def _phase_row(point: Point, why: PhaseWhy, split: bool) -> Row:
     best = max(why.remedies, key=lambda r: r.gain, default=None)
     return Row(
         (
-            say("{} on {}", point.label, point.device) if several else cell(point.label),
+            cell(point.label),
+            cell(point.device),
             cell(why.name),
             cell(why.rows),
             cell(why.context),
@@ -69,7 +70,7 @@ def _phase_row(point: Point, why: PhaseWhy, several: bool) -> Row:
             cell(why.modelled, "seconds"),
             cell(why.error, "increase"),
             cell(why.overhead, "seconds"),
-            cell(why.communication, "seconds"),
+            *([cell(why.communication, "seconds")] if split else []),
             cell(verdict(why.verdict)),
             say("{} {}", best.name, Number(best.gain, "factor")) if best else cell(None),
         )
@@ -79,13 +80,26 @@ def _phase_row(point: Point, why: PhaseWhy, several: bool) -> Row:
 def _group(report: Report, point: Point, is_open: bool) -> Group:
     inside: list[Block] = []
     for i, why in enumerate(point.why):
-        inside.append(Heading(say("{} {}", why.name, verdict(why.verdict)), cell(why.reason)))
+        inside.append(Heading(say("{} {}", why.name, verdict(why.verdict)), _reason(why)))
         inside.append(_kinds(point, why, i))
         inside += _remedies(point, why, i)
     verdicts = join([say("{} {}", why.name, verdict(why.verdict)) for why in point.why], " · ")
-    title = say("{} on {}: {}", point.label, point.device, verdicts)
+    title = say("{} on {}", point.label, point.device)
     where = source(report, point.command, point.device)
-    return Group(f"why-{slug(point.id)}", title, tuple(inside), is_open, where)
+    return Group(f"why-{slug(point.id)}", title, verdicts, tuple(inside), is_open, where)
+
+
+def _reason(why: PhaseWhy) -> Text:
+    """With the roofs that the phase was held to, where they were measured for it."""
+    if not why.read_bytes_s:
+        return cell(why.reason)
+    return say(
+        "{}. Held to a read stream of {}, float products {}, integer products {}.",
+        why.reason.rstrip("."),
+        Number(why.read_bytes_s, "bytes/s"),
+        Number(why.float_ops_s, "ops/s"),
+        Number(why.integer_ops_s, "ops/s"),
+    )
 
 
 def _kinds(point: Point, why: PhaseWhy, number: int) -> Table:
@@ -101,13 +115,13 @@ def _kinds(point: Point, why: PhaseWhy, number: int) -> Table:
         Column("attained", "bytes"),
         Column("memory", "least time"),
         Column("compute", "least time"),
-        Column("roof", "share reached"),
+        Column("roof", "reached"),
         Column("overhead"),
         Column("error", "of the model"),
         Column("verdict", numeric=False),
     )
     rows = tuple(_kind_row(kind, why) for kind in why.kinds)
-    return Table(f"why-{slug(point.id)}-{number}", f"{why.name}: kinds of instructions", columns, rows)
+    return Table(f"why-{slug(point.id)}-{number}", "Kinds of instructions", columns, rows)
 
 
 def _kind_row(kind: KindVerdict, why: PhaseWhy) -> Row:
@@ -128,7 +142,7 @@ def _kind_row(kind: KindVerdict, why: PhaseWhy) -> Row:
             cell(kind.roof_share, "share"),
             cell(kind.overhead, "seconds"),
             cell(kind.error, "increase"),
-            cell(verdict(kind.verdict)),
+            cell(Tag(kind.verdict, kind.verdict)),
         )
     )
 
@@ -143,8 +157,11 @@ def _remedies(point: Point, why: PhaseWhy, number: int) -> list[Block]:
         Column("predicted gain"),
         Column("computed by", numeric=False),
     )
-    caption = f"{why.name}: what would help next"
-    return [Table(f"why-{slug(point.id)}-{number}-next", caption, columns, tuple(rows))] if rows else []
+    return (
+        [Table(f"why-{slug(point.id)}-{number}-next", "What would help next", columns, tuple(rows))]
+        if rows
+        else []
+    )
 
 
 def _remedy_row(of: str, remedy: Remedy) -> Row:

@@ -7,8 +7,14 @@ for (const table of document.querySelectorAll("table")) {
       const down = head.getAttribute("aria-sort") === "ascending";
       for (const other of heads) other.removeAttribute("aria-sort");
       head.setAttribute("aria-sort", down ? "descending" : "ascending");
-      const key = (row) => row.cells[column].dataset.sort;
       const numeric = head.classList.contains("n");
+      const key = (row) => {
+        const cell = row.cells[column];
+        if (!cell || cell.colSpan > 1) return undefined;
+        const value = cell.querySelector("data")?.value;
+        if (numeric) return value === "NaN" ? undefined : value;
+        return cell.textContent === "–" ? undefined : cell.textContent;
+      };
       const rows = [...table.tBodies[0].rows].sort((a, b) => {
         const [x, y] = [key(a), key(b)];
         if (x === undefined || y === undefined) return (x === undefined) - (y === undefined);

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from gristmill.report import choose, units
 from gristmill.report.pictures.sketch import Sketch, logarithmic, plain_ticks, short, trimmed
@@ -65,7 +67,9 @@ def _lines(
     """Lines of at least two places."""
     lines = []
     for point in points:
-        found = sorted({x(s): s.tokens_s for s in point.speed if wanted(s)}.items())
+        found = sorted(
+            {x(s): s.tokens_s for s in point.speed if wanted(s) and 0 < s.tokens_s < math.inf}.items()
+        )
         if len(found) > 1:
             lines.append(Line(point, tuple(k for k, _ in found), tuple(v for _, v in found)))
     return lines
@@ -127,8 +131,6 @@ def _paint(drawing: Drawing, kind: Kind, lines: list[Line], styles: dict[str, ch
 
 def _apart(xs: list[int], drawing: Drawing) -> list[int]:
     """As many of the places as have room for their numbers on a logarithmic axis."""
-    import math
-
     room = (drawing.width - 70) / max(1e-9, math.log(xs[-1] / xs[0])) if xs[-1] > xs[0] else 1.0
     kept = [xs[-1]]
     for x in reversed(xs[:-1]):
@@ -203,6 +205,7 @@ def growth_sketches(report: Report) -> list[Sketch]:
         lines = [
             Line(point, tuple(g.rows for g in why.growth), tuple(g.seconds for g in why.growth))
             for point, why in first.values()
+            if all(0 < g.seconds < math.inf for g in why.growth)
         ]
         if lines:
             name = next(iter(first.values()))[1].name
@@ -212,7 +215,7 @@ def growth_sketches(report: Report) -> list[Sketch]:
                 "rows in one forward",
                 "seconds",
                 "seconds",
-                lambda lines, first=first: _read_growth(lines, first),
+                partial(_read_growth, whys=first),
                 logarithmic=True,
             )
             found.append(line_sketch(report, kind, lines, device))

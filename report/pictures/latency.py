@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from gristmill.report import choose, units
-from gristmill.report.pictures.sketch import Sketch
-from gristmill.report.plots import COLOURS, Drawing, marker_style
+from gristmill.report.pictures.sketch import Sketch, plain_ticks
+from gristmill.report.plots import COLOURS, FONT, Drawing, marker_style
 from gristmill.report.schema import Latency, Point, Report
 from gristmill.report.tables import Column, Number, Row, Table, cell, say
 
@@ -12,10 +14,16 @@ from gristmill.report.tables import Column, Number, Row, Table, cell, say
 def sketches(report: Report) -> list[Sketch]:
     found = []
     for device in choose.devices(report):
-        waits = [(p, p.latency) for p in choose.good(report) if p.device == device and p.latency]
+        points = [point for point in choose.good(report) if point.device == device]
+        waits = [(p, p.latency) for p in points if p.latency and _can_be_drawn(p.latency)]
         if waits:
             found.append(_sketch(report, device, waits))
     return found
+
+
+def _can_be_drawn(wait: Latency) -> bool:
+    times = (wait.inter_token_p50, wait.inter_token_p95, wait.inter_token_p99)
+    return all(0 < time < math.inf for time in times)
 
 
 def _sketch(report: Report, device: str, waits: list[tuple[Point, Latency]]) -> Sketch:
@@ -26,9 +34,9 @@ def _sketch(report: Report, device: str, waits: list[tuple[Point, Latency]]) -> 
     if len(waits) > 1:
         reading = say("{}, {} every {}", reading, worst[0].label, Number(worst[1].inter_token_p50, "seconds"))
     reading = say(
-        "{}; {} has the longest tail, p99 is {} its median.",
+        "{}; {}p99 is {} its median.",
         reading,
-        wide[0].label if len(waits) > 1 else "it",
+        say("{} has the longest tail: ", wide[0].label) if len(waits) > 1 else say(""),
         Number(wide[1].inter_token_p99 / wide[1].inter_token_p50, "factor"),
     )
     columns = (
@@ -52,7 +60,7 @@ def _sketch(report: Report, device: str, waits: list[tuple[Point, Latency]]) -> 
         )
         for p, w in waits
     )
-    height = 90.0 + 26 * len(waits)
+    height = 80.0 + 36 * len(waits)
     return Sketch(
         id=f"latency-{device}",
         title=f"Time between tokens, {device}",
@@ -83,8 +91,17 @@ def _paint(drawing: Drawing, waits: list[tuple[Point, Latency]], styles: dict[st
             f"p95 {units.text(wait.inter_token_p95, 'seconds')}, "
             f"p99 {units.text(wait.inter_token_p99, 'seconds')}",
         )
-    axes.set_yticks(range(len(waits)), [point.label for point, _ in waits])
-    axes.set_ylim(len(waits) - 0.5, -0.5)
+        axes.annotate(
+            drawing.fit(point.label, 40),
+            (0, row),
+            (4, 8),
+            textcoords="offset points",
+            fontsize=FONT - 1,
+            color=COLOURS["ink"],
+        )
+    axes.set_yticks([])
+    axes.set_ylim(len(waits) - 0.4, -0.9)
     axes.set_xlim(0, None)
-    axes.grid(False, axis="y")
+    axes.spines["left"].set_visible(False)
+    plain_ticks(axes, "x")
     drawing.label(axes, "milliseconds; mark: p50, bars: p95, p99", "")

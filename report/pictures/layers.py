@@ -28,7 +28,7 @@ def sketches(report: Report) -> list[Sketch]:
     if not distinct:
         return []
     shown = distinct[:STRIPS]
-    height = 104.0 + sum(17.0 * len(_parts(point)) + 26.0 for point in shown)
+    height = 110.0 + sum(17.0 * len(_parts(point)) + 32.0 for point in shown)
     return [
         Sketch(
             id="layers",
@@ -103,6 +103,7 @@ def _reading(points: list[Point]) -> Text:
 
 def _paint(drawing: Drawing, points: list[Point]) -> None:
     colour, low, high = _colours(points)
+    drawing.spread(0.09)
     ratios = [len(_parts(p)) for p in points]
     grid = drawing.figure.add_gridspec(len(points) + 1, 1, height_ratios=[*ratios, 0.8])
     for i, point in enumerate(points):
@@ -146,7 +147,7 @@ def _strip(drawing: Drawing, axes: Axes, point: Point, colour: Callable[[float],
     step = max(1, math.ceil(len(layers) / (8 if drawing.narrow else 24)))
     ticks = [(i + 0.5, f"{x}") for i, x in enumerate(layers) if i % step == 0] if last else []
     axes.set_xticks([x for x, _ in ticks], [text for _, text in ticks])
-    axes.set_title(point.label, loc="left", fontsize=FONT, color=COLOURS["ink"])
+    axes.set_title(drawing.fit(point.label, 60), loc="left", fontsize=FONT, color=COLOURS["ink"])
     if last:
         axes.set_xlabel("layer", fontsize=FONT, color=COLOURS["ink"], loc="left")
 
@@ -164,7 +165,7 @@ def _box(
     from matplotlib.patches import Rectangle
 
     box = Rectangle((x, y), 0.95 * width, 0.94, facecolor=colour, linewidth=0)
-    drawing.tip(axes.add_patch(box), f"{point.label}, {found.name}: {units.text(found.error, 'error')}")
+    drawing.tip(axes.add_artist(box), f"{point.label}, {found.name}: {units.text(found.error, 'error')}")
 
 
 def _scale(drawing: Drawing, axes: Axes, low: float, high: float, colour: Callable[[float], str]) -> None:
@@ -173,7 +174,7 @@ def _scale(drawing: Drawing, axes: Axes, low: float, high: float, colour: Callab
     steps = 40
     for i in range(steps):
         value = low + (high - low) * (i + 0.5) / steps
-        axes.add_patch(Rectangle((i, 0), 1.04, 1, facecolor=colour(10**value), linewidth=0))
+        axes.add_artist(Rectangle((i, 0), 1.04, 1, facecolor=colour(10**value), linewidth=0))
     axes.set_xlim(0, steps if drawing.narrow else steps * 2.5)
     axes.set_ylim(0, 1)
     axes.set_yticks([])

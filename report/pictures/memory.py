@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from gristmill.report import choose, units
-from gristmill.report.pictures.sketch import Sketch, plain_ticks
+from gristmill.report.pictures.sketch import HALF, Sketch, plain_ticks
 from gristmill.report.plots import COLOURS, Drawing, line_style
 from gristmill.report.schema import MemorySample, Point, Report
 from gristmill.report.tables import Column, Number, Row, Table, Text, cell, say
@@ -14,19 +16,18 @@ MIB = float(1 << 20)
 def sketches(report: Report) -> list[Sketch]:
     found = []
     for device in choose.devices(report):
-        points = [
-            p for p in choose.good(report) if p.device == device and p.memory and len(p.memory.over_time) > 1
-        ]
+        points = [p for p in choose.good(report) if p.device == device and len(_samples(p)) > 1]
         if points:
-            found.append(_sketch(report, device, points))
+            found.append(_sketch(report, device, points, len(choose.devices(report)) > 1))
     return found
 
 
 def _samples(point: Point) -> tuple[MemorySample, ...]:
-    return point.memory.over_time if point.memory else ()
+    samples = point.memory.over_time if point.memory else ()
+    return tuple(s for s in samples if math.isfinite(s.seconds) and s.resident_bytes > 0)
 
 
-def _sketch(report: Report, device: str, points: list[Point]) -> Sketch:
+def _sketch(report: Report, device: str, points: list[Point], several: bool) -> Sketch:
     styles = choose.styles(report)
     return Sketch(
         id=f"memory-{device}",
@@ -35,8 +36,8 @@ def _sketch(report: Report, device: str, points: list[Point]) -> Sketch:
         data=_table(device, points),
         paint=lambda drawing: _paint(drawing, points, styles),
         device=device,
-        half=False,
-        wide=(1100.0, 420.0),
+        half=several,
+        wide=HALF if several else (1100.0, 420.0),
         narrow=(372.0, 330.0 + 12 * len(points)),
     )
 
@@ -59,28 +60,34 @@ def _peak(point: Point) -> int:
 
 
 def _table(device: str, points: list[Point]) -> Table:
-    """The last sample of every stage."""
+    """The first and the last sample of every stage, and the most in it."""
     rows = []
     for point in points:
-        stages = {sample.stage: sample for sample in _samples(point)}
+        stages: dict[str, list[MemorySample]] = {}
+        for sample in _samples(point):
+            stages.setdefault(sample.stage, []).append(sample)
         rows += [
             Row(
                 (
                     cell(point.label),
-                    cell(s.stage),
-                    cell(s.seconds, "seconds"),
-                    cell(s.resident_bytes, "bytes"),
-                    cell(max(x.resident_bytes for x in _samples(point) if x.stage == s.stage), "bytes"),
+                    cell(stage),
+                    cell(some[0].seconds, "seconds"),
+                    cell(some[0].resident_bytes, "bytes"),
+                    cell(some[-1].seconds, "seconds"),
+                    cell(some[-1].resident_bytes, "bytes"),
+                    cell(max(s.resident_bytes for s in some), "bytes"),
                 )
             )
-            for s in stages.values()
+            for stage, some in stages.items()
         ]
     columns = (
         Column("point", numeric=False),
         Column("stage", numeric=False),
-        Column("ends at"),
-        Column("resident then"),
-        Column("most in it"),
+        Column("begins", "at"),
+        Column("resident", "then"),
+        Column("ends", "at"),
+        Column("resident", "then"),
+        Column("most", "in it"),
     )
     return Table(f"memory-{device}-data", f"Resident memory by stage, {device}", columns, tuple(rows))
 
@@ -93,6 +100,8 @@ def _paint(drawing: Drawing, points: list[Point], styles: dict[str, choose.Style
             [s.seconds for s in samples],
             [s.resident_bytes / MIB for s in samples],
             **line_style(style),
+            marker=style.marker,
+            markevery=[0],
             label=point.label,
         )
         starts = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from gristmill.report import choose, units
 from gristmill.report.pictures.sketch import Sketch, logarithmic
 from gristmill.report.plots import COLOURS, Drawing, line_style, marker_style
@@ -12,7 +14,7 @@ VISIBLE = 1e4  # a point whose divergence is smaller than the largest by more is
 
 
 def sketches(report: Report) -> list[Sketch]:
-    points = [p for p in choose.good(report) if p.accuracy and len(p.accuracy.by_position) > 1]
+    points = [p for p in choose.good(report) if len(_bins(p)) > 1]
     top = max((b.kl for p in points for b in _bins(p)), default=0.0)
     shown = [p for p in points if any(b.kl > top / VISIBLE for b in _bins(p))]
     if not shown:
@@ -34,7 +36,8 @@ def sketches(report: Report) -> list[Sketch]:
 
 
 def _bins(point: Point) -> tuple[PositionBin, ...]:
-    return point.accuracy.by_position if point.accuracy else ()
+    bins = point.accuracy.by_position if point.accuracy else ()
+    return tuple(b for b in bins if math.isfinite(b.kl))
 
 
 def _growth(point: Point) -> float:

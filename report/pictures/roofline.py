@@ -33,36 +33,74 @@ class Dot:
     verdict: str
 
 
+@dataclass(frozen=True)
+class Roofs:
+    """streams: bytes per second, peaks: operations per second, by name; at least one of each."""
+
+    streams: dict[str, float]
+    peaks: dict[str, float]
+
+    @property
+    def stream(self) -> float:
+        return max(self.streams.values())
+
+    @property
+    def peak(self) -> float:
+        return max(self.peaks.values())
+
+
 def sketches(report: Report) -> list[Sketch]:
     found = []
     for device in choose.devices(report):
-        dots = [dot for point in choose.good(report) if point.device == device for dot in _dots(point)]
-        machine = report.machines.get(device)
-        if dots and machine:
-            found.append(_sketch(report, device, machine, dots))
+        points = [point for point in choose.good(report) if point.device == device]
+        dots = [dot for point in points for dot in _dots(point)]
+        roofs = _roofs(report.machines.get(device), points)
+        if dots and roofs:
+            found.append(_sketch(report, device, roofs, dots))
     return found
 
 
+CACHED = 1.25  # times the memory's stream: what is read as fast as that comes from a cache
+
+
+def _roofs(machine: Machine | None, points: list[Point]) -> Roofs | None:
+    """The machine's, and the stream of phases so small that they stay in its caches."""
+    if machine is None:
+        return None
+    streams = {"memory": machine.read_bytes_s}
+    cached = max((why.read_bytes_s for point in points for why in point.why), default=0.0)
+    if cached > CACHED * machine.read_bytes_s:
+        streams["caches"] = cached
+    peaks = {"float products": machine.float_ops_s, "integer products": machine.integer_ops_s}
+    streams, peaks = ({k: v for k, v in some.items() if 0 < v < math.inf} for some in (streams, peaks))
+    return Roofs(streams, peaks) if streams and peaks else None
+
+
 def _dots(point: Point) -> Iterator[Dot]:
+    """Of all phases, and of the attention in them, that have operations, bytes and time."""
     for why in point.why:
-        operations, read = (sum(getattr(k, name) for k in why.kinds) for name in ("operations", "bytes"))
-        if operations and read and why.seconds:
-            floor = sum(max(k.memory_floor, k.compute_floor) for k in why.kinds)
+        kinds = why.kinds
+        operations, read = sum(k.operations for k in kinds), sum(k.bytes for k in kinds)
+        floor = sum(max(k.memory_floor, k.compute_floor) for k in kinds)
+        if operations and read and _is_positive(why.seconds):
             share = floor / why.seconds
-            yield Dot(
-                point, why.name, _kind(why), operations / read, operations / why.seconds, share, why.verdict
-            )
-        for kind in why.kinds:
-            if kind.kind == "attention" and kind.operations and kind.bytes and kind.seconds:
+            rate = operations / why.seconds
+            yield Dot(point, why.name, _kind(why), operations / read, rate, share, why.verdict)
+        for kind in kinds:
+            if kind.kind == "attention" and kind.operations and kind.bytes and _is_positive(kind.seconds):
                 rate = kind.operations / kind.seconds
                 yield Dot(point, why.name, "attention", kind.intensity, rate, kind.roof_share, kind.verdict)
+
+
+def _is_positive(value: float) -> bool:
+    return 0 < value < math.inf
 
 
 def _kind(why: PhaseWhy) -> str:
     return "prefill" if why.rows > 1 else ("decode of a batch" if why.sequences > 1 else "decode")
 
 
-def _sketch(report: Report, device: str, machine: Machine, dots: list[Dot]) -> Sketch:
+def _sketch(report: Report, device: str, roofs: Roofs, dots: list[Dot]) -> Sketch:
     styles = choose.styles(report)
     columns = (
         Column("point", numeric=False),
@@ -90,9 +128,9 @@ def _sketch(report: Report, device: str, machine: Machine, dots: list[Dot]) -> S
     return Sketch(
         id=f"roofline-{device}",
         title=f"Roofline, {device}",
-        reading=_reading(machine, dots),
+        reading=_reading(roofs, dots),
         data=Table(f"roofline-{device}-data", f"Roofline, {device}", columns, rows),
-        paint=lambda drawing: _paint(drawing, machine, dots, styles),
+        paint=lambda drawing: _paint(drawing, roofs, dots, styles),
         device=device,
         half=False,
         wide=WIDE,
@@ -100,19 +138,18 @@ def _sketch(report: Report, device: str, machine: Machine, dots: list[Dot]) -> S
     )
 
 
-def _reading(machine: Machine, dots: list[Dot]) -> Text:
-    """Where memory ends to be the roof, and how near decode and prefill come to theirs."""
+def _reading(roofs: Roofs, dots: list[Dot]) -> Text:
+    """Where reading ends to be the roof, and how near decode and prefill come to theirs."""
     ridges = [
-        Number(peak / machine.read_bytes_s, "ops/byte")
-        for peak in (machine.float_ops_s, machine.integer_ops_s)
+        say("{} ({})", Number(peak / roofs.stream, "ops/byte"), name) for name, peak in roofs.peaks.items()
     ]
-    said = [say("Reading sets the pace below {} operations per byte in floats, {} in integers", *ridges)]
+    said = [say("Reading sets the pace below {} operations per byte", join(ridges))]
     for kind in ("decode", "prefill"):
         some = [d for d in dots if d.kind == kind]
         if some:
             low, high = (pick(some, key=lambda d: d.roof_share) for pick in (min, max))
             span = say("{}", Number(high.roof_share, "share"))
-            if low.roof_share < high.roof_share:
+            if low.point is not high.point:
                 span = say(
                     "{} ({}) to {} ({})",
                     Number(low.roof_share, "share"),
@@ -124,50 +161,63 @@ def _reading(machine: Machine, dots: list[Dot]) -> Text:
     return say("{}.", join(said, "; "))
 
 
-def _paint(drawing: Drawing, machine: Machine, dots: list[Dot], styles: dict[str, choose.Style]) -> None:
-    from matplotlib.lines import Line2D
-
+def _paint(drawing: Drawing, roofs: Roofs, dots: list[Dot], styles: dict[str, choose.Style]) -> None:
     axes = drawing.axes()
-    ridge = machine.integer_ops_s / machine.read_bytes_s
+    ridge = roofs.peak / roofs.stream
     low = min([d.intensity for d in dots] + [ridge / 20]) / 2
     high = max([d.intensity for d in dots] + [ridge]) * 3
+    bottom = min([d.rate for d in dots] + [low * stream for stream in roofs.streams.values()]) / 2
     axes.set_xlim(low, high)
-    axes.set_ylim(min([d.rate for d in dots] + [low * machine.read_bytes_s]) / 2, machine.integer_ops_s * 2)
+    axes.set_ylim(bottom, max([d.rate for d in dots] + [roofs.peak]) * 2)
     logarithmic(axes, "x")
     logarithmic(axes, "y", write=trimmed("ops/s"))
-    _roofs(drawing, axes, machine, low, high)
     for dot in dots:
-        colour, hollow = COLOURS[styles[dot.point.id].colour], dot.kind == "attention"
-        (mark,) = axes.plot(
-            [dot.intensity],
-            [dot.rate],
-            marker=_MARKERS[dot.kind],
-            markersize=7 if hollow else 9,
-            color=colour,
-            markerfacecolor=COLOURS["paper"] if hollow else colour,
-            markeredgewidth=1.5,
-            linestyle="none",
-            zorder=3,
-        )
-        drawing.tip(
-            mark,
-            f"{dot.point.label}, {dot.phase}{', attention' if hollow else ''}: "
-            f"{units.text(dot.intensity, 'ops/byte')} operations per byte, "
-            f"{units.text(dot.rate, 'ops/s')}, {dot.verdict}-bound",
-        )
+        _mark(drawing, axes, dot, COLOURS[styles[dot.point.id].colour])
     drawing.label(axes, "operations per byte", "operations per second")
-    kinds = [k for k in _MARKERS if any(d.kind == k for d in dots)]
+    _legend(drawing, dots, styles)
+    _peaks(axes, roofs, high)
+    drawing.settle()  # the angle of what follows depends on the axes' size
+    for name, stream in roofs.streams.items():
+        _stream(axes, roofs, name, stream, low)
+
+
+def _mark(drawing: Drawing, axes: Axes, dot: Dot, colour: str) -> None:
+    hollow = dot.kind == "attention"
+    (mark,) = axes.plot(
+        [dot.intensity],
+        [dot.rate],
+        marker=_MARKERS[dot.kind],
+        markersize=7 if hollow else 9,
+        color=colour,
+        markerfacecolor=COLOURS["paper"] if hollow else colour,
+        markeredgewidth=1.5,
+        linestyle="none",
+        zorder=3,
+    )
+    drawing.tip(
+        mark,
+        f"{dot.point.label}, {dot.phase}{', attention' if hollow else ''}: "
+        f"{units.text(dot.intensity, 'ops/byte')} operations per byte, "
+        f"{units.text(dot.rate, 'ops/s')}, {dot.verdict}-bound",
+    )
+
+
+def _legend(drawing: Drawing, dots: list[Dot], styles: dict[str, choose.Style]) -> None:
+    """Marks by phase, colours by weights."""
+    from matplotlib.lines import Line2D
+
+    kinds = [kind for kind in _MARKERS if any(d.kind == kind for d in dots)]
     handles = [
         Line2D(
             [],
             [],
             color=COLOURS["ink"],
-            marker=_MARKERS[k],
+            marker=_MARKERS[kind],
             linestyle="none",
             markersize=8,
-            markerfacecolor=COLOURS["paper"] if k == "attention" else COLOURS["ink"],
+            markerfacecolor=COLOURS["paper"] if kind == "attention" else COLOURS["ink"],
         )
-        for k in kinds
+        for kind in kinds
     ]
     colours = {styles[d.point.id].colour: _family(d.point) for d in dots}
     handles += [Line2D([], [], color=COLOURS[c], linewidth=6, solid_capstyle="butt") for c in colours]
@@ -178,13 +228,11 @@ def _family(point: Point) -> str:
     return "peers" if choose.is_peer(point) else point.weights.split(" ")[0]
 
 
-def _roofs(drawing: Drawing, axes: Axes, machine: Machine, low: float, high: float) -> None:
-    stream = machine.read_bytes_s
-    for peak, name, dash in (
-        (machine.integer_ops_s, "integer products", "solid"),
-        (machine.float_ops_s, "float products", "dashed"),
-    ):
-        axes.plot([peak / stream, high], [peak, peak], color=COLOURS["muted"], linewidth=1.8, linestyle=dash)
+def _peaks(axes: Axes, roofs: Roofs, high: float) -> None:
+    for name, peak in roofs.peaks.items():
+        dash = "solid" if peak == roofs.peak else "dashed"
+        start = peak / roofs.stream
+        axes.plot([start, high], [peak, peak], color=COLOURS["muted"], linewidth=1.8, linestyle=dash)
         axes.annotate(
             f"{name} {units.text(peak, 'ops/s')}",
             (high, peak),
@@ -195,17 +243,26 @@ def _roofs(drawing: Drawing, axes: Axes, machine: Machine, low: float, high: flo
             color=COLOURS["muted"],
             fontsize=FONT - 1,
         )
-    ridge = max(machine.integer_ops_s, machine.float_ops_s) / stream
-    axes.plot([low, ridge], [low * stream, ridge * stream], color=COLOURS["muted"], linewidth=1.8)
-    # An angle follows the line only when the axes have their final size: the text is turned after the layout.
-    drawing.figure.draw_without_rendering()
+
+
+def _stream(axes: Axes, roofs: Roofs, name: str, stream: float, low: float) -> None:
+    """A slanted roof with its name along it."""
+    ridge = roofs.peak / stream
+    dash = "solid" if stream == roofs.stream else "dashed"
+    axes.plot(
+        [low, ridge], [low * stream, ridge * stream], color=COLOURS["muted"], linewidth=1.8, linestyle=dash
+    )
     start, end = (axes.transData.transform((x, x * stream)) for x in (low, ridge))
-    angle = math.degrees(math.atan2(end[1] - start[1], end[0] - start[0]))
+    angle = math.atan2(end[1] - start[1], end[0] - start[0])
+    along, beside = 14, 5
     axes.annotate(
-        f"memory {units.text(stream, 'bytes/s')}",
+        f"{name} {units.text(stream, 'bytes/s')}",
         (low, low * stream),
-        (12, 16),
-        rotation=angle,
+        (
+            along * math.cos(angle) - beside * math.sin(angle),
+            along * math.sin(angle) + beside * math.cos(angle),
+        ),
+        rotation=math.degrees(angle),
         rotation_mode="anchor",
         textcoords="offset points",
         va="bottom",

@@ -45,9 +45,11 @@ def short(value: float, _: Any = None) -> str:
 
 def trimmed(unit: Unit) -> Callable[[float, Any], str]:
     """Writes a tick in `unit` without the zeros after its point: 10 ms."""
-    return lambda value, _=None: re.sub(
-        r"\.0+(?=\D|$)|(\.\d*?[1-9])0+(?=\D|$)", r"\1", units.text(value, unit)
-    )
+
+    def write(value: float, _: Any = None) -> str:
+        return re.sub(r"\.0+(?=\D|$)|(\.\d*?[1-9])0+(?=\D|$)", r"\1", units.text(value, unit))
+
+    return write
 
 
 def logarithmic(
@@ -78,13 +80,13 @@ def plain_ticks(axes: Axes, which: str, write: Callable[[float, Any], str] = sho
 
 def place_labels(drawing: Drawing, axes: Axes, spots: Sequence[tuple[float, float, str, str]]) -> None:
     """Writes (x, y, text, colour) beside each spot where it covers least: other spots, labels, the edge."""
-    figure = drawing.figure
-    figure.draw_without_rendering()
+    drawing.settle()
     dots = [axes.transData.transform((x, y)) for x, y, _, _ in spots]
     frame = axes.get_window_extent()
     taken: list[tuple[float, float, float, float]] = [(px - 7, py - 7, px + 7, py + 7) for px, py in dots]
     for i in sorted(range(len(spots)), key=lambda i: -dots[i][1]):
         x, y, text, colour = spots[i]
+        text = drawing.fit(text, drawing.width / 2)
         width, height = 0.57 * FONT * len(text), FONT * 1.15
         best = min(
             _around(width, height), key=lambda at: _covered(_box(dots[i], at, width, height), taken, frame)

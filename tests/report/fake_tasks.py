@@ -119,8 +119,8 @@ def model(folder: Path) -> Path:
 
 
 def options(folder: Path, **changes: Any) -> SweepOptions:
-    given: dict[str, Any] = {"configurations": CONFIGURATIONS, "rounds": 2, "command": "gristmill report"} | changes
-    return SweepOptions(folder / "out", str(model(folder)), **given)
+    given: dict[str, Any] = {"configurations": CONFIGURATIONS, "rounds": 2, "command": "gristmill report"}
+    return SweepOptions(folder / "out", str(model(folder)), **given | changes)
 
 
 def log_of(folder: Path) -> list[str]:

@@ -7,11 +7,14 @@ as they do for real; names and token texts hold what a careless page would trip 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gristmill.compiler.statistics import Interval
+from gristmill.report.pareto import with_dominated
 from gristmill.report.schema import (
     Accuracy,
+    Bottleneck,
     Energy,
     KindVerdict,
     LastWord,
@@ -124,7 +127,7 @@ FAILED = Point(
 
 def sample_report() -> Report:
     points = tuple(_point(made) for made in MADE)
-    return Report(
+    report = Report(
         title="SAMPLE: TinyLlama-1.1B shape, accuracy against speed",
         model="tinyllama-1.1b (random weights; every figure on this page is made up)",
         created="2026-11-24T10:31:07+00:00",
@@ -138,9 +141,10 @@ def sample_report() -> Report:
         },
         machines={"cpu": CPU, "cuda": GPU},
         points=(*points[:5], FAILED, *points[5:]),
-        dominated={"speed": ("int4-rtn", "q8_0", "q4_0", "int8"), "size": ("int4-rtn", "q4_0", "q8_0")},
         seconds=514.2,
+        remarks=("3 artifacts were there already", "peers and points were measured in turns"),
     )
+    return with_dominated(report)
 
 
 def _point(made: Made) -> Point:
@@ -154,6 +158,10 @@ def _point(made: Made) -> Point:
         made.method,
         made.kv,
         "ok",
+        reason="peak memory: the peer runs in a process of its own" if peer else "",
+        compile_command=""
+        if peer
+        else f"gristmill compile tinyllama -o {made.id} --weights {made.weights[:4]}",
         command=f"gristmill bench {made.id}" + (" --device cuda" if made.device == "cuda" else ""),
         artifact=made.id.removesuffix("-cuda"),
         content_id="" if peer else f"{sum(map(ord, made.weights + made.method + made.kv)):064x}"[::-1],
@@ -190,14 +198,14 @@ def _accuracy(made: Made) -> Accuracy:
     )
 
 
-def _positions(made: Made):  # type: ignore[no-untyped-def]
+def _positions(made: Made) -> Iterator[PositionBin]:
     slope = 0.5 if made.kv == "int8" else 0.12
     for first in range(0, 1024, 128):
         kl = made.kl * (1.25 - 0.3 * math.exp(-first / 200) + slope * first / 1024)
         yield PositionBin(first, first + 127, 2048, kl, kl * 0.31)
 
 
-def _worst(made: Made):  # type: ignore[no-untyped-def]
+def _worst(made: Made) -> Iterator[WorstToken]:
     texts = (
         (
             "The capital of the province, which lies on the left bank of the river,",
@@ -215,7 +223,7 @@ def _worst(made: Made):  # type: ignore[no-untyped-def]
         )
 
 
-def _speeds(made: Made):  # type: ignore[no-untyped-def]
+def _speeds(made: Made) -> Iterator[SpeedPoint]:
     stream, peak = made.machine.read_bytes_s * made.efficiency, _peak(made) * 0.55
     cache = LAYERS * 2 * 256 * (1 if made.kv == "int8" else 2)
     overhead = 90e-6 if made.device == "cuda" else 350e-6
@@ -322,6 +330,9 @@ def _why(made: Made, name: str, rows: int, context: int, sequences: int) -> Phas
         kinds,
         kinds[0].remedies,
         growth,
+        made.machine.read_bytes_s,
+        made.machine.float_ops_s,
+        made.machine.integer_ops_s,
     )
 
 
@@ -330,8 +341,10 @@ def _kind(made: Made, kind: str, count: int, read: int, operations: int) -> Kind
     overhead = count * (1.1e-6 if made.device == "cuda" else 3.1e-6)
     modelled = max(memory, compute) + overhead
     seconds = max(memory, compute) / made.efficiency + overhead * 1.1
-    bound = "overhead" if overhead > max(memory, compute) else ("memory" if memory >= compute else "compute")
-    remedies = {
+    bound: Bottleneck = (
+        "overhead" if overhead > max(memory, compute) else ("memory" if memory >= compute else "compute")
+    )
+    remedies: tuple[Remedy, ...] = {
         "memory": (
             Remedy("more rows", 3.4, "8 rows read the weights once"),
             Remedy("int4 weights", 1.87, "bytes fall to 0.53"),
@@ -353,10 +366,10 @@ def _kind(made: Made, kind: str, count: int, read: int, operations: int) -> Kind
         bound,
         max(memory, compute) / seconds,
         remedies,
-    )  # type: ignore[arg-type]
+    )
 
 
-def _layer_errors(made: Made):  # type: ignore[no-untyped-def]
+def _layer_errors(made: Made) -> Iterator[LayerError]:
     base = made.kl / 3
     for layer in range(LAYERS):
         for i, part in enumerate(PARTS):
