@@ -11,6 +11,8 @@ NATIVE := $(filter %.cpp %.h %.inc,$(FILES))
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 EDITABLE := --no-build-isolation --config-settings editable_mode=strict --editable
 
+REPORT ?= $(if $(filter command line,$(origin OUT)),$(OUT),reports/$(notdir $(MODEL:%/=%)))
+
 .PHONY: compile run test test-gpu test-aarch64 check sanitize bench bench-gpu report wheel clean install force
 
 compile: install
@@ -56,8 +58,9 @@ bench-gpu: build/links
 build/links: force
 	@mkdir -p $@/gristmill && ln -sfn $(wildcard $(CURDIR)/gristmill/*.py) $(patsubst %,$(CURDIR)/%,$(filter-out gristmill,$(FOLDERS))) $@/gristmill/
 
-report: install
-	$(BIN)/gristmill inspect $(OUT) && $(BIN)/gristmill bench $(OUT)
+# make report [MODEL=directory or artifacts] [OUT=directory] [ARGS="--peer llama.cpp:FILE.gguf"]: what each choice costs.
+report: .venv/.report
+	$(BIN)/gristmill report $(MODEL) -o $(REPORT) $(ARGS)
 
 wheel: .venv/.dev
 	$(BIN)/python -m build --wheel --no-isolation
@@ -73,6 +76,9 @@ install: .venv/.compile
 # An editable install links every file, so it is repeated when the list of files changes and when C++ changes.
 .venv/.compile: build/files $(NATIVE) setup.py pyproject.toml constraints.txt | .venv/bin/python
 	$(INSTALL) setuptools pybind11 && $(INSTALL) $(EDITABLE) '.[compile]' && touch $@
+
+.venv/.report: pyproject.toml constraints.txt | .venv/.compile
+	$(INSTALL) $(EDITABLE) '.[compile,report]' && touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | .venv/.compile
 	$(INSTALL) $(EDITABLE) '.[dev]' && touch $@

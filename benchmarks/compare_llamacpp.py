@@ -6,7 +6,7 @@ mean of both streams) are medians over the rounds. Only the weights are counted 
 
     python benchmarks/make_model.py tinyllama-1.1b bench/hf
     gristmill compile bench/hf -o bench/int4 --group-size 128 --no-gate
-    peer/bin/python benchmarks/llamacpp_peer.py convert bench/hf bench/gguf q4_0
+    peer/bin/python report/peers convert bench/hf bench/gguf q4_0
     python benchmarks/compare_llamacpp.py bench/int4 bench/gguf/q4_0.gguf --peer-python peer/bin/python
 """
 
@@ -19,10 +19,10 @@ from statistics import median
 
 import click
 from bandwidth import cpu_model, read_gb_s
-from peer_process import Peer
 from tables import write_results
 
 import gristmill
+from gristmill.report.peers.peer_process import Peer, command_of
 from gristmill.runtime.bench import BenchOptions, measure_round
 
 HERE = Path(__file__).parent
@@ -40,8 +40,8 @@ COLUMNS = [
 
 def llama_cpp(python: str, gguf: Path, threads: int, length: int, cache: str = "f16") -> Peer:
     """llama.cpp, by the Python that has it installed."""
-    script = str(HERE / "llamacpp_peer.py")
-    return Peer([python, script, "serve", str(gguf), str(threads), str(length), cache])
+    options = ("--threads", str(threads), "--length", str(length), "--cache", cache)
+    return Peer(command_of(python, "serve", "llama.cpp", str(gguf), *options))
 
 
 def one_round(session: gristmill.Session, peer: Peer, options: BenchOptions, number: int) -> dict[str, float]:

@@ -3,7 +3,7 @@
 All stay loaded, each peer in a process of its own, and every round measures gristmill and the peers one after
 the other, so that whatever else happens on the machine happens to all. Ratios are medians over the rounds, a
 first one that warms up left out. A peer is its kind, a Python that has it installed and its model: see
-llamacpp_peer.py and other_peers.py for how these are made.
+llamacpp_peer.py and other_peers.py in report/peers for how these are made.
 
     python benchmarks/compare_peers.py bench/int4 --peer llama.cpp peer/bin/python bench/gguf/q4_0.gguf \\
         --peer ctranslate2 ct2/bin/python CT2_DIR --peer openvino ov/bin/python OV_DIR
@@ -21,11 +21,11 @@ from typing import Any
 import click
 from bandwidth import cpu_model
 from compare_llamacpp import llama_cpp
-from other_peers import ENGINES
-from peer_process import Peer
 from tables import write_results
 
 import gristmill
+from gristmill.report.peers.commands import KINDS
+from gristmill.report.peers.peer_process import Peer, command_of
 from gristmill.runtime.bench import BenchOptions, measure_round
 
 HERE = Path(__file__).parent
@@ -37,8 +37,7 @@ Row = dict[str, Any]
 def started(kind: str, python: str, model: Path, threads: int, length: int) -> Peer:
     if kind == "llama.cpp":
         return llama_cpp(python, model, threads, length)
-    script = str(HERE / "other_peers.py")
-    return Peer([python, script, kind, str(model), "--threads", str(threads), "--serve"])
+    return Peer(command_of(python, "serve", kind, str(model), "--threads", str(threads)))
 
 
 def one_round(
@@ -94,7 +93,7 @@ def compare(
     multiple=True,
     required=True,
     metavar="KIND PYTHON MODEL",
-    type=(click.Choice(["llama.cpp", *ENGINES]), str, click.Path(path_type=Path, exists=True)),
+    type=(click.Choice(KINDS), str, click.Path(path_type=Path, exists=True)),
 )
 @click.option("--threads", default=2, show_default=True)
 @click.option("--rounds", default=5, show_default=True)

@@ -5,7 +5,7 @@ interval is of the paired difference over blocks of the text. GPTQModel gets the
 checkpoint is executed as an artifact that holds its integers unchanged, with f32 activations as ours;
 llama.cpp's own logits are compared, and with them our artifact as it ships, int8 activations and all.
 
-    peers: see gptqmodel_peer.py and llamacpp_peer.py for their environments
+    peers: see gptqmodel_peer.py and report/peers/llamacpp_peer.py for their environments
     python benchmarks/compare_quantizers.py examples/py7m --text held_out.txt \
         --gptqmodel-python gptq/bin/python --llamacpp-python peer/bin/python
 """
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 import gristmill
 from gristmill.compiler.calibration_set import calibration_set
 from gristmill.compiler.statistics import Blocks, bootstrap_mean, token_scores
+from gristmill.report.peers.peer_process import command_of
 from gristmill.runtime.evaluation import read_text, window_logits
 from gristmill.runtime.report import read_program
 
@@ -147,7 +148,7 @@ OURS: dict[str, dict[str, Any]] = {
 def against_llamacpp(c: Comparison, python: str, samples: int, length: int) -> Iterator[dict[str, Any]]:
     """llama.cpp's quantizations of the same model, and ours as they ship."""
     folder = c.work / "gguf"
-    peer = [python, str(HERE / "llamacpp_peer.py")]
+    peer = command_of(python)
     subprocess.run([*peer, "convert", str(c.model), str(folder), *OURS], check=True, capture_output=True)
     for kind, options in OURS.items():
         file = folder / f"{kind}.gguf"

@@ -23,10 +23,10 @@ import click
 from bandwidth import cpu_model, read_gb_s
 from compare_llamacpp import llama_cpp
 from make_model import SHAPES, make_model
-from peer_process import Peer
 from tables import write_results
 
 import gristmill
+from gristmill.report.peers.peer_process import Peer
 from gristmill.runtime.profile import Forward, Roofs, collect, cpu_executor, prepared
 
 HERE = Path(__file__).parent

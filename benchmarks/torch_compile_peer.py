@@ -1,6 +1,6 @@
 """transformers' own Llama, decoding through torch.compile with a static cache: what bench_gpu compares with.
 
-A peer as peer_process has them: random bf16 weights made on the device, one prefill that is not compiled,
+A peer as report/peers has them: random bf16 weights made on the device, one prefill that is not compiled,
 then steps of one token that are, by CUDA events on a GPU. Needs torch and transformers, nothing of gristmill.
 
     python benchmarks/torch_compile_peer.py config.json --mode max-autotune
@@ -17,8 +17,9 @@ from typing import Any
 
 import click
 import torch
-from peer_process import serve
 from torch import Tensor
+
+from gristmill.report.peers.peer_process import Engine, serve
 
 WARM_UPS = 5  # compiled steps before those that count: tuning, then the recording of a graph
 
@@ -93,10 +94,11 @@ def main(config: Path, device: str, mode: str | None, backend: str, context: int
         )
         made.decode_tok_s(context, tokens)
         version, seconds = f"torch {torch.__version__}, {mode or backend}", time.perf_counter() - begin
-        serve(
-            {"version": version, "seconds": seconds},
-            lambda prompt, context, tokens: {"decode_tok_s": made.decode_tok_s(context, tokens)},
-        )
+
+        def measure(prompt: int, context: int, tokens: int) -> dict[str, Any]:
+            return {"decode_tok_s": made.decode_tok_s(context, tokens)}
+
+        serve(Engine({"version": version, "seconds": seconds}, measure))
 
 
 if __name__ == "__main__":

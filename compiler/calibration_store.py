@@ -34,6 +34,16 @@ class StoreFull(GristmillError):
     """The disk refused; what was written before can be resumed."""
 
 
+class NotResumable(GristmillError):
+    """There is no calibration to go on with, or one of something else."""
+
+
+def store_path(out: Path) -> Path:
+    """The directory in which the calibration of an artifact waits."""
+    out = out.resolve()
+    return out.parent / f".{out.name}.calibration"
+
+
 @dataclass
 class Point:
     """phase: what is walked for; at: nodes done; values: alive there; factors, records: results so far."""
@@ -49,11 +59,11 @@ class CalibrationStore:
     """The directory of one calibration; ``identity`` is everything that its results depend on."""
 
     def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
-        self.path = out.parent / f".{out.name}.calibration"
+        self.path = store_path(out)
         self.identity = json.loads(json.dumps(identity))
 
     def open(self, resume: bool) -> Point | None:
-        """The point to go on from, None to begin. Raises GristmillError where a resume does not fit."""
+        """The point to go on from, None to begin. Raises NotResumable where a resume does not fit."""
         if resume:
             return self._resumed()
         self.clear()
@@ -68,12 +78,12 @@ class CalibrationStore:
         try:
             found = json.loads((self.path / IDENTITY).read_text())
         except (OSError, ValueError):
-            raise GristmillError(
+            raise NotResumable(
                 f"there is no calibration to resume in {self.path}; leave out --resume to begin one"
             ) from None
         for key in sorted({*found, *self.identity}):
             if found.get(key) != self.identity.get(key):
-                raise GristmillError(
+                raise NotResumable(
                     f"the calibration to resume was made with {key} {found.get(key)!r}, "
                     f"now it is {self.identity.get(key)!r}; leave out --resume to begin again"
                 )

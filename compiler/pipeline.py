@@ -40,6 +40,7 @@ from ..runtime.session import Session
 from ..runtime.session import load as load_session
 from . import foreign, gate, interpret
 from .emit import write_weights
+from .exports import Export
 from .load import QUANTIZATION, Source, load_source, read_config
 from .lower import Lowered
 from .memory import plan_arena
@@ -77,10 +78,12 @@ def compile_model(
     options: CompileOptions,
     progress: Progress | None = None,
     note: Note | None = None,
+    export: Export | None = None,
 ) -> CompileResult:
     """Compile ``model`` (directory or hub name) to the artifact directory ``out``.
 
-    ``progress(stage, fraction)`` is called on the way, ``note(line)`` with what is worth telling at once.
+    ``progress(stage, fraction)`` is called on the way, ``note(line)`` with what is worth telling at once;
+    ``export``: of exports.py, where several compiles share one.
     Raises GristmillError, leaving nothing behind but a calibration that can be resumed.
     """
     report = progress or (lambda stage, fraction: None)
@@ -96,7 +99,7 @@ def compile_model(
         limits = plan_limits(source.config, options)
         tokenizer = tokenizer_files(source.directory, [gate.default_text("prose"), gate.default_text("code")])
         report("trace", 0.0)
-        traced = trace(source.config, source.checkpoint, limits.max_len)
+        traced = trace(source.config, source.checkpoint, limits.max_len, export)
         limits = _narrow(limits, traced)
         report("passes", 0.0)
         taken = foreign.of(source, options)
@@ -109,7 +112,7 @@ def compile_model(
             errors = _write(writer, made.lowered, tokenizer, source, report)
             manifest = _manifest(made, source, options, errors)
             manifest["quantization"] |= taken.record(made.lowered)
-            accepted = _accept(writer, manifest, traced, source, options, report)
+            accepted = accept(writer, manifest, traced, source, options, report)
             path = writer.commit(manifest)
             made.clear()
         except GristmillError:
@@ -132,13 +135,13 @@ class FloatModel:
     vocabulary: int
 
 
-def float_model(source: Source) -> FloatModel:
+def float_model(source: Source, export: Export | None = None) -> FloatModel:
     """Traces and rewrites a model as a compile with default options does; what its checkpoint holds quantized
     is what it stands for. Raises GristmillError as a compile does."""
     options = CompileOptions.of()
     limits = plan_limits(source.config, options)
     tokenizer = tokenizer_files(source.directory, [gate.default_text("prose"), gate.default_text("code")])
-    traced = trace(source.config, source.checkpoint, limits.max_len)
+    traced = trace(source.config, source.checkpoint, limits.max_len, export)
     _run_passes(traced, options)
     max_len = min(limits.max_len, _narrow(limits, traced).max_position)
     return FloatModel(traced, tokenizer, max_len, _vocabulary(traced))
@@ -267,15 +270,16 @@ def bits_per_weight(lowered: Lowered) -> float:
     return round(sum(bits) / sum(weights), 4)
 
 
-def _accept(
+def accept(
     writer: ArtifactWriter,
     manifest: dict[str, Any],
-    traced: Traced,
+    traced: Traced | None,
     source: Source,
     options: CompileOptions,
     report: Progress,
 ) -> tuple[gate.Evaluation, list[str]] | None:
-    """Open the artifact itself: record its self-test and, unless told not to, hold it to the float model.
+    """Open the artifact itself: record its self-test and, unless told not to, hold it to the float model,
+    which is ``traced``.
 
     Returns what was measured and the lines that say which limits it keeps. Raises GristmillError where it
     breaks one.
@@ -285,6 +289,7 @@ def _accept(
     writer.write_json("selftest.json", selftest.record(session))
     if not options.gate:
         return None
+    assert traced is not None, "the gate compares with the float model"
     report("gate", 0.0)
     if options.device != "cpu":
         session = load_session(sealed, options.device)

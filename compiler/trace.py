@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from ..passes.graph import EXAMPLE_ROWS, Lazy, Traced
 from ..runtime.errors import GristmillError
 from .checkpoint import Checkpoint
+from .exports import Export
 from .names import parameter_sources, require
 from .quantized import QuantizedCheckpoint
 
@@ -41,14 +42,17 @@ class _Wrapper(torch.nn.Module):
         return self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits
 
 
-def trace(config: Any, checkpoint: Checkpoint | QuantizedCheckpoint, max_len: int) -> Traced:
+def trace(
+    config: Any, checkpoint: Checkpoint | QuantizedCheckpoint, max_len: int, export: Export | None = None
+) -> Traced:
     """Export the decoder of ``config`` over [1, T] rows; its weights stay in ``checkpoint`` until asked for.
 
-    Raises GristmillError when the model cannot be traced or the checkpoint lacks one of its weights.
+    export: one that remembers, see exports.py. Raises GristmillError when the model cannot be traced or the
+    checkpoint lacks one of its weights.
     """
     model = _build(config)
     limit = _freeze_ropes(model, max_len)
-    program, masks = _export(model)
+    program, masks = (export or _export)(model)
     _refuse_masks(masks, program)
     traced = _lift(program, model, config, checkpoint)
     traced.max_position = limit

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from gristmill.cli_auto import compile_auto
 from gristmill.cli_output import Rows, echo_json, note, progress_bar, show_table
 from gristmill.compiler.options import METHOD_NAMES
 from gristmill.quant.scheme import FORMATS
@@ -113,11 +114,21 @@ KV_TYPES = ("f32", "f16", "int8", "fp8", "int4")
 @click.option(
     "--check-passes", is_flag=True, help="Run the graph before and after each pass and compare (slow)."
 )
+@click.option(
+    "--auto", is_flag=True,
+    help="Measure a sweep of configurations and keep the fastest that keeps --max-ppl-increase.",
+)  # fmt: skip
+@click.option("--min-tok-s", type=float, help="With --auto: refuse slower ones (decoding one sequence).")
+@click.option("--max-size", metavar="SIZE", help="With --auto: refuse larger ones, such as 400MB.")
+@click.option(
+    "--sweep", type=click.Path(), help="With --auto: where measurements are kept.  [default: OUT.report]"
+)
 @click.option("--force", is_flag=True, help="Replace an artifact that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 def compile_command(
-    model: str, out: str, as_json: bool, no_gate: bool, group_size: str | None, **options: Any
-) -> None:
+    model: str, out: str, as_json: bool, no_gate: bool, group_size: str | None, auto: bool,
+    min_tok_s: float | None, max_size: str | None, sweep: str | None, **options: Any,
+) -> None:  # fmt: skip
     """Compile MODEL, a Hugging Face directory or hub name, to an artifact.
 
     \b
@@ -126,9 +137,16 @@ def compile_command(
     gristmill compile model/ -o model.grist --method awq+gptq --calibration corpus.txt
     gristmill compile model/ -o model.grist --method gptq --bits 3.5 --keep f16:head
     gristmill compile model/ -o model.grist --text held_out.txt --max-ppl-increase 2%
+    gristmill compile model/ -o model.grist --auto --max-ppl-increase 1% --min-tok-s 30 --max-size 700MB
     """
     import gristmill
 
+    if auto:
+        compile_auto(model, out, as_json, min_tok_s, max_size, sweep, options)
+        return
+    for name, value in (("--min-tok-s", min_tok_s), ("--max-size", max_size), ("--sweep", sweep)):
+        if value is not None:
+            raise click.UsageError(f"{name} needs --auto")
     size = int(group_size) if group_size not in (None, "row") else group_size
     with progress_bar() as progress:
         result = gristmill.compile(

@@ -82,13 +82,13 @@ class _Maker:
 
 def reference_from_model(
     model: str | Path, cache: str | Path, text_name: str, text: str, *, tokens: int = TOKENS,
-    window: int = WINDOW, progress: Progress | None = None,
+    window: int = WINDOW, progress: Progress | None = None, export: Any = None,
 ) -> Reference:  # fmt: skip
     """The float model's logits on the first ``tokens`` tokens of a text, from ``cache`` or computed.
 
     model: a Hugging Face directory or hub name; window: tokens of a window, BOS included, at most those the
-    model was traced for. Raises GristmillError for a model that does not compile, a text without a token to
-    predict, and more logits than are kept.
+    model was traced for; export: see compiler/exports.py. Raises GristmillError for a model that does
+    not compile, a text without a token to predict, and more logits than are kept.
     """
     from gristmill.compiler.load import load_source
     from gristmill.compiler.pipeline import float_model, float_reference
@@ -98,7 +98,7 @@ def reference_from_model(
 
     def make() -> _Maker:
         report("trace", 0.0)
-        made = float_model(source)
+        made = float_model(source, export)
 
         def logits(windows: Windows) -> Iterator[Array]:
             for group in _groups(windows):

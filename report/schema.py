@@ -231,7 +231,11 @@ class LayerError:
 
 @dataclass(frozen=True)
 class Point:
-    """One configuration on one device. runtime: "gristmill" or a peer's name with version."""
+    """One configuration on one device. runtime: "gristmill" or a peer's name with version.
+
+    reason: why it failed, or of a point that is ok, what was not measured and why. command repeats its
+    figures, compile_command makes its artifact.
+    """
 
     id: str
     label: str
@@ -254,11 +258,17 @@ class Point:
     energy: Energy | None = None
     why: tuple[PhaseWhy, ...] = ()
     layer_errors: tuple[LayerError, ...] = ()
+    compile_command: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """command repeats all of it; versions: of packages; created: ISO date and time, UTC."""
+    """command repeats all of it; versions: of packages; created: ISO date and time, UTC.
+
+    readings: the sentence under each picture and the page's first ones; derived: what the page works out from
+    the rest, by the place where it stands. Both are filled in where the page is written. remarks: how it was
+    measured, what was reused.
+    """
 
     title: str
     model: str
@@ -269,4 +279,7 @@ class Report:
     points: tuple[Point, ...]
     dominated: dict[str, tuple[str, ...]] = field(default_factory=dict)  # "speed", "size" -> ids of points
     seconds: float = 0.0
+    readings: dict[str, str] = field(default_factory=dict)
+    derived: dict[str, float] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
     format: int = FORMAT

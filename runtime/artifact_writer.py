@@ -37,10 +37,12 @@ from gristmill.runtime.artifact import (
     MANIFEST,
     PROGRAM,
     WEIGHTS,
+    Artifact,
     FileEntry,
     content_id,
     is_plain_name,
     manifest_hash,
+    open_artifact,
 )
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.weights_file import TensorSpec, WeightsWriter
@@ -157,6 +159,19 @@ class ArtifactWriter:
         for name in (*self._files, MANIFEST):
             _fsync(self.path / name)
         _fsync(self.path)
+        _check_target(self.out, self._force)
+        _move_into_place(self.path, self.out)
+        self._committed = True
+        _fsync(self.out.parent)
+        return self.out
+
+    def commit_copy(self, source: Artifact) -> Path:
+        """Makes the artifact a copy of another one, which is checked on the way; returns its place."""
+        assert not self._files and self._weights is None, "something was written already"
+        for name in (*source.files, MANIFEST):
+            shutil.copyfile(source.path / name, self.path / name)
+            _fsync(self.path / name)
+        open_artifact(self.path).verify()
         _check_target(self.out, self._force)
         _move_into_place(self.path, self.out)
         self._committed = True

@@ -25,7 +25,7 @@ def exports_are_remembered() -> Iterator[None]:
     if tracing is None:
         yield
         return
-    from exports import remembered
+    from gristmill.compiler.exports import remembered
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracing, "_export", remembered(tracing._export))

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from pathlib import Path
 
 import click
 import compare_peers
 import kv_by_position
-import llamacpp_peer
 import make_model
 import numpy as np
-import other_peers
 import pytest
 import speed
 import start
 import torch
 from click.testing import CliRunner
-from peer_process import Peer
 from tiny import tiny_artifact
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from gristmill.report.peers import llamacpp_peer, peer_process
+from gristmill.report.peers.peer_process import Peer
 
 SMALL = {
     **make_model.SHAPES["tinyllama-1.1b"],
@@ -58,37 +57,20 @@ def test_start_of_a_process(tmp_path: Path) -> None:
     assert result.exit_code == 0 and "first token after" in result.output and "resident" in result.output
 
 
-def clockwork(ids: list[int], count: int) -> list[float]:
-    """A second for 128 tokens of a prompt and then one for each token: exact in binary."""
-    return [len(ids) / 128 + i for i in range(count)]
-
-
-def test_one_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert other_peers.measure(clockwork, 512, 16, 4) == {"prefill_tok_s": 128.0, "decode_tok_s": 1.0}
-    with pytest.raises(SystemExit, match="gave 1 tokens, expected 5"):
-        other_peers.measure(lambda ids, count: clockwork(ids, 1), 512, 16, 4)
-    monkeypatch.setitem(other_peers.ENGINES, "openvino", ("click", lambda model, threads: clockwork))
-    arguments = ["openvino", str(tmp_path), "--prompt", "50"]
-    result = CliRunner().invoke(other_peers.main, arguments, catch_exceptions=False)
-    found = json.loads(result.output)
-    assert found["version"].startswith("click ") and found["prompt"] == 50
-    assert (found["prefill_tok_s"], found["decode_tok_s"]) == (128.0, 1.0)
-
-
 SCRIPT = """
 import sys
-sys.path.insert(0, sys.argv[1])
-from peer_process import serve
+sys.path.append(sys.argv[1])
+from peers.peer_process import Engine, serve
 asked = []
 def measure(prompt, context, tokens):
     asked.append(prompt)
     return {"prefill_tok_s": prompt / len(asked), "decode_tok_s": context / tokens}
-serve({"version": "clockwork 1"}, measure)
+serve(Engine({"version": "clockwork 1"}, measure))
 """
 
 
 def test_peers_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = [sys.executable, "-c", SCRIPT, str(compare_peers.HERE)]
+    command = [sys.executable, "-c", SCRIPT, str(Path(peer_process.__file__).parents[1])]
     monkeypatch.setattr(compare_peers, "started", lambda *how: Peer(command))
     tiny_artifact(tmp_path / "a")
     arguments = [str(tmp_path / "a"), "--rounds", "2", "--prompt", "8", "--context", "4", "--tokens", "4"]
@@ -114,11 +96,6 @@ def test_ratios_are_of_the_same_round() -> None:
         "gristmill | 20 | 1.00x | 40.0 | 1.00x",
         "peer | 10 | 2.00x | 20.0 | 2.00x",
     ]
-
-
-def test_a_peer_that_stops_says_so() -> None:
-    with pytest.raises(SystemExit, match="stopped with exit code 3"):
-        Peer([sys.executable, "-c", "raise SystemExit(3)"])
 
 
 @pytest.mark.parametrize("name", sorted(make_model.SHAPES))

@@ -36,10 +36,11 @@ def in_the_wheel(paths: Iterable[Path]) -> set[str]:
 
 def test_the_wheel_has_every_module_and_no_sources_of_the_extension(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    for folder in ("compiler", "passes", "quant", "kernels", "runtime"):
+    for folder in ("compiler", "passes", "quant", "kernels", "runtime", "report"):
         modules = [path for path in (ROOT / folder).rglob("*.py") if (path.parent / "__init__.py").exists()]
         assert modules and in_the_wheel(modules) <= set(names)
-    assert in_the_wheel((ROOT / "compiler" / "data").iterdir()) <= set(names)
+    for folder in ("compiler", "report"):
+        assert in_the_wheel((ROOT / folder / "data").iterdir()) <= set(names)
     assert "gristmill/py.typed" in names
     assert [name for name in names if re.fullmatch(r"gristmill/runtime/cpu/_native\..*so", name)]
     assert not [name for name in names if name.endswith((".cpp", ".h", ".inc"))]

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from peer_process import Peer
 from random_artifact import RandomModel
 
 from gpu import numerics, paper
@@ -19,6 +18,7 @@ from gpu.adapter import Decoder, Launches, LongAttention, counted, random_ids
 from gpu.bench import BENCHMARKS, Bench, options_of
 from gpu.results import ATTENTION, BATCH, FASTER, FIRST, PEER, SHARE, TOKENS
 from gpu.roofs import Run
+from gristmill.report.peers.peer_process import Peer
 from gristmill.runtime.profile import Forward, work
 
 FIRST_TOKEN_FORMATS = ("bf16", "int4")

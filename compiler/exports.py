@@ -1,4 +1,4 @@
-"""One export for all models of a process that are built alike: most of a small compile is its export."""
+"""One export for all compiles of a process whose models are built alike: most of a small compile is that."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-MOST_PARAMETERS = 1 << 24  # of a model whose memory may stay allocated
+MOST_PARAMETERS = 1 << 24  # of a model whose memory may stay allocated, unless told otherwise
+Export = Callable[[Any], tuple[Any, Any]]
 
 
-def remembered(export: Callable[[Any], tuple[Any, Any]]) -> Callable[[Any], tuple[Any, Any]]:
-    """``trace._export`` that exports no model twice. Passes change graphs, so each caller gets its own."""
+def remembered(export: Export, most_parameters: int = MOST_PARAMETERS) -> Export:
+    """An `export` as trace.py has it that exports no model twice. Passes change graphs, so each caller gets
+    its own. The parameters of a model stay allocated with it, though nothing ever touched them."""
     known: dict[str, tuple[Any, Any]] = {}
 
     def once(model: Any) -> tuple[Any, Any]:
-        if sum(parameter.numel() for parameter in model.parameters()) > MOST_PARAMETERS:
+        if sum(parameter.numel() for parameter in model.parameters()) > most_parameters:
             return export(model)
         key = _all_that_exports_read(model)
         if key not in known:

@@ -2,42 +2,49 @@
 
 Weights are int8 for CTranslate2, which has no int4 for CPUs, and else int4 in groups of 128, symmetric; all
 compute with activations in int8. Prefill lasts to the first token, greedily chosen; token ids go in directly,
-and what was computed for a prompt is not kept for the next one. One line of JSON is printed, from a second
-measurement after one that warms up; with --serve, many, for compare_peers.py (see peer_process.py).
+and what was computed for a prompt is not kept for the next one. CTranslate2 alone gives the logits of a text.
 
-    python -m venv ct2 && ct2/bin/pip install ctranslate2 torch transformers click
+    python -m venv ct2 && ct2/bin/pip install ctranslate2 torch transformers
     ct2/bin/ct2-transformers-converter --model HF_DIR --output_dir CT2_DIR --quantization int8
-    ct2/bin/python benchmarks/other_peers.py ctranslate2 CT2_DIR
+    ct2/bin/python report/peers time ctranslate2 CT2_DIR
 
-    python -m venv ov && ov/bin/pip install openvino-genai openvino-tokenizers optimum-intel nncf torch click
+    python -m venv ov && ov/bin/pip install openvino-genai openvino-tokenizers optimum-intel nncf torch
     ov/bin/optimum-cli export openvino --model HF_DIR --task text-generation-with-past --weight-format int4 \\
         --group-size 128 --sym --ratio 1.0 OV_DIR
-    ov/bin/python benchmarks/other_peers.py openvino OV_DIR
+    ov/bin/python report/peers time openvino OV_DIR
 
-    python -m venv ort && ort/bin/pip install onnxruntime-genai onnx onnx-ir torch transformers click
+    python -m venv ort && ort/bin/pip install onnxruntime-genai onnx onnx-ir torch transformers
     ort/bin/python -m onnxruntime_genai.models.builder -i HF_DIR -o ORT_DIR -p int4 -e cpu -c CACHE_DIR \\
         --extra_options block_size=128 prune_lm_head=true
-    ort/bin/python benchmarks/other_peers.py onnxruntime-genai ORT_DIR
+    ort/bin/python report/peers time onnxruntime-genai ORT_DIR
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import click
-from peer_process import prompt_ids, serve
+from .peer_process import Engine, prompt_ids, speeds
 
 # of (token ids, count): seconds from the start to each of `count` tokens that follow
 Generate = Callable[[list[int], int], list[float]]
 
 
-def ctranslate2(model: Path, threads: int) -> Generate:
+@dataclass(frozen=True)
+class Loaded:
+    """logits: (ids, file) writes [ids, vocabulary] f32 as .npy."""
+
+    generate: Generate
+    logits: Callable[[list[int], str], None] | None = None
+
+
+def ctranslate2(model: Path, threads: int) -> Loaded:
     import ctranslate2 as library
 
     generator = library.Generator(str(model), compute_type="int8", intra_threads=threads)
@@ -56,10 +63,16 @@ def ctranslate2(model: Path, threads: int) -> Generate:
         )  # fmt: skip
         return since_first(moments)
 
-    return generate
+    def logits(ids: list[int], out: str) -> None:
+        import numpy as np
+
+        found = generator.forward_batch([[vocabulary[i] for i in ids]])  # [1, ids, vocabulary]
+        np.save(out, np.array(found.to(library.DataType.float32))[0])
+
+    return Loaded(generate, logits)
 
 
-def openvino(model: Path, threads: int) -> Generate:
+def openvino(model: Path, threads: int) -> Loaded:
     """Without AMX it prefills fastest with activations in int8 (dynamic quantization), in groups as long as
     those of the weights; they are then f32 elsewhere. By default they are bf16 where the processor can.
     """
@@ -81,10 +94,10 @@ def openvino(model: Path, threads: int) -> Generate:
         microseconds = itertools.accumulate([*found.m_times_to_first_token, *found.m_durations])
         return [passed / 1e6 for passed in microseconds]
 
-    return generate
+    return Loaded(generate)
 
 
-def onnxruntime_genai(model: Path, threads: int) -> Generate:
+def onnxruntime_genai(model: Path, threads: int) -> Loaded:
     import numpy as np
     import onnxruntime_genai as library
 
@@ -104,10 +117,10 @@ def onnxruntime_genai(model: Path, threads: int) -> Generate:
             moments.append(time.perf_counter())
         return since_first(moments)
 
-    return generate
+    return Loaded(generate)
 
 
-ENGINES: dict[str, tuple[str, Callable[[Path, int], Generate]]] = {
+ENGINES: dict[str, tuple[str, Callable[[Path, int], Loaded]]] = {
     "ctranslate2": ("ctranslate2", ctranslate2),
     "openvino": ("openvino-genai", openvino),
     "onnxruntime-genai": ("onnxruntime-genai", onnxruntime_genai),
@@ -118,34 +131,26 @@ def since_first(moments: list[float]) -> list[float]:
     return [moment - moments[0] for moment in moments[1:]]
 
 
-def measure(generate: Generate, prompt: int, context: int, tokens: int) -> dict[str, float]:
-    """Tokens per second of a prefill of `prompt`, and of `tokens` decoded after `context` others and one."""
+def measure(generate: Generate, prompt: int, context: int, tokens: int) -> dict[str, Any]:
+    """A prefill of `prompt`, and `tokens` decoded after `context` others and one; see peer_process."""
     first = generate(prompt_ids(prompt), 1)[0]
     times = generate(prompt_ids(max(context, 1)), tokens + 1)
     if len(times) != tokens + 1:
-        raise SystemExit(f"the peer gave {len(times)} tokens, expected {tokens + 1}")
-    return {"prefill_tok_s": prompt / first, "decode_tok_s": tokens / (times[-1] - times[0])}
+        raise RuntimeError(f"the peer gave {len(times)} tokens, expected {tokens + 1}")
+    return speeds(prompt, first, [after - before for before, after in itertools.pairwise(times)])
 
 
-@click.command(help=__doc__)
-@click.argument("peer", type=click.Choice(sorted(ENGINES)))
-@click.argument("model", type=click.Path(path_type=Path, exists=True))
-@click.option("--threads", default=2, show_default=True)
-@click.option("--prompt", default=512, show_default=True)
-@click.option("--tokens", default=32, show_default=True)
-@click.option("--context", default=16, show_default=True)
-@click.option("--serve", "serving", is_flag=True, help="Answer requests on stdin instead.")
-def main(peer: str, model: Path, threads: int, prompt: int, tokens: int, context: int, serving: bool) -> None:
-    package, load = ENGINES[peer]
-    about = {"peer": peer, "version": f"{package} {version(package)}"}
-    ask = functools.partial(measure, load(model, threads))
-    if serving:
-        serve(about, ask)
-        return
-    ask(prompt, context, tokens)
-    lengths = {"threads": threads, "prompt": prompt, "tokens": tokens, "context": context}
-    print(json.dumps({**about, **lengths, **ask(prompt, context, tokens)}))
+def load(kind: str, model: Path, threads: int) -> Engine:
+    package, open_model = ENGINES[kind]
+    begin = time.perf_counter()
+    loaded = open_model(model, threads)
+    about = {
+        "load_s": time.perf_counter() - begin,
+        "bytes": sum(path.stat().st_size for path in model.rglob("*") if path.is_file()),
+        "version": f"{package} {version(package)}",
+    }
 
+    def ask(prompt: int, context: int, tokens: int) -> dict[str, Any]:
+        return measure(loaded.generate, prompt, context, tokens)
 
-if __name__ == "__main__":
-    main()
+    return Engine(about, ask, loaded.logits)

@@ -1,28 +1,26 @@
-"""The llama.cpp side of compare_llamacpp.py, run by a Python of its own.
+"""llama.cpp by its Python package, in a Python of its own.
 
     python -m venv peer && peer/bin/pip install llama-cpp-python gguf numpy
-    peer/bin/python benchmarks/llamacpp_peer.py convert HF_DIR OUT_DIR q4_0 q8_0     Llama-shaped models only
-    peer/bin/python benchmarks/llamacpp_peer.py serve GGUF THREADS LENGTH [f16 | q8_0]
-    peer/bin/python benchmarks/llamacpp_peer.py logits GGUF IDS.npy OUT.npy
+    peer/bin/python report/peers convert HF_DIR OUT_DIR q4_0 q8_0     Llama-shaped models only
+    peer/bin/python report/peers time llama.cpp OUT_DIR/q4_0.gguf
 
-`serve` answers requests on stdin, see peer_process.py.
-Token ids go in directly, so that the GGUF carries a placeholder vocabulary.
+Token ids go in directly, so that a GGUF made here carries a placeholder vocabulary. Without the package gguf
+everything works but the conversion, and bytes and bits of the weights are not known.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peer_process
 from numpy.typing import NDArray
+
+from .peer_process import Engine, prompt_ids, speeds
 
 FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q3_k_m": 12, "q4_k_m": 15, "q6_k": 18}
 CACHE_TYPES = {"f16": 1, "q8_0": 8}
@@ -132,53 +130,61 @@ def convert(directory: Path, out: Path, kinds: list[str]) -> None:
             raise SystemExit(f"llama.cpp could not quantize {source} to {kind}")
 
 
-def read_bytes_per_token(path: Path) -> int:
-    """Bytes of weights that one decoded token reads: all but an embedding that is not the head."""
-    import gguf
-
-    sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(str(path)).tensors}
+def facts(path: Path) -> dict[str, Any]:
+    """read_bytes_per_token: bytes of weights that one decoded token reads, all but an embedding that is not
+    the head; bits_per_weight: of all matrices. None without the package gguf."""
+    try:
+        import gguf
+    except ImportError:
+        return {"read_bytes_per_token": None, "bits_per_weight": None}
+    tensors = list(gguf.GGUFReader(str(path)).tensors)
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in tensors}
     if "output.weight" in sizes:
         del sizes["token_embd.weight"]
-    return sum(sizes.values())
+    matrices = [t for t in tensors if len(t.shape) > 1]
+    bits = 8 * sum(int(t.n_bytes) for t in matrices) / sum(int(t.n_elements) for t in matrices)
+    return {"read_bytes_per_token": sum(sizes.values()), "bits_per_weight": bits}
 
 
-def measure(model: Any, prompt: int, context: int, tokens: int) -> dict[str, float]:
-    """Tokens per second of a prefill of `prompt`, and of `tokens` decoded after `context` others."""
-    ids = peer_process.prompt_ids(max(prompt, context, 1))
+def measure(model: Any, prompt: int, context: int, tokens: int) -> dict[str, Any]:
+    """A prefill of `prompt`, and `tokens` decoded after `context` others; see peer_process."""
+    ids = prompt_ids(max(prompt, context, 1))
     model.reset()
     begin = time.perf_counter()
     model.eval(ids[:prompt])
-    prefill_s = time.perf_counter() - begin
+    first_s = time.perf_counter() - begin
     model.reset()
     model.eval(ids[: max(context, 1)])
-    begin = time.perf_counter()
+    token_s = []
     for i in range(tokens):
+        begin = time.perf_counter()
         model.eval([ids[i % len(ids)]])
-    return {"prefill_tok_s": prompt / prefill_s, "decode_tok_s": tokens / (time.perf_counter() - begin)}
+        token_s.append(time.perf_counter() - begin)
+    return speeds(prompt, first_s, token_s)
 
 
-def logits(path: Path, ids: Path, out: Path) -> None:
-    """Write the logits [N, S, V] f32 of token ids [N, S], and print the bits per weight of all matrices."""
-    import gguf
-    import llama_cpp
-
+def logits(path: Path, ids: Path, out: Path) -> float:
+    """Write the logits [N, S, V] f32 of token ids [N, S]; the bits per weight of all matrices."""
     windows = np.load(ids)
-    length = windows.shape[1] + 8
-    model = llama_cpp.Llama(str(path), n_ctx=length, n_batch=512, logits_all=True, verbose=False)
+    model = open_model(path, 2, windows.shape[1] + 8, logits=True)
     found = np.lib.format.open_memmap(out, "w+", np.float32, (*windows.shape, model.n_vocab()))
     for i, window in enumerate(windows):
-        model.reset()
-        model.eval(window.tolist())
-        found[i] = model.scores[: windows.shape[1]]
-    matrices = [t for t in gguf.GGUFReader(str(path)).tensors if len(t.shape) > 1]
-    print(8 * sum(int(t.n_bytes) for t in matrices) / sum(int(t.n_elements) for t in matrices))
+        found[i] = window_logits(model, window.tolist())
+    return float(facts(path)["bits_per_weight"])
 
 
-def serve(path: Path, threads: int, length: int, cache: str = "f16") -> None:
+def window_logits(model: Any, ids: list[int]) -> NDArray[np.float32]:
+    """[ids, vocabulary] of a model that was opened with logits."""
+    model.reset()
+    model.eval(ids)
+    return np.asarray(model.scores[: len(ids)], np.float32)
+
+
+def open_model(path: Path, threads: int, length: int, cache: str = "f16", logits: bool = False) -> Any:
     """A quantized cache needs flash attention, and gets it."""
     import llama_cpp
 
-    model = llama_cpp.Llama(
+    return llama_cpp.Llama(
         str(path),
         n_ctx=length,
         n_threads=threads,
@@ -187,23 +193,27 @@ def serve(path: Path, threads: int, length: int, cache: str = "f16") -> None:
         type_k=CACHE_TYPES[cache],
         type_v=CACHE_TYPES[cache],
         flash_attn=cache != "f16",
+        logits_all=logits,
         verbose=False,
     )
-    ready = {
-        "read_bytes_per_token": read_bytes_per_token(path),
-        "file_bytes": path.stat().st_size,
+
+
+def load(path: Path, threads: int, length: int, cache: str = "f16", logits: bool = False) -> Engine:
+    import llama_cpp
+
+    begin = time.perf_counter()
+    model = open_model(path, threads, length, cache, logits)
+    about = {
+        "load_s": time.perf_counter() - begin,
+        "bytes": path.stat().st_size,
         "version": f"llama-cpp-python {llama_cpp.__version__}",
+        **facts(path),
     }
-    peer_process.serve(ready, functools.partial(measure, model))
 
+    def ask(prompt: int, context: int, tokens: int) -> dict[str, Any]:
+        return measure(model, prompt, context, tokens)
 
-if __name__ == "__main__":
-    match sys.argv[1:]:
-        case ["convert", directory, out, *kinds]:
-            convert(Path(directory), Path(out), kinds)
-        case ["logits", path, ids, out]:
-            logits(Path(path), Path(ids), Path(out))
-        case ["serve", path, threads, length, *cache]:
-            serve(Path(path), int(threads), int(length), *cache)
-        case _:
-            raise SystemExit(__doc__)
+    def write_logits(ids: list[int], out: str) -> None:
+        np.save(out, window_logits(model, ids))
+
+    return Engine(about, ask, write_logits if logits else None)
