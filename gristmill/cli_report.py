@@ -11,6 +11,7 @@ import click
 
 from gristmill.cli_options import JSON
 from gristmill.cli_output import Rows, echo_json, note, show_table
+from gristmill.runtime.errors import GristmillError
 
 if TYPE_CHECKING:
     from gristmill.report.schema import Report
@@ -93,6 +94,8 @@ def report_command(
         raise
     write_report(report, options.out)
     _show(report, options.out, as_json)
+    if all(point.status == "failed" for point in report.points):
+        raise GristmillError(f"no point could be measured; the first: {report.points[0].reason}")
 
 
 def _typed() -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
+import gristmill
 from gristmill.report import storage
 from gristmill.report.identity import versions
 from gristmill.report.merge import Speed, merge_machines, merge_rounds
@@ -83,7 +84,7 @@ def _point(subject: Subject, speed: Speed | None) -> Point:
 
 def _runtime(subject: Subject, speed: Speed | None) -> str:
     if subject.peer is None:
-        return "gristmill"
+        return f"gristmill {gristmill.__version__}"
     version = f" ({speed.version})" if speed and speed.version else ""
     return f"{subject.peer.kind}{version}"
 

@@ -6,6 +6,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from gristmill.report.schema import Accuracy, Latency, Memory, SpeedPoint
 from gristmill.runtime.errors import GristmillError
 
 WITH_LOGITS = ("llama.cpp", "ctranslate2")  # whose interface gives the logits of every position
-TOKENS = 32  # decoded in one measurement
+TOKENS = 32  # decoded in one measurement, which is repeated until it has taken long enough
 WARM_UP = (16, 16, 2)
 
 
@@ -55,6 +56,7 @@ class Shapes:
     contexts: tuple[int, ...]
     latency_prompt: int
     latency_tokens: int
+    seconds: float = 0.3  # least time of prefills, and of decoding
 
     @property
     def length(self) -> int:
@@ -116,7 +118,8 @@ def running(peer: Peer, length: int, logits: bool = False) -> Iterator[Process]:
 
 def measure_speed(peer: Peer, shapes: Mapping[str, Any]) -> dict[str, Any]:
     """One round, as `tasks.speed` has them. version: of the engine."""
-    wanted = Shapes(**{k: tuple(v) if isinstance(v, list) else v for k, v in shapes.items()})
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in shapes.items()}
+    wanted = Shapes(**given)
     with running(peer, wanted.length) as process:
         process.measure(*WARM_UP)
         points = list(_points(process, wanted))
@@ -141,12 +144,28 @@ def _points(process: Process, wanted: Shapes) -> Iterator[SpeedPoint]:
     for i in range(max(len(wanted.prompts), len(wanted.contexts))):
         prompt = wanted.prompts[i] if i < len(wanted.prompts) else 1
         context = wanted.contexts[i] if i < len(wanted.contexts) else 1
-        found = process.measure(prompt, context, TOKENS if i < len(wanted.contexts) else 1)
+        tokens = TOKENS if i < len(wanted.contexts) else 1
+        prefill, step = _means(process, prompt, context, tokens, wanted.seconds)
         if i < len(wanted.prompts):
-            yield SpeedPoint("prefill", prompt, 0, 1, found["first_s"], found["prefill_tok_s"], None, 1)
+            yield SpeedPoint("prefill", prompt, 0, 1, prefill, prompt / prefill, None, 1)
         if i < len(wanted.contexts):
-            step = statistics.median(found["token_s"])
             yield SpeedPoint("decode", 1, context, 1, step, 1 / step, None, 1)
+
+
+def _means(process: Process, prompt: int, context: int, tokens: int, least: float) -> tuple[float, float]:
+    """Mean seconds of a prefill and of a decoded token, as own points have them: over what fills `least`
+    seconds, the first time for a warm-up where that does not fill it alone."""
+    found: list[dict[str, Any]] = []
+    passed = 0.0
+    while passed < least or not found:
+        began = time.perf_counter()
+        found.append(process.measure(prompt, context, tokens))
+        took = time.perf_counter() - began
+        if len(found) > 1 or took >= least:
+            passed += took
+    kept = found[1:] or found
+    steps = [second for one in kept for second in one["token_s"]]
+    return statistics.fmean(one["first_s"] for one in kept), statistics.fmean(steps)
 
 
 def measure_accuracy(peer: Peer, reference: str, tokenizer: Any) -> Accuracy:

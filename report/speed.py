@@ -20,10 +20,12 @@ import numpy as np
 
 from gristmill.report.energy import measure_energy
 from gristmill.report.forwards import (
+    ROOM,
     STREAM_BYTES,
     decode_seconds,
     filled_slot,
     floor_seconds,
+    mean_roofs,
     prefill_seconds,
     refuse_less,
     stream_bytes,
@@ -39,7 +41,6 @@ from gristmill.runtime.session import Session, load
 
 SPARE = 0.7  # of the free memory may be taken by caches
 STEPS = 3  # a point decodes at least so many tokens
-ROOM = 64  # positions left behind the longest context
 ENERGY_SECONDS = 2.0
 
 
@@ -217,16 +218,20 @@ def _round(
 ) -> Roofs:
     """Measures every point once; the machine's roofs. A point is held to the speed at which as many bytes as
     it reads are read."""
-    sizes = {stream_bytes(session.program, Forward(1)), STREAM_BYTES}
-    before = {size: probe.read_stream(size) for size in sizes}
+    near = stream_bytes(session.program, Forward(1))
+    before = _roofs(probe, near)
     seconds = [_seconds(session, timing, options.seconds, filled) for timing in timings]
-    after = {size: probe.read_stream(size) for size in sizes}
-    roofs = probe.roofs((before[STREAM_BYTES] + after[STREAM_BYTES]) / 2)
-    near = replace(roofs, stream=1e9 * (before[min(sizes)] + after[min(sizes)]) / 2)
+    whole, own = (mean_roofs(*pair) for pair in zip(before, _roofs(probe, near), strict=True))
     for timing, taken in zip(timings, seconds, strict=True):
         timing.seconds.append(taken)
-        timing.shares.append(floor_seconds(session, near, timing.forward) / taken)
-    return roofs
+        timing.shares.append(floor_seconds(session, own, timing.forward) / taken)
+    return whole
+
+
+def _roofs(probe: Probe, size: int) -> tuple[Roofs, Roofs]:
+    """The machine's, and those with the stream over ``size`` bytes."""
+    roofs = probe.roofs(probe.read_stream(STREAM_BYTES))
+    return roofs, roofs if size == STREAM_BYTES else replace(roofs, stream=1e9 * probe.read_stream(size))
 
 
 def _seconds(session: Session, timing: _Timing, least: float, filled: int | None) -> float:

@@ -261,6 +261,7 @@ class _Sweep:
             for subject in own:
                 options = {
                     "device": subject.device, "threads": self._threads(subject), "rounds": 1, "budget": 0.0,
+                    "seconds": self.options.seconds,
                     "memory": number == 0, "latency_prompt": LATENCY[0], "latency_tokens": LATENCY[1],
                 }  # fmt: skip
                 arguments = {"artifact": str(subject.artifact), "options": options}
@@ -290,14 +291,16 @@ class _Sweep:
             return FALLBACK
         prompts = [p["rows"] for p in points if p["phase"] == "prefill" and not p["context"]]
         contexts = [p["context"] for p in points if p["phase"] == "decode" and p["sequences"] == 1]
-        return Shapes(tuple(prompts), tuple(contexts), *LATENCY)
+        return Shapes(tuple(prompts), tuple(contexts), *LATENCY, seconds=self.options.seconds)
 
     def _reasons(self, own: list[Subject]) -> None:
         for subject in own:
             if subject.failed:
                 self.watcher.drop("why")
                 continue
-            options = {"device": subject.device, "threads": self._threads(subject)}
+            options = {
+                "device": subject.device, "threads": self._threads(subject), "seconds": self.options.seconds,
+            }  # fmt: skip
             arguments = {"artifact": str(subject.artifact), "options": options}
             key = self._speed_key(subject, options)
             self._measure(subject, "why", key, f"why {subject.label} is as fast as it is", arguments)

@@ -27,9 +27,9 @@ class SweepOptions:
 
     out: the report's folder; text: scored for accuracy, None for the built-in one that suits; tokens: of it;
     last_word: file of passages; reference: the artifact that others are compared with, None for the one
-    nearest to float; samples: of calibration; rounds: of speed; fresh: measure accuracy anew as well;
-    reuse_speed: take the speeds of the last run, if it was here and today; explain: measure why; command:
-    what the user typed, for the report.
+    nearest to float; samples: of calibration; rounds: of speed; seconds: least time of a measurement within
+    one; fresh: measure accuracy anew as well; reuse_speed: take the speeds of the last run, if it was here
+    and today; explain: measure why; command: what the user typed, for the report.
     """
 
     out: Path
@@ -45,6 +45,7 @@ class SweepOptions:
     threads: int | None = None
     samples: int = 64
     rounds: int = 3
+    seconds: float = 0.3
     fresh: bool = False
     reuse_speed: bool = False
     explain: bool = True

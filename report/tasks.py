@@ -132,7 +132,8 @@ def speed(artifact: str, options: dict[str, Any], progress: Progress) -> Any:
     """One round of measure_speed, with the machine that it found."""
     from gristmill.report.speed import SpeedOptions, machine_of, measure_speed
 
-    given = SpeedOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    given = SpeedOptions(**plain)
     found = measure_speed(artifact, given)
     return {
         "machine": storage.plain(machine_of(found, given.device)),
@@ -146,7 +147,7 @@ def speed(artifact: str, options: dict[str, Any], progress: Progress) -> Any:
 
 @task
 def why(artifact: str, options: dict[str, Any], progress: Progress) -> Any:
-    from gristmill.report.why import WhyOptions, explain
+    from gristmill.report.explain import WhyOptions, explain
 
     return storage.plain(explain(artifact, WhyOptions(**options)))
 

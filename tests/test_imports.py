@@ -11,13 +11,14 @@ import pytest
 from tiny import tiny_artifact
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("compiler", "passes", "quant", "kernels", "runtime", "export", "integrations")
+FOLDERS = ("compiler", "passes", "quant", "kernels", "runtime", "report", "export", "integrations")
 MAY_IMPORT = {  # folder -> prefixes of gristmill.* it may import, besides itself and runtime.errors
     "compiler": ("passes", "quant", "runtime", "kernels.ops", ""),
     "passes": ("kernels.ops",),
     "quant": ("kernels.ops", "runtime.artifact"),
     "kernels": (),
     "runtime": ("kernels",),
+    "report": ("compiler", "quant", "runtime", ""),
     "export": ("runtime", "quant"),
     "integrations": ("runtime", "quant.formats"),
 }
