@@ -142,8 +142,8 @@ def float_model(source: Source, export: Export | None = None) -> FloatModel:
     limits = plan_limits(source.config, options)
     tokenizer = tokenizer_files(source.directory, [gate.default_text("prose"), gate.default_text("code")])
     traced = trace(source.config, source.checkpoint, limits.max_len, export)
-    _run_passes(traced, options)
-    max_len = min(limits.max_len, _narrow(limits, traced).max_position)
+    rewrite(traced, options)
+    max_len = min(limits.max_len, narrow(limits, traced).max_position)
     return FloatModel(traced, tokenizer, max_len, _vocabulary(traced))
 
 
