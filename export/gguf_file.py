@@ -150,12 +150,14 @@ def _tensors(shape: LlamaShape, architecture: str) -> Iterator[Tensor]:
 
 
 def _vectors(weights: StoredWeights, shape: LlamaShape, architecture: str) -> Iterator[tuple[str, Array]]:
-    yield "output_norm.weight", weights.tensor(shape.norm)
+    ones = np.ones(shape.hidden, np.float32)
+    yield "output_norm.weight", weights.tensor(shape.norm) if shape.norm else ones
     for n, layer in enumerate(shape.layers):
-        norms = {"attn_norm": layer.attn_norm, "ffn_norm": layer.ffn_norm}
-        norms |= {"attn_q_norm": layer.q_norm, "attn_k_norm": layer.k_norm} if layer.q_norm else {}
-        for name, vector in norms.items():
-            yield f"blk.{n}.{name}.weight", weights.tensor(str(vector))
+        for name, norm in (("attn_norm", layer.attn_norm), ("ffn_norm", layer.ffn_norm)):
+            yield f"blk.{n}.{name}.weight", weights.tensor(norm) if norm else ones
+        for name, norm in (("attn_q_norm", layer.q_norm), ("attn_k_norm", layer.k_norm)):
+            if norm:
+                yield f"blk.{n}.{name}.weight", weights.tensor(norm)
         for name, rows in _matrices(layer).items():
             if rows.bias is not None:
                 bias = weights.tensor(rows.bias.name)[rows.bias.start :][: rows.bias.count]

@@ -88,6 +88,8 @@ def vocabulary(files: Mapping[str, bytes], size: int, eos_ids: Sequence[int] = (
         else NORMAL
         for i in range(size)
     )  # fmt: skip
+    if not model["merges"]:
+        _refuse("it has no merges, without which llama.cpp reads no byte pairs")
     common = {"tokens": tokens, "kinds": kinds, "special": special, "add_bos": add_bos, "add_eos": add_eos}
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
     template = wrapped.chat_template

@@ -38,14 +38,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder block. q_norm, k_norm: names of norms over each head, before rotation."""
+    """One decoder block. attn_norm, ffn_norm: names of their weights, None: ones (a rotated model). q_norm,
+    k_norm: names of norms over each head, before rotation."""
 
-    attn_norm: str
+    attn_norm: str | None
     q: Rows
     k: Rows
     v: Rows
     output: Rows
-    ffn_norm: str
+    ffn_norm: str | None
     gate: Rows
     up: Rows
     down: Rows
@@ -67,7 +68,7 @@ class LlamaShape:
     window: int
     embedding: Rows
     layers: tuple[Layer, ...]
-    norm: str
+    norm: str | None
     head: Rows | None
 
 
@@ -101,7 +102,7 @@ class _Reader:
         head = self.plain(self.take("linear"), x)
         self.require(head.out.value == LOGITS and self.at == len(self.program.instructions),
                      "does more after its head")  # fmt: skip
-        return self.shape(embedding, layers, last.vectors["weight"], self.whole(head))
+        return self.shape(embedding, layers, last.vectors.get("weight"), self.whole(head))
 
     def layer(self, x: View) -> tuple[Layer, View]:
         norm = self.norm(x)
@@ -122,12 +123,12 @@ class _Reader:
         down = self.plain(self.take("linear"), glu.out, residual=output.out)
         names = attention.vectors
         layer = Layer(
-            norm.vectors["weight"], q, k, v, self.whole(output), second.vectors["weight"], gate, up,
+            norm.vectors.get("weight"), q, k, v, self.whole(output), second.vectors.get("weight"), gate, up,
             self.whole(down), names.get("q_norm"), names.get("k_norm"),
         )  # fmt: skip
         return layer, down.out
 
-    def shape(self, embedding: Rows, layers: list[Layer], norm: str, head: Rows) -> LlamaShape:
+    def shape(self, embedding: Rows, layers: list[Layer], norm: str | None, head: Rows) -> LlamaShape:
         """The sizes, which all layers must share."""
         self.require(bool(layers), "has no layers")
         caches = {self.cache(a) for a in self.attentions}
@@ -174,7 +175,6 @@ class _Reader:
                      "has another order of norms and residuals")  # fmt: skip
         if found.op == "rms_norm":
             self.eps.add(float(found.attribute("eps")))
-            self.require("weight" in found.vectors, "has a norm without weights")
         return found.out
 
     def view(self, attention: Instruction, name: str) -> View:
