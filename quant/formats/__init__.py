@@ -31,13 +31,16 @@ class Reader:
     """How to read one checkpoint.
 
     markers: a tensor X.marker says that layer X is quantized. parts: suffixes of tensors that are part of the
-    weight. weight: reads layer X.
+    weight. weight: reads layer X. whole: what it has as floats keeps its type everywhere, embedding and head
+    included. remark: what there is to tell about the checkpoint.
     """
 
     method: str
     markers: tuple[str, ...]
     parts: tuple[str, ...]
     weight: Callable[[Tensors, str], QuantizedWeight]
+    whole: bool = False
+    remark: str = ""
 
 
 def reader(config: Any) -> Reader:

@@ -105,6 +105,12 @@ def unpack(kind: str, rows: Array) -> Levels:
     return Levels(q.reshape(len(rows), -1), halves[..., 0], halves[..., 1] if block.affine else None)
 
 
+def scales(kind: str, rows: Array) -> Array:
+    """The scales [n, k / 32] f16 of packed rows."""
+    blocks = rows.reshape(len(rows), -1, BLOCKS[kind].nbytes)
+    return np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
+
+
 def values(levels: Levels) -> NDArray[np.float32]:
     """The weights [n, k] f32, multiplied and added as llama.cpp does."""
     n, k = levels.level.shape
