@@ -64,18 +64,24 @@ class Foreign:
         """For the manifest: the method that quantized the checkpoint, and the matrices taken over from it."""
         if self.checkpoint is None:
             return {}
-        return {"checkpoint": {"method": self.checkpoint.reader.method, "kept": kept(lowered)}}
+        reader = self.checkpoint.reader
+        record: dict[str, Any] = {"method": reader.method, "kept": kept(lowered)}
+        if reader.dequantized and not self.anew:
+            record["dequantized"] = dict(reader.dequantized)
+        return {"checkpoint": record}
 
     def summary(self, lowered: Lowered) -> dict[str, Any]:
         """A line for people."""
         if self.checkpoint is None:
             return {}
-        method, layers, count = self.checkpoint.reader.method, len(self.checkpoint.layers), len(kept(lowered))
-        text = f"{method}: {count} of {layers} quantized matrices kept as they are"
-        if count < layers:
+        reader, layers, count = self.checkpoint.reader, len(self.checkpoint.layers), len(kept(lowered))
+        total = layers + sum(reader.dequantized.values())
+        text = f"{reader.method}: {count} of {total} quantized matrices kept as they are"
+        if count < layers or (self.anew and total):
             text += ", the others rounded anew from their values"
-        if self.checkpoint.reader.remark and not self.anew:
-            text += f"; {self.checkpoint.reader.remark}"
+        elif reader.dequantized:
+            kinds = ", ".join(f"{number} {kind}" for kind, number in reader.dequantized.items())
+            text += f"; {kinds} dequantized to f16: no format here holds them exactly"
         return {"checkpoint": text}
 
 

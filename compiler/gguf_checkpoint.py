@@ -161,7 +161,7 @@ class GgufTensors:
         return {self.path.name: file_hash(self.path)}
 
     @property
-    def rounded(self) -> Counter[str]:
+    def dequantized(self) -> Counter[str]:
         """How many matrices are read as values for want of a format that holds their blocks, by type."""
         blocks = {name: e.kind.lower() for name, e in self._entries.items() if not e.is_float}
         return Counter(kind for name, kind in blocks.items() if not name.endswith(f".{MARKER}"))
@@ -195,11 +195,4 @@ def gguf_reader(tensors: GgufTensors) -> Reader:
     def weight(stored: Tensors, module: str) -> QuantizedWeight:
         return tensors.kept[module]
 
-    return Reader("gguf", (MARKER,), (MARKER,), weight, whole=True, remark=_remark(tensors.rounded))
-
-
-def _remark(rounded: Counter[str]) -> str:
-    if not rounded:
-        return ""
-    kinds = ", ".join(f"{count} of {kind}" for kind, count in rounded.most_common())
-    return f"{kinds} dequantized to f16, for no format here holds them exactly (--weights int4 rounds them anew)"
+    return Reader("gguf", (MARKER,), (MARKER,), weight, whole=True, dequantized=tensors.dequantized)

@@ -118,10 +118,10 @@ def _family(header: GgufHeader, architecture: str, config: dict[str, Any]) -> st
         return "qwen2"
     if architecture == "qwen2" and biased == ATTENTION:
         return architecture
-    config["attention_bias"] = ATTENTION | OUTPUT <= biased
+    config["attention_bias"] = biased >= ATTENTION | OUTPUT
     allowed: list[set[str]] = [set(), ATTENTION | OUTPUT]
     if architecture == "llama":
-        config["mlp_bias"] = MLP <= biased
+        config["mlp_bias"] = biased >= MLP
         allowed += [MLP, ATTENTION | OUTPUT | MLP]
     if architecture == "qwen2" or biased not in allowed:
         raise GristmillError(
@@ -140,7 +140,9 @@ def _setting(header: GgufHeader, key: str, kind: type, default: Any = None) -> A
             raise GristmillError(f"{header.path}: {name} differs between layers, which is not supported")
         value = value[0]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise GristmillError(f"{header.path}: {name} is {value!r}, expected a number above 0; download it again")
+        raise GristmillError(
+            f"{header.path}: {name} is {value!r}, expected a number above 0; download it again"
+        )
     return kind(value)
 
 
@@ -175,7 +177,9 @@ def _rope(header: GgufHeader, config: Mapping[str, Any], factors: list[float] | 
         factors = [1.0] * (config["head_dim"] // 2)
     if factors is not None:
         if kind != "none" or len(factors) != config["head_dim"] // 2 or min(factors) <= 0:
-            raise GristmillError(f"{header.path}: rotary factors together with scaling {kind!r} are not supported")
+            raise GristmillError(
+                f"{header.path}: rotary factors together with scaling {kind!r} are not supported"
+            )
         return {
             "rope_type": "longrope", "rope_theta": base, "short_factor": factors, "long_factor": factors,
             "attention_factor": attention,
@@ -184,7 +188,9 @@ def _rope(header: GgufHeader, config: Mapping[str, Any], factors: list[float] | 
     if kind == "none":
         return {"rope_type": "default", "rope_theta": base}
     if kind not in ("linear", "yarn"):
-        raise GristmillError(f"{header.path}: rope scaling {kind!r} is not supported; expected linear or yarn")
+        raise GristmillError(
+            f"{header.path}: rope scaling {kind!r} is not supported; expected linear or yarn"
+        )
     scaled = {"rope_type": kind, "rope_theta": base, "factor": _setting(header, "rope.scaling.factor", float)}
     if kind == "yarn":
         original = _setting(header, "rope.scaling.original_context_length", int)

@@ -53,7 +53,10 @@ def tokenizer_files(header: GgufHeader) -> dict[str, bytes]:
     ends = [i for i in (_id(header, name, count) for name in ENDS) if i is not None]
     generation = {"bos_token_id": _id(header, "bos", count), "eos_token_id": ends or None}
     files = {"tokenizer_config.json": config, "generation_config.json": generation}
-    return {"tokenizer.json": text.encode(), **{n: json.dumps(v, indent=1).encode() for n, v in files.items()}}
+    return {
+        "tokenizer.json": text.encode(),
+        **{n: json.dumps(v, indent=1).encode() for n, v in files.items()},
+    }
 
 
 def _sentencepiece(header: GgufHeader, tokens: Sequence[str], kinds: Sequence[int]) -> dict[str, Any]:
@@ -72,8 +75,14 @@ def _sentencepiece(header: GgufHeader, tokens: Sequence[str], kinds: Sequence[in
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}
     prefix = header.metadata.get("tokenizer.ggml.add_space_prefix", True)
-    steps: list[dict[str, Any]] = [{**replace, "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}]
-    steps += [{"type": "Fuse"}, *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else [])]
+    steps: list[dict[str, Any]] = [
+        {**replace, "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+    ]
+    steps += [
+        {"type": "Fuse"},
+        *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []),
+    ]
     unknown = _id(header, "unknown", len(tokens))
     return {
         "normalizer": {"type": "Sequence", "normalizers": [prepend, replace]} if prefix else replace,
@@ -129,7 +138,8 @@ def _around(header: GgufHeader, tokens: Sequence[str], model: str) -> dict[str, 
         raise GristmillError(f"{header.path}: its tokenizer adds a token {missing!r} that it does not name")
     whole: list[Any] = [{"Sequence": {"id": "A", "type_id": 0}}]
     pieces = {n: {"SpecialToken": {"id": tokens[i], "type_id": 0}} for n, i in ids.items() if i is not None}
-    single = [pieces["bos"]] * bool(added["bos"]) + whole + [pieces["eos"]] * bool(added["eos"])
+    before, after = ([pieces[n]] if added[n] else [] for n in flags)
+    single = before + whole + after
     if len(single) == 1:
         return None
     used = {tokens[i] for n, i in ids.items() if added[n] and i is not None}
@@ -161,5 +171,7 @@ def _list(header: GgufHeader, name: str, count: int) -> list[Any] | None:
     if found is None:
         return None
     if not isinstance(found, list) or len(found) != count:
-        raise GristmillError(f"{header.path}: its tokenizer's {name} do not fit its tokens; download it again")
+        raise GristmillError(
+            f"{header.path}: its tokenizer's {name} do not fit its tokens; download it again"
+        )
     return found

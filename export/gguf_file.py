@@ -189,8 +189,12 @@ def _vocabulary(artifact: Artifact, size: int) -> Vocabulary:
     files = {name: artifact.read(name) for name in names if name in artifact.files}
     if TOKENIZER not in files:
         raise GristmillError(f"{artifact.path} holds no tokenizer, without which llama.cpp reads no GGUF")
-    found = artifact.json(GENERATION_CONFIG).get("eos_token_id") if GENERATION_CONFIG in artifact.files else None
-    return vocabulary(files, size, [i for i in (found if isinstance(found, list) else [found]) if type(i) is int])
+    found = (
+        artifact.json(GENERATION_CONFIG).get("eos_token_id") if GENERATION_CONFIG in artifact.files else None
+    )
+    return vocabulary(
+        files, size, [i for i in (found if isinstance(found, list) else [found]) if type(i) is int]
+    )
 
 
 def _write(

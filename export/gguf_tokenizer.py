@@ -89,7 +89,7 @@ def vocabulary(files: Mapping[str, bytes], size: int, eos_ids: Sequence[int] = (
         for i in range(size)
     )  # fmt: skip
     if not model["merges"]:
-        _refuse("it has no merges, without which llama.cpp reads no byte pairs")
+        _refuse("its tokenizer has no merges, without which llama.cpp reads no byte pairs")
     common = {"tokens": tokens, "kinds": kinds, "special": special, "add_bos": add_bos, "add_eos": add_eos}
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
     template = wrapped.chat_template
@@ -141,7 +141,9 @@ def _space_prefix(document: Mapping[str, Any]) -> bool:
     _refuse("its tokenizer rewrites text in a way that sentencepiece does not")
 
 
-def _scores(tokens: Sequence[str], kinds: Sequence[int], merges: Sequence[Sequence[str]]) -> tuple[float, ...]:
+def _scores(
+    tokens: Sequence[str], kinds: Sequence[int], merges: Sequence[Sequence[str]]
+) -> tuple[float, ...]:
     """Minus the rank of the first merge that makes a token; see the module for what must hold."""
     ranks: dict[str, list[int]] = {}
     for rank, (left, right) in enumerate(merges):

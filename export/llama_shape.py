@@ -186,7 +186,7 @@ class _Reader:
         """The rows of one matrix that compute a view."""
         for out, linear in self.made.get(view.value, []):
             start = view.column - out.column
-            if 0 <= start and start + view.width <= out.width:
+            if start >= 0 and start + view.width <= out.width:
                 return self.cut(linear, start, view.width)
         self.refuse("reads q, k or v from more than one linear")
 

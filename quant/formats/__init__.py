@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -32,7 +32,7 @@ class Reader:
 
     markers: a tensor X.marker says that layer X is quantized. parts: suffixes of tensors that are part of the
     weight. weight: reads layer X. whole: what it has as floats keeps its type everywhere, embedding and head
-    included. remark: what there is to tell about the checkpoint.
+    included. dequantized: how many matrices of which type are read as values, being exact in no format here.
     """
 
     method: str
@@ -40,7 +40,7 @@ class Reader:
     parts: tuple[str, ...]
     weight: Callable[[Tensors, str], QuantizedWeight]
     whole: bool = False
-    remark: str = ""
+    dequantized: Mapping[str, int] = field(default_factory=dict)
 
 
 def reader(config: Any) -> Reader:
