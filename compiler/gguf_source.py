@@ -125,8 +125,8 @@ def _family(header: GgufHeader, architecture: str, config: dict[str, Any]) -> st
         allowed += [MLP, ATTENTION | OUTPUT | MLP]
     if architecture == "qwen2" or biased not in allowed:
         raise GristmillError(
-            f"{header.path}: an {architecture} with biases at {', '.join(sorted(biased)) or 'no linear'} is not "
-            "supported"
+            f"{header.path}: an {architecture} with biases at {', '.join(sorted(biased)) or 'no linear'} "
+            "is not supported"
         )
     return architecture
 
@@ -156,8 +156,8 @@ def _named(header: GgufHeader, config: Mapping[str, Any]) -> tuple[dict[str, Ent
         found = transformers_name(name)
         if found is None or (found.split(".")[-2] in HEAD_NORMS and architecture != "qwen3"):
             raise GristmillError(
-                f"{header.path}: tensor {name!r} is not one of a plain {architecture}; a model of this kind is "
-                "not supported"
+                f"{header.path}: tensor {name!r} is not one of a plain {architecture}; a model of this kind "
+                "is not supported"
             )
         turned = heads.get(found.split(".")[-2]) if architecture in INTERLEAVED else None
         if turned and entry.shape[0] == turned * config["head_dim"]:

@@ -129,7 +129,7 @@ def _added(number: int, text: str, kind: int) -> dict[str, Any]:
 
 
 def _around(header: GgufHeader, tokens: Sequence[str], model: str) -> dict[str, Any] | None:
-    """What puts BOS before a text and EOS after it; a sentencepiece vocabulary has a BOS unless told not to."""
+    """What puts BOS before a text and EOS after it; sentencepiece has a BOS unless told not to."""
     flags = {"bos": model == "llama", "eos": False}
     added = {n: header.metadata.get(f"tokenizer.ggml.add_{n}_token", flags[n]) for n in flags}
     ids = {n: _id(header, n, len(tokens)) for n in flags}

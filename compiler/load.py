@@ -66,7 +66,9 @@ def _gguf(model: str) -> Source:
     except ModuleNotFoundError as error:
         if error.name != "gguf":
             raise
-        raise GristmillError("reading GGUF needs gguf; install it with `pip install 'gristmill[gguf]'`") from error
+        raise GristmillError(
+            "reading GGUF needs gguf; install it with `pip install 'gristmill[gguf]'`"
+        ) from error
     return gguf_source(Path(model).resolve())
 
 
@@ -131,7 +133,9 @@ def _resolve(model: str) -> Path:
     if os.path.isdir(model):
         return Path(model).resolve()
     if os.path.exists(model):
-        raise GristmillError(f"{model}: is a file; expected a Hugging Face model directory, a .gguf file or a hub name")
+        raise GristmillError(
+            f"{model}: is a file; expected a Hugging Face model directory, a .gguf file or a hub name"
+        )
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise GristmillError(
             f"{model}: no such directory; expected a Hugging Face model directory "

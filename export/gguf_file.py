@@ -263,8 +263,8 @@ def _report(plan: _Plan, losses: dict[str, float], note: Note) -> None:
     worst = max(lossy, key=lambda name: lossy[name])
     kinds = ", ".join(sorted({plan.kinds[name] for name in lossy}))
     note(
-        f"warning: {len(lossy)} of {len(losses)} matrices were rounded anew ({kinds}): relative squared error "
-        f"{sum(lossy.values()) / len(lossy):.2g} on average, at most {lossy[worst]:.2g} ({worst})"
+        f"warning: {len(lossy)} of {len(losses)} matrices were rounded anew ({kinds}): relative squared "
+        f"error {sum(lossy.values()) / len(lossy):.2g} on average, at most {lossy[worst]:.2g} ({worst})"
     )
 
 

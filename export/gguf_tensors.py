@@ -1,4 +1,4 @@
-"""A matrix of an artifact as a GGUF tensor: the type that holds it exactly, or a rounding and what it costs."""
+"""A matrix of an artifact as a GGUF tensor: a type that holds it exactly, or a rounding and what it costs."""
 
 from __future__ import annotations
 

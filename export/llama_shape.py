@@ -224,6 +224,6 @@ class _Reader:
 
     def refuse(self, reason: str) -> NoReturn:
         raise GristmillError(
-            f"only Llama-shaped models can be written as GGUF; this one {reason} (instruction {self.at - 1}); "
-            "`gristmill inspect --program` shows it"
+            f"only Llama-shaped models can be written as GGUF; this one {reason} (instruction {self.at - 1}; "
+            "`gristmill inspect --program` shows it)"
         )

@@ -16,7 +16,7 @@ OWN_OPTIONS = {"checkpoint_format": "gptq", "type": "gguf"}  # option → the on
 @click.command("export", no_args_is_help=True)
 @click.argument("artifact", type=click.Path())
 @click.option("--to", required=True, type=click.Choice(TARGETS), help="The format to write.")
-@click.option("-o", "--out", required=True, type=click.Path(), help="The directory (gguf: the file) to write.")
+@click.option("-o", "--out", required=True, type=click.Path(), help="Directory (gguf: file) to write.")
 @click.option(
     "--checkpoint-format",
     type=click.Choice(["gptq", "gptq_v2"]),

@@ -197,8 +197,8 @@ def refuses(path: Path | str, message: str) -> None:
 @pytest.mark.parametrize(
     "changes, drop, message",
     [
-        ({"general__architecture": "gemma2"}, (), "architecture 'gemma2' is not read from GGUF; expected one of"),
-        ({"llama__expert_count": 8}, (), "mixture-of-experts models are not supported; expected a dense llama"),
+        ({"general__architecture": "gemma2"}, (), "architecture 'gemma2' is not read from GGUF; expected"),
+        ({"llama__expert_count": 8}, (), "mixture-of-experts models are not supported; expected a dense"),
         ({"split__count": 3}, (), "is one of 3 parts of a model; join them with `llama-gguf-split --merge`"),
         ({"general__type": "adapter"}, (), "holds a 'adapter', expected a model"),
         ({}, ("llama.embedding_length",), "llama.embedding_length is None, expected a number above 0"),
@@ -263,8 +263,9 @@ def test_tokenizers_come_back(kind: str, tmp_path: Path) -> None:
         document = sentencepiece(merges, "▁abcdefx12")
     else:
         document = json.loads(byte_pairs(digits=kind == "digits").to_str())
-    files = {"tokenizer.json": json.dumps(document).encode(),
-             "tokenizer_config.json": b'{"eos_token": "</s>", "chat_template": "{{ messages }}"}'}  # fmt: skip
+    config = {"eos_token": "</s>", "chat_template": "{{ messages }}"}
+    files = {"tokenizer.json": json.dumps(document).encode()}
+    files["tokenizer_config.json"] = json.dumps(config).encode()
     size = 320
     writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
     vocabulary(files, size).write(writer)

@@ -1,4 +1,4 @@
-"""Artifacts as GGUF files: read back by the gguf package and by transformers, and refused where they must be."""
+"""Artifacts as GGUF files: read back by the gguf package and by transformers, or refused."""
 
 from __future__ import annotations
 
@@ -139,18 +139,19 @@ def _first(document: dict[str, Any], op: str) -> dict[str, Any]:
     "change, message",
     [
         (lambda d: _first(d, "embedding").update(scale=2.0), "scales or shifts its embeddings"),
-        (lambda d: _first(d, "rms_norm").update(op="layer_norm"), "has layer_norm where a Llama has rms_norm"),
+        (lambda d: _first(d, "rms_norm").update(op="layer_norm"), "has layer_norm where"),
         (lambda d: _first(d, "rms_norm").update(eps=0.5), "has norms of different epsilons"),
         (lambda d: _first(d, "attention").update(scale=0.5), "has layers of different attention"),
         (lambda d: [i.update(scale=0.5) for i in d["instructions"] if i["op"] == "attention"],
          "scales its attention by 0.5"),
         (lambda d: _first(d, "attention").update(softcap=5.0), "has attention sinks or caps its scores"),
         (lambda d: _first(d, "linear").update(scale=3.0), "has a linear with an activation or a scale"),
-        (lambda d: [i.pop("residual", None) for i in d["instructions"]], "another order of norms and residuals"),
-        (lambda d: [i.update(activation="gelu") for i in d["instructions"] if i.get("glu")], "has no silu gate"),
+        (lambda d: [i.pop("residual", None) for i in d["instructions"]], "another order of norms"),
+        (lambda d: [i.update(activation="gelu") for i in d["instructions"] if i.get("glu")],
+         "has no silu gate"),
         (lambda d: d["ropes"][0].update(dims=16), "does not rotate whole heads"),
     ],
-    ids=["embedding", "norm", "eps", "layers", "attention", "cap", "linear", "residual", "gate", "partial rope"],
+    ids=["embedding", "norm", "eps", "layers", "attention", "cap", "linear", "residual", "gate", "rope"],
 )  # fmt: skip
 def test_other_programs_are_refused(change: Any, message: str, plain: Path) -> None:
     document = open_artifact(plain).json("program.json")
@@ -203,8 +204,8 @@ def sentencepiece(merges: list[tuple[str, str]], pieces: str = "▁abc") -> dict
         "normalizer": {"type": "Sequence", "normalizers": [prepend, replace]}, "pre_tokenizer": None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": [
-            replace | {"pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            replace | {"pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
+            {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0},
         ]},
         "added_tokens": [entry | {"id": i, "content": names[i]} for i in range(3)
                          for entry in document["added_tokens"][:1]],
