@@ -93,16 +93,21 @@ def byte_count(kind: str, shape: tuple[int, int]) -> int:
 
 def encode(weights: StoredWeights, tensor: Tensor, kind: str) -> Encoded:
     """The tensor in a type, a chunk of rows at a time: level by level where it fits, else rounded anew."""
-    parts, error, norm = [], 0.0, 0.0
+    out: Array | None = None
+    at, error, norm = 0, 0.0, 0.0
     for rows in _chunks(tensor):
         w = values(weights, tensor, rows)
         part = _encode_rows(weights, tensor, rows, w, kind)
-        parts.append(part)
+        out = np.empty((tensor.shape[0], part.shape[1]), part.dtype) if out is None else out
+        out[at : at + len(part)] = part
+        at += len(part)
         error += float(np.square(w - decode(part, kind), dtype=np.float64).sum())
         norm += float(np.square(w, dtype=np.float64).sum())
     if not np.isfinite(error):
         raise GristmillError(f"{tensor.name} has weights beyond the range of {kind}; give --type bf16 or f32")
-    return Encoded(np.concatenate(parts), error / max(norm, np.finfo(np.float64).tiny))
+    weights.give_back()
+    assert out is not None, f"{tensor.name} has no rows"
+    return Encoded(out, error / max(norm, np.finfo(np.float64).tiny))
 
 
 def _encode_rows(weights: StoredWeights, tensor: Tensor, rows: Array, w: Array, kind: str) -> Array:

@@ -90,7 +90,13 @@ def vocabulary(files: Mapping[str, bytes], size: int, eos_ids: Sequence[int] = (
     )  # fmt: skip
     if not model["merges"]:
         _refuse("its tokenizer has no merges, without which llama.cpp reads no byte pairs")
-    common = {"tokens": tokens, "kinds": kinds, "special": special, "add_bos": add_bos, "add_eos": add_eos}
+    common: dict[str, Any] = {
+        "tokens": tokens,
+        "kinds": kinds,
+        "special": special,
+        "add_bos": add_bos,
+        "add_eos": add_eos,
+    }
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
     template = wrapped.chat_template
     if model.get("byte_fallback"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,9 @@ class StoredWeights:
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
         self.program = Program.from_json(artifact.json(PROGRAM))
-        self._map = np.memmap(artifact.weights_path, np.uint8, "r")
+        with artifact.weights_path.open("rb") as file:
+            self._pages = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE)
+        self._map = np.frombuffer(self._pages, np.uint8)
         self._header, self._begin = _header(artifact)
 
     def tensor(self, name: str) -> Array:
@@ -55,6 +58,10 @@ class StoredWeights:
         entry = self._header[name]
         begin, end = (self._begin + at for at in entry["data_offsets"])
         return self._map[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+    def give_back(self) -> None:
+        """Let go of the pages that were read: they come from the file again where they are asked for."""
+        self._pages.madvise(mmap.MADV_DONTNEED)
 
     def quantized(self, segment: Segment, rows: Any = slice(None)) -> Quantized:
         """Integers, scales and zero points of a matrix with scales, or of some of its rows."""

@@ -33,7 +33,8 @@ _HOMES = {
 
 
 def compile(model: str | PathLike[str], out: str | PathLike[str], **options: Any) -> CompileResult:
-    """Compiles the model at `model` (a Hugging Face directory, a .gguf file or a hub name) to the artifact `out`.
+    """Compiles the model at `model` (a Hugging Face directory, a .gguf file or a hub name) to the artifact
+    directory `out`.
 
     options: the fields of gristmill.compiler.options.CompileOptions, such as weights="int4", group_size=128,
     kv="int8", text="held_out.txt", force=True. Needs the extra [compile]. Raises GristmillError for what
