@@ -15,6 +15,8 @@ from tokenizers import Tokenizer
 
 import gristmill
 from gristmill.cli import run_command
+from gristmill.cli_export import GGUF_TYPES
+from gristmill.export.gguf_tensors import TYPES
 from gristmill.export.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, vocabulary
 from gristmill.export.llama_shape import llama_shape
 from gristmill.export.weights import StoredWeights
@@ -160,6 +162,10 @@ def test_other_programs_are_refused(change: Any, message: str, plain: Path) -> N
     with pytest.raises(GristmillError, match=message) as caught:
         llama_shape(Program.from_json(document))
     assert "\n" not in str(caught.value)
+
+
+def test_the_command_knows_the_types() -> None:
+    assert GGUF_TYPES == TYPES
 
 
 def test_the_command(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
