@@ -23,12 +23,13 @@ FLOATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 class Foreign:
     """The choice for one compile. checkpoint None: the model is a float one, and nothing differs.
 
-    anew: everything is rounded anew; keeps: formats that were asked for some matrices, which win.
+    anew: everything is rounded anew; ends: which of embedding and head are; keeps: formats that were asked
+    for some matrices, which win.
     """
 
     checkpoint: QuantizedCheckpoint | None
     anew: bool
-    head_anew: bool
+    ends: frozenset[str]
     keeps: Sequence[Keep]
 
     def before_passes(self, traced: Traced) -> None:
@@ -41,18 +42,19 @@ class Foreign:
         """The passes show what the head is: forget quantized forms where a format for a role is asked."""
         if self.checkpoint:
             roles = {keep.pattern for keep in self.keeps}
-            round_anew(traced, roles | {"head"} if self.head_anew else roles)
+            round_anew(traced, roles | self.ends)
 
     def assign(self, assign: Assign) -> Assign:
-        """Linears that the checkpoint left as floats, beside others that it quantized, stay what they are."""
+        """Linears that the checkpoint left as floats, beside others that it quantized, stay what they are;
+        embedding and head too where it is whole."""
         checkpoint, keeps = self.checkpoint, self.keeps
         if checkpoint is None or self.anew:
             return assign
 
         def as_stored(role: str, name: str) -> Scheme:
             stored = f"{name}.weight"
-            asked = keep_scheme(keeps, name, role) is not None
-            if asked or role != "linear" or stored not in checkpoint:
+            asked = keep_scheme(keeps, name, role) is not None or role in self.ends
+            if asked or not (role == "linear" or checkpoint.reader.whole) or stored not in checkpoint:
                 return assign(role, name)
             return Scheme(FLOATS.get(checkpoint.dtype(stored), "f32"))
 
@@ -62,16 +64,24 @@ class Foreign:
         """For the manifest: the method that quantized the checkpoint, and the matrices taken over from it."""
         if self.checkpoint is None:
             return {}
-        return {"checkpoint": {"method": self.checkpoint.reader.method, "kept": kept(lowered)}}
+        reader = self.checkpoint.reader
+        record: dict[str, Any] = {"method": reader.method, "kept": kept(lowered)}
+        if reader.dequantized and not self.anew:
+            record["dequantized"] = dict(reader.dequantized)
+        return {"checkpoint": record}
 
     def summary(self, lowered: Lowered) -> dict[str, Any]:
         """A line for people."""
         if self.checkpoint is None:
             return {}
-        method, layers, count = self.checkpoint.reader.method, len(self.checkpoint.layers), len(kept(lowered))
-        text = f"{method}: {count} of {layers} quantized matrices kept as they are"
-        if count < layers:
+        reader, layers, count = self.checkpoint.reader, len(self.checkpoint.layers), len(kept(lowered))
+        total = layers + sum(reader.dequantized.values())
+        text = f"{reader.method}: {count} of {total} quantized matrices kept as they are"
+        if count < layers or (self.anew and total):
             text += ", the others rounded anew from their values"
+        elif reader.dequantized:
+            kinds = ", ".join(f"{number} {kind}" for kind, number in reader.dequantized.items())
+            text += f"; {kinds} dequantized to f16: no format here holds them exactly"
         return {"checkpoint": text}
 
 
@@ -81,7 +91,8 @@ def of(source: Source, options: CompileOptions) -> Foreign:
     asked = (options.weights, options.bits, options.size)
     anew = options.rotate or options.method != "rtn" or any(value is not None for value in asked)
     keeps = [parse_keep(text) for text in options.keep]
-    return Foreign(checkpoint, anew, options.head is not None, keeps)
+    ends = frozenset(role for role in ("embedding", "head") if getattr(options, role) is not None)
+    return Foreign(checkpoint, anew, ends, keeps)
 
 
 def kept(lowered: Lowered) -> list[str]:

@@ -16,17 +16,22 @@ from .checkpoint import Checkpoint, file_hash
 from .quantized import QuantizedCheckpoint
 
 QUANTIZATION = "quantization_config"
+GGUF = ".gguf"
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "pytorch_model*.bin"]
 
 
 @dataclass
 class Source:
-    """What the compiler starts from. ``config`` is a transformers PretrainedConfig of the float model."""
+    """What the compiler starts from. ``config`` is a transformers PretrainedConfig of the float model.
+
+    ``folder``: what keeps a temporary directory alive.
+    """
 
     name: str
     directory: Path
     config: Any
     checkpoint: Checkpoint | QuantizedCheckpoint
+    folder: Any = None
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -35,10 +40,12 @@ class Source:
 
 
 def load_source(model: str) -> Source:
-    """Open ``model``: a directory, or a name on the Hugging Face hub.
+    """Open ``model``: a directory, a GGUF file, or a name on the Hugging Face hub.
 
     Raises GristmillError for anything unusable.
     """
+    if model.lower().endswith(GGUF):
+        return _gguf(model)
     directory = resolve(model)
     quantized = quantization_reader(directory)
     config = load_config(directory)
@@ -49,6 +56,21 @@ def load_source(model: str) -> Source:
         config,
         QuantizedCheckpoint(checkpoint, quantized) if quantized else checkpoint,
     )
+
+
+def _gguf(model: str) -> Source:
+    if not os.path.isfile(model):
+        raise GristmillError(f"{model}: {'not a file' if os.path.exists(model) else 'no such file'}; "
+                             "expected a GGUF file")  # fmt: skip
+    try:
+        from .gguf_source import gguf_source
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise GristmillError(
+            "reading GGUF needs gguf; install it with `pip install 'gristmill[gguf]'`"
+        ) from error
+    return gguf_source(Path(model).resolve())
 
 
 def load_config(directory: Path) -> Any:
@@ -113,7 +135,9 @@ def resolve(model: str, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
     if os.path.isdir(model):
         return Path(model).resolve()
     if os.path.exists(model):
-        raise GristmillError(f"{model}: is a file; expected a Hugging Face model directory or a hub name")
+        raise GristmillError(
+            f"{model}: is a file; expected a Hugging Face model directory, a .gguf file or a hub name"
+        )
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise GristmillError(
             f"{model}: no such directory; expected a Hugging Face model directory "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,10 +37,46 @@ class Layer:
 
     @property
     def scheme(self) -> Scheme:
-        return Scheme(self.segment.format, self.segment.group, self.segment.symmetric)
+        return scheme_of(self.segment)
 
 
-class Contents:
+class StoredWeights:
+    """The tensors of an artifact by their own names, mapped and not copied."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact = artifact
+        self.program = Program.from_json(artifact.json(PROGRAM))
+        with artifact.weights_path.open("rb") as file:
+            self._pages = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE)
+        self._map = np.frombuffer(self._pages, np.uint8)
+        self._header, self._begin = _header(artifact)
+
+    def tensor(self, name: str) -> Array:
+        """A tensor of the weights file; bf16 as its bits."""
+        if name not in self._header:
+            raise GristmillError(f"{self.artifact.path} has no tensor {name!r}; compile the model again")
+        entry = self._header[name]
+        begin, end = (self._begin + at for at in entry["data_offsets"])
+        return self._map[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+    def give_back(self) -> None:
+        """Let go of the pages that were read: they come from the file again where they are asked for."""
+        self._pages.madvise(mmap.MADV_DONTNEED)
+
+    def quantized(self, segment: Segment, rows: Any = slice(None)) -> Quantized:
+        """Integers, scales and zero points of a matrix with scales, or of some of its rows."""
+        suffixes = ("weight", "scale") if segment.symmetric else ("weight", "scale", "zero")
+        arrays = {suffix: self.tensor(f"{segment.name}.{suffix}")[rows] for suffix in suffixes}
+        return pack.unpack(arrays, scheme_of(segment), segment.k)
+
+    def values(self, segment: Segment, rows: Any = slice(None)) -> Array:
+        """The weights f32 of a matrix, or of some of its rows, with columns as stored."""
+        if scheme_of(segment).numbers.scaled:
+            return rtn.dequantize(self.quantized(segment, rows), scheme_of(segment))
+        return pack.decode_float(self.tensor(f"{segment.name}.weight")[rows])
+
+
+class Contents(StoredWeights):
     """What an artifact's weights are in its source's terms.
 
     layers: the quantized linears. floats: names of all other matrices. Embedding and head are among these:
@@ -47,16 +84,13 @@ class Contents:
     """
 
     def __init__(self, artifact: Artifact) -> None:
-        self.artifact = artifact
-        self.program = Program.from_json(artifact.json(PROGRAM))
+        super().__init__(artifact)
         origins = artifact.manifest.get("origins")
         if not isinstance(origins, dict):
             raise GristmillError(
                 f"{artifact.path} does not say where its tensors come from; compile it again"
             )
         self.origins: dict[str, list[list[Any]]] = origins
-        self._map = np.memmap(artifact.weights_path, np.uint8, "r")
-        self._header, self._begin = _header(artifact)
         self.segments = {s.name: s for parts in self.program.weights.values() for s in parts}
         self._refuse_computed()
         self.layers = self._layers()
@@ -65,7 +99,7 @@ class Contents:
 
     def layer(self, layer: Layer) -> tuple[Array, Array, Array, Array]:
         """q [n, k] and zero [n, G] unsigned, scale [n, G], g_idx [k], columns in the layer's own order."""
-        quantized, numbers = self._quantized(layer.segment), layer.scheme.numbers
+        quantized, numbers = self.quantized(layer.segment), layer.scheme.numbers
         middle = np.full(quantized.scale.shape, numbers.zero_point, np.int16)
         zero = middle if quantized.zero is None else quantized.zero.astype(np.int16)
         q = quantized.q.astype(np.int16) - numbers.low
@@ -79,14 +113,8 @@ class Contents:
 
     def float_matrix(self, name: str) -> tuple[str, Array]:
         """The tensor's name and its values f32, as transformers keeps it."""
-        segment = self.segments[name]
-        scheme = Scheme(segment.format, segment.group, segment.symmetric)
-        if scheme.numbers.scaled:
-            w = rtn.dequantize(self._quantized(segment), scheme)
-        else:
-            w = pack.decode_float(self.tensor(f"{name}.weight"))
         (tensor, _, origin), *_ = self.origins[name]
-        w = self._rows_back(name, w)
+        w = self._rows_back(name, self.values(self.segments[name]))
         return tensor, np.ascontiguousarray(w.T) if origin == "transposed" else w
 
     def vectors(self) -> Iterator[tuple[str, Array]]:
@@ -102,19 +130,6 @@ class Contents:
                 if tensor is not None:
                     yield tensor, part
                 start += count
-
-    def tensor(self, name: str) -> Array:
-        """A tensor of the weights file; bf16 as its bits."""
-        if name not in self._header:
-            raise GristmillError(f"{self.artifact.path} has no tensor {name!r}; compile the model again")
-        entry = self._header[name]
-        begin, end = (self._begin + at for at in entry["data_offsets"])
-        return self._map[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-
-    def _quantized(self, segment: Segment) -> Quantized:
-        suffixes = ("weight", "scale") if segment.symmetric else ("weight", "scale", "zero")
-        arrays = {suffix: self.tensor(f"{segment.name}.{suffix}") for suffix in suffixes}
-        return pack.unpack(arrays, Scheme(segment.format, segment.group, segment.symmetric), segment.k)
 
     def _rows_back(self, name: str, rows: Array) -> Array:
         (_, _, origin), *_ = self.origins[name]
@@ -146,6 +161,10 @@ class Contents:
                         f"{tensor!r} was computed from several tensors while compiling and cannot be put "
                         "back; models of this family cannot be exported"
                     )
+
+
+def scheme_of(segment: Segment) -> Scheme:
+    return Scheme(segment.format, segment.group, segment.symmetric)
 
 
 def _header(artifact: Artifact) -> tuple[dict[str, Any], int]:

@@ -33,7 +33,8 @@ _HOMES = {
 
 
 def compile(model: str | PathLike[str], out: str | PathLike[str], **options: Any) -> CompileResult:
-    """Compiles the Hugging Face model at `model` (a directory or a hub name) to the artifact directory `out`.
+    """Compiles the model at `model` (a Hugging Face directory, a .gguf file or a hub name) to the artifact
+    directory `out`.
 
     options: the fields of gristmill.compiler.options.CompileOptions, such as weights="int4", group_size=128,
     kv="int8", text="held_out.txt", force=True. Needs the extra [compile]. Raises GristmillError for what
@@ -58,21 +59,27 @@ def compile(model: str | PathLike[str], out: str | PathLike[str], **options: Any
 def export_checkpoint(
     artifact: str | PathLike[str], out: str | PathLike[str], to: str, **options: Any
 ) -> Path:
-    """Writes an artifact to `out` as a Hugging Face directory in the format `gptq`, `awq` or
-    `compressed-tensors`; nothing is rounded again.
+    """Writes an artifact to `out`: a Hugging Face directory in the format `gptq`, `awq` or
+    `compressed-tensors`, in which nothing is rounded again, or a `gguf` file for llama.cpp.
 
-    options: checkpoint_format ("gptq" or "gptq_v2"), force. Needs the extra [compile]. Raises GristmillError
-    for what the format cannot express.
+    options: checkpoint_format ("gptq" or "gptq_v2"); for gguf type (of gristmill.export.gguf_tensors.TYPES,
+    such as "q4_0") and note, called with what is worth telling; force. Needs the extra [compile], or [gguf].
+    Raises GristmillError for what the format cannot express.
     """
     from gristmill.runtime.errors import GristmillError
 
     try:
+        if to == "gguf":
+            from gristmill.export.gguf_file import export_gguf
+
+            return export_gguf(str(artifact), str(out), **options)
         from gristmill.export.huggingface import export_checkpoint as export
     except ModuleNotFoundError as error:
-        if error.name != "torch":
+        if error.name not in ("torch", "gguf"):
             raise
+        extra = "gguf" if error.name == "gguf" else "compile"
         raise GristmillError(
-            "exporting needs torch; install it with `pip install 'gristmill[compile]'`"
+            f"exporting needs {error.name}; install it with `pip install 'gristmill[{extra}]'`"
         ) from error
     return export(str(artifact), str(out), to, **options)
 

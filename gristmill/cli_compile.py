@@ -129,11 +129,12 @@ def compile_command(
     model: str, out: str, as_json: bool, no_gate: bool, group_size: str | None, auto: bool,
     min_tok_s: float | None, max_size: str | None, sweep: str | None, **options: Any,
 ) -> None:  # fmt: skip
-    """Compile MODEL, a Hugging Face directory or hub name, to an artifact.
+    """Compile MODEL, a Hugging Face directory, a GGUF file or a hub name, to an artifact.
 
     \b
     gristmill compile examples/py7m -o py7m.grist
     gristmill compile Qwen/Qwen3-0.6B -o qwen.grist --group-size 32 --asymmetric --kv int8
+    gristmill compile model-q8_0.gguf -o model.grist
     gristmill compile model/ -o model.grist --method awq+gptq --calibration corpus.txt
     gristmill compile model/ -o model.grist --method gptq --bits 3.5 --keep f16:head
     gristmill compile model/ -o model.grist --text held_out.txt --max-ppl-increase 2%

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -31,13 +31,16 @@ class Reader:
     """How to read one checkpoint.
 
     markers: a tensor X.marker says that layer X is quantized. parts: suffixes of tensors that are part of the
-    weight. weight: reads layer X.
+    weight. weight: reads layer X. whole: what it has as floats keeps its type everywhere, embedding and head
+    included. dequantized: how many matrices of which type are read as values, being exact in no format here.
     """
 
     method: str
     markers: tuple[str, ...]
     parts: tuple[str, ...]
     weight: Callable[[Tensors, str], QuantizedWeight]
+    whole: bool = False
+    dequantized: Mapping[str, int] = field(default_factory=dict)
 
 
 def reader(config: Any) -> Reader:
