@@ -172,7 +172,8 @@ def profile(
     Raises GristmillError where it does not fit into the session.
     """
     executor = cpu_executor(session)
-    found, walls = [], []
+    found: list[list[int]] = []
+    walls: list[float] = []
     with prepared(session, forward, filled) as run:
         try:
             while len(found) <= repeats and sum(walls) < seconds * (4 if len(found) <= FEW else 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from make_model import LLAMA
@@ -116,6 +117,6 @@ def gains_of(phase: PhaseWhy) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("given, message", [({"context": 0}, "context is 0"), ({"prompt": 1}, "prompt is 1")])
-def test_options_that_make_no_sense(given: dict[str, int], message: str) -> None:
+def test_options_that_make_no_sense(given: dict[str, Any], message: str) -> None:
     with pytest.raises(GristmillError, match=message):
         WhyOptions(**given)

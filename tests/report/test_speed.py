@@ -14,6 +14,7 @@ from tiny import tiny_artifact
 import gristmill
 from gristmill.report import energy, speed
 from gristmill.report.energy import Rapl, Smi, measure_energy, rapl_meter
+from gristmill.report.explain import WhyOptions, explain_session
 from gristmill.report.forwards import filled_slot, floor_seconds, read_bytes
 from gristmill.report.memory import MemoryOptions, measure_memory
 from gristmill.report.schema import Energy
@@ -25,6 +26,7 @@ from gristmill.report.speed import (
     measure_speed,
     points_of,
 )
+from gristmill.runtime import machine, profile
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.footprint import kv_bytes
 from gristmill.runtime.profile import Forward, Roofs, collect, held_slots
@@ -42,8 +44,6 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Roofs in no time."""
-    from gristmill.runtime import profile
-
     monkeypatch.setattr(profile, "PROBE_SECONDS", 0.0)
     monkeypatch.setattr(profile, "PEAK_SECONDS", 0.0)
     monkeypatch.setattr(speed, "STREAM_BYTES", 4 << 20)
@@ -99,9 +99,9 @@ def test_batches_that_do_not_fit_are_left_out(artifact: Path, monkeypatch: pytes
     options = SpeedOptions(batches=(1, 2, 4, 64))
     assert fitting_batches(artifact, options) == (1, 2, 4), "64 rows are more than one forward takes"
     room = kv_bytes(program, 64, 3) + program.arena_bytes
-    monkeypatch.setattr(speed.machine, "available_memory_bytes", lambda: int(room / speed.SPARE) + 64)
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: int(room / speed.SPARE) + 64)
     assert fitting_batches(artifact, options) == (1, 2)
-    monkeypatch.setattr(speed.machine, "available_memory_bytes", lambda: 1)
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 1)
     assert fitting_batches(artifact, options) == (1,)
 
 
@@ -137,6 +137,16 @@ def test_a_windows_ring_is_not_copied_past(tmp_path: Path) -> None:
         found = session._run(*row(7, 20, slots[0]))
     with held_slots(session, 20, 1) as slots:
         assert (found == session._run(*row(7, 20, slots[0]))).all()
+
+
+def test_a_sliding_window_is_rolled_back_while_it_reaches(tmp_path: Path, quick: None) -> None:
+    """A window of 8 rows with 16 more: in as many milliseconds it has long moved on."""
+    session = gristmill.load(tiny_artifact(tmp_path / "a", window=8, max_len=256), threads=1)
+    options = SpeedOptions(prompts=(16, 200), contexts=(4, 100), batches=(1, 2), seconds=0.02, rounds=2)
+    plan = points_of(session, options)
+    points, _ = speed.measure_points(session, plan, options, profile.probe_of(session))
+    assert len(points) == len(plan) == 7
+    assert [phase.name for phase in explain_session(session, WhyOptions(seconds=0.01, batch=2))]
 
 
 def test_the_floor_of_a_prompt_is_that_of_its_chunks(artifact: Path) -> None:
