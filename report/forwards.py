@@ -16,6 +16,7 @@ from gristmill.runtime.program import Program
 from gristmill.runtime.session import Session
 
 STREAM_BYTES = 512 << 20  # of the probe that finds the memory's own speed
+ROOM = 64  # positions left behind the longest context
 LEAST_STREAM_BYTES = 1 << 20  # with fewer the probe would time its threads' meetings
 
 
@@ -73,6 +74,16 @@ def floor_seconds(session: Session, roofs: Roofs, forward: Forward) -> float:
 def read_bytes(program: Program, forward: Forward) -> int:
     """Weights and cache rows that one forward reads."""
     return sum(kind.bytes for kind in kinds_of(program, Roofs(1.0, 1.0, 1.0), forward))
+
+
+def mean_roofs(a: Roofs, b: Roofs) -> Roofs:
+    """Of a look before and one after what they are for."""
+    return Roofs((a.stream + b.stream) / 2, (a.floats + b.floats) / 2, (a.integers + b.integers) / 2)
+
+
+def best_roofs(a: Roofs, b: Roofs) -> Roofs:
+    """The higher ones of two looks, of which something else may have disturbed either."""
+    return Roofs(max(a.stream, b.stream), max(a.floats, b.floats), max(a.integers, b.integers))
 
 
 def kinds_of(program: Program, roofs: Roofs, forward: Forward) -> list[Kind]:

@@ -14,16 +14,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from gristmill.report.energy import measure_energy
 from gristmill.report.forwards import (
+    ROOM,
     STREAM_BYTES,
     decode_seconds,
     filled_slot,
     floor_seconds,
+    mean_roofs,
     prefill_seconds,
     refuse_less,
     stream_bytes,
@@ -39,8 +41,8 @@ from gristmill.runtime.session import Session, load
 
 SPARE = 0.7  # of the free memory may be taken by caches
 STEPS = 3  # a point decodes at least so many tokens
-ROOM = 64  # positions left behind the longest context
 ENERGY_SECONDS = 2.0
+Phase = Literal["prefill", "decode"]
 
 
 @dataclass(frozen=True)
@@ -157,16 +159,17 @@ def fitting_batches(artifact: str | Path, options: SpeedOptions) -> tuple[int, .
     return tuple(fit) or (asked[0],)
 
 
-def points_of(session: Session, options: SpeedOptions) -> list[tuple[str, Forward]]:
+def points_of(session: Session, options: SpeedOptions) -> list[tuple[Phase, Forward]]:
     """What is measured: each prompt from position 0, one behind each longer context; each batch at the
     shortest context, the smallest and the largest of them at the longer ones."""
     prompts = _cut(options.prompts, session.max_len)
     contexts = _cut(options.contexts, session.max_len - min(ROOM, session.max_len // 4))
     shortest, *longer = contexts
-    found = [("prefill", Forward(prompt)) for prompt in prompts]
+    found: list[tuple[Phase, Forward]] = [("prefill", Forward(prompt)) for prompt in prompts]
     for context in longer:
         rows = [p for p in prompts if p <= min(session.max_tokens, session.max_len - context)]
-        found += [("prefill", Forward(rows[-1], context))] if rows else []
+        if rows:
+            found.append(("prefill", Forward(rows[-1], context)))
     found += [("decode", Forward(1, shortest, batch)) for batch in options.batches]
     ends = sorted({options.batches[0], options.batches[-1]})
     found += [("decode", Forward(1, context, batch)) for context in longer for batch in ends]
@@ -174,7 +177,7 @@ def points_of(session: Session, options: SpeedOptions) -> list[tuple[str, Forwar
 
 
 def measure_points(
-    session: Session, plan: list[tuple[str, Forward]], options: SpeedOptions, probe: Probe
+    session: Session, plan: list[tuple[Phase, Forward]], options: SpeedOptions, probe: Probe
 ) -> tuple[tuple[SpeedPoint, ...], Roofs]:
     """The points of the plan, and the machine's roofs."""
     timings = [_Timing(phase, forward) for phase, forward in plan]
@@ -193,7 +196,7 @@ def measure_points(
 class _Timing:
     """Seconds of one point, and the share of its floor, by rounds."""
 
-    phase: Any
+    phase: Phase
     forward: Forward
     seconds: list[float] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
@@ -217,16 +220,20 @@ def _round(
 ) -> Roofs:
     """Measures every point once; the machine's roofs. A point is held to the speed at which as many bytes as
     it reads are read."""
-    sizes = {stream_bytes(session.program, Forward(1)), STREAM_BYTES}
-    before = {size: probe.read_stream(size) for size in sizes}
+    near = stream_bytes(session.program, Forward(1))
+    before = _roofs(probe, near)
     seconds = [_seconds(session, timing, options.seconds, filled) for timing in timings]
-    after = {size: probe.read_stream(size) for size in sizes}
-    roofs = probe.roofs((before[STREAM_BYTES] + after[STREAM_BYTES]) / 2)
-    near = replace(roofs, stream=1e9 * (before[min(sizes)] + after[min(sizes)]) / 2)
+    whole, own = (mean_roofs(*pair) for pair in zip(before, _roofs(probe, near), strict=True))
     for timing, taken in zip(timings, seconds, strict=True):
         timing.seconds.append(taken)
-        timing.shares.append(floor_seconds(session, near, timing.forward) / taken)
-    return roofs
+        timing.shares.append(floor_seconds(session, own, timing.forward) / taken)
+    return whole
+
+
+def _roofs(probe: Probe, size: int) -> tuple[Roofs, Roofs]:
+    """The machine's, and those with the stream over ``size`` bytes."""
+    roofs = probe.roofs(probe.read_stream(STREAM_BYTES))
+    return roofs, roofs if size == STREAM_BYTES else replace(roofs, stream=1e9 * probe.read_stream(size))
 
 
 def _seconds(session: Session, timing: _Timing, least: float, filled: int | None) -> float:
@@ -250,8 +257,9 @@ def _repeated(measure: Any, least: float) -> float:
 
 
 def _decoded(session: Session, slots: list[int], context: int, least: float) -> float:
-    """Seconds of one step of decoding, over as many as fill `least` seconds and max_len leaves room for."""
-    room = session.max_len - context
+    """Seconds of one step of decoding, over as many as fill `least` seconds; rolled back before max_len, and
+    while a sliding window still reaches."""
+    room = min(session.max_len - context, session.max_tokens)
     warm = decode_seconds(session, slots, context, 1)
     steps = min(room, max(STEPS, round(least / max(warm, 1e-6))))
     taken, done = 0.0, 0

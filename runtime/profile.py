@@ -8,7 +8,9 @@ as bytes, since they stay in the caches of the processor.
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -20,9 +22,11 @@ from numpy.typing import NDArray
 from gristmill.runtime.program import CacheSpec, Instruction, Program, segment_row_bytes
 from gristmill.runtime.session import Executor, Session, native
 
-PEAK_SECONDS = 0.2
+PEAK_SECONDS = 0.1
+FEW = 5  # repeats that a quartile should have
+QUARTILE = 0.25
 PROBE_BYTES = 512 << 20
-PROBE_SECONDS = 0.5
+PROBE_SECONDS = 0.25
 
 
 class CpuExecutor(Executor, Protocol):
@@ -67,8 +71,9 @@ class Probe(Protocol):
     def roofs(self, stream_gb_s: float) -> Roofs: ...
 
     def profile(
-        self, roofs: Roofs, forward: Forward, repeats: int, filled: int | None = None
-    ) -> Profile: ...
+        self, roofs: Roofs, forward: Forward, repeats: int, filled: int | None = None,
+        seconds: float = math.inf,
+    ) -> Profile: ...  # fmt: skip
 
     def communication(self, forward: Forward) -> float | None: ...
 
@@ -86,8 +91,11 @@ class CpuProbe:
     def roofs(self, stream_gb_s: float) -> Roofs:
         return Roofs.measure(self._session, stream_gb_s)
 
-    def profile(self, roofs: Roofs, forward: Forward, repeats: int, filled: int | None = None) -> Profile:
-        return profile(self._session, roofs, forward, repeats, filled)
+    def profile(
+        self, roofs: Roofs, forward: Forward, repeats: int, filled: int | None = None,
+        seconds: float = math.inf,
+    ) -> Profile:  # fmt: skip
+        return profile(self._session, roofs, forward, repeats, filled, seconds)
 
     def communication(self, forward: Forward) -> None:
         """The threads share one memory."""
@@ -132,12 +140,14 @@ class Kind:
 @dataclass(frozen=True)
 class Profile:
     """kinds: slowest first; seconds: of one forward, of which `kinds` are the parts; shared_phases: how often
-    the threads waited for each other in it, None where there are no threads."""
+    the threads waited for each other in it, None where there are no threads; around: seconds of the call
+    before, between and after the instructions, None where these are not timed in their forward."""
 
     forward: Forward
     kinds: list[Kind]
     seconds: float
     shared_phases: int | None
+    around: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         kinds = [asdict(kind) | {"bound": kind.bound} for kind in self.kinds]
@@ -145,32 +155,40 @@ class Profile:
             **asdict(self.forward),
             "seconds": self.seconds,
             "shared_phases": self.shared_phases,
+            "around": self.around,
             "kinds": kinds,
         }
 
 
 def profile(
-    session: Session, roofs: Roofs, forward: Forward, repeats: int, filled: int | None = None
-) -> Profile:
-    """Profile a forward; times are medians over ``repeats``. filled: as for `held_slots`.
+    session: Session, roofs: Roofs, forward: Forward, repeats: int, filled: int | None = None,
+    seconds: float = math.inf,
+) -> Profile:  # fmt: skip
+    """Profile a forward; times are lower quartiles, since a busy neighbour adds to a time and never takes
+    away, over ``repeats``, or as many of them as begin within ``seconds`` (FEW begin within four times as
+    many), after one that warms up and stands alone where it takes so long itself. filled: as for
+    `held_slots`.
 
     Raises GristmillError where it does not fit into the session.
     """
     executor = cpu_executor(session)
-    found = []
+    found: list[list[int]] = []
+    walls: list[float] = []
     with prepared(session, forward, filled) as run:
-        run()
         try:
-            for _ in range(repeats):
+            while len(found) <= repeats and sum(walls) < seconds * (4 if len(found) <= FEW else 1):
                 executor.profile(True)
+                began = time.perf_counter()
                 run()
+                walls.append(time.perf_counter() - began)
                 found.append([nanoseconds for _, nanoseconds, _ in executor.profile_results()])
         finally:
             executor.profile(False)
-    times = (np.median(found, axis=0) / 1e9).tolist()
-    return Profile(
-        forward, collect(session.program, times, roofs, forward), sum(times), executor.shared_phases
-    )
+    found, walls = (found[1:], walls[1:]) if len(found) > 1 else (found, walls)
+    times = (np.quantile(found, QUARTILE, axis=0) / 1e9).tolist()
+    kinds, phases = collect(session.program, times, roofs, forward), executor.shared_phases
+    around = float(np.quantile(np.array(walls) - np.sum(found, axis=1) / 1e9, QUARTILE))
+    return Profile(forward, kinds, sum(times), phases, max(0.0, around))
 
 
 def collect(program: Program, times: Sequence[float], roofs: Roofs, forward: Forward) -> list[Kind]:

@@ -17,6 +17,7 @@ from cuda_cases import CASES, a_small_gpu, make  # noqa: F401
 from triton_device import DEVICE
 
 from gristmill.kernels.triton.stream import BLOCK, read
+from gristmill.report import explain
 from gristmill.runtime.bench import BenchOptions, measure_round
 from gristmill.runtime.cuda.probe import CudaProbe, Sizes
 from gristmill.runtime.errors import GristmillError
@@ -68,6 +69,28 @@ def test_kinds_are_timed_alone_beside_their_roofs(tmp_path: Path) -> None:
     assert linear.bytes == 40 * 64 * 4 and linear.floor == linear.bytes / 100
     with pytest.raises(GristmillError, match="position"):
         probe.profile(Roofs(1.0, 1.0, 1.0), Forward(1, 5000), 1)
+
+
+def test_transfers_are_timed_alone(tmp_path: Path) -> None:
+    """Ids in, and tokens back; logits where the host draws from them."""
+    session = session_in(tmp_path)
+    executor: Any = session.executor
+    probe = CudaProbe(executor, session, SIZES)
+    assert probe.communication(Forward(2, 1, 2)) > 0
+    executor.draws_tokens = False
+    assert probe.communication(Forward(1, 1, 2)) > 0
+
+
+def test_a_phase_is_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `report.explain` does, of one phase alone; the interpreter's times say nothing."""
+    session = session_in(tmp_path)
+    executor: Any = session.executor
+    executor.probe = lambda session: CudaProbe(executor, session, SIZES)
+    plan = explain.Plan("decode", Forward(1, 1), (), (Forward(1, 1),))
+    monkeypatch.setattr(explain, "phases", lambda session, options: [plan])
+    (found,) = explain.explain_session(session, explain.WhyOptions(device="cuda", seconds=0.0))
+    assert found.communication is not None and 0 < found.communication < found.seconds
+    assert sum(kind.count for kind in found.kinds) == len(session.program.instructions)
 
 
 def test_a_round_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

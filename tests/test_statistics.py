@@ -24,7 +24,14 @@ def test_token_scores_equal_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(scores[:, 0], -log_p.numpy()[targets, targets], rtol=1e-12)
     np.testing.assert_allclose(scores[:, 1], -log_q.numpy()[targets, targets], rtol=1e-12)
     np.testing.assert_allclose(scores[:, 2], (log_p.exp() * (log_p - log_q)).sum(1).numpy(), rtol=1e-12)
-    np.testing.assert_array_equal(scores[:, 3], a.argmax(1) == b.argmax(1))
+    np.testing.assert_array_equal(scores[:, statistics.TOP1], a.argmax(1) == b.argmax(1))
+    five = np.argsort(-b, axis=1)[:, : statistics.FEW]
+    np.testing.assert_array_equal(scores[:, statistics.TOP5], (five == a.argmax(1)[:, None]).any(1))
+    assert 0 < scores[:, statistics.TOP5].sum() < len(scores)
+    np.testing.assert_array_equal(scores[:, [statistics.REFERENCE_CHOICE, statistics.CHOICE]].T,
+                                  [a.argmax(1), b.argmax(1)])  # fmt: skip
+    np.testing.assert_allclose(scores[:, statistics.REFERENCE_BEST], -log_p.numpy().max(1), rtol=1e-12)
+    np.testing.assert_allclose(scores[:, statistics.BEST], -log_q.numpy().max(1), rtol=1e-12)
 
 
 def test_equal_logits_have_no_divergence_and_huge_ones_no_overflow() -> None:

@@ -7,6 +7,7 @@ fits into the L2 cache between two replays is read from there, in a small model 
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -125,8 +126,9 @@ class CudaProbe:
         return wall_seconds(move, self._sizes.repeats)
 
     def profile(
-        self, roofs: Roofs, forward: Forward, repeats: int, filled: int | None = None
-    ) -> Profile:
+        self, roofs: Roofs, forward: Forward, repeats: int, filled: int | None = None,
+        seconds: float = math.inf,
+    ) -> Profile:  # fmt: skip
         """Profile a forward kind by kind; the seconds of a kind are shared out evenly to its instructions.
 
         Raises GristmillError where it does not fit into the session.
