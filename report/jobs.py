@@ -2,7 +2,8 @@
 
 The child is this Python with `gristmill.report.tasks`; the request goes in as a line of JSON, progress and
 the result come out as such. Its stdin stays open for as long as the parent lives, and the child ends when it
-is closed: nothing goes on measuring after a parent that was killed.
+is closed: nothing goes on measuring after a parent that was killed. Until its end it holds the lock of the
+folder (pieces.py), which it inherits, and the next sweep there waits.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from gristmill.runtime.errors import GristmillError
 
 # The folder that Python was started in must not be searched: in the repository its folders shadow packages.
 BOOT = "import sys; sys.path[:] = [p for p in sys.path if p]; from gristmill.report.tasks import main; main()"
-PATIENCE = 10.0  # seconds that a child has to tidy up when it is told to end
+PATIENCE = 8.0  # seconds that a child has to tidy up when it is told to end
 Progress = Callable[[str, float], None]
 
 
@@ -78,7 +79,8 @@ class Worker:
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._child = subprocess.Popen(
             [sys.executable, "-c", BOOT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-            text=True, start_new_session=True, env={**os.environ, "PYTHONPATH": _python_path()},
+            text=True, start_new_session=True, close_fds=False,
+            env={**os.environ, "PYTHONPATH": _python_path()},
         )  # fmt: skip
         return self._child
 

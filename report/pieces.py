@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.report.identity import digest
+from gristmill.report.jobs import PATIENCE
 from gristmill.runtime.errors import GristmillError
 
 RUN = "run.json"
@@ -46,20 +47,30 @@ class Run:
 class Pieces:
     """The folder of pieces, held by one process at a time."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, patience: float = PATIENCE + 2) -> None:
+        """patience: seconds to wait for another process. Raises GristmillError where that holds on."""
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            os.set_inheritable(self._lock, True)  # a task that outlives its sweep keeps the next one waiting
         except OSError as error:
             raise GristmillError(f"{folder} cannot be written ({error.strerror}); give another -o") from None
+        until = time.monotonic() + patience
+        while not self._locks():
+            if time.monotonic() > until:
+                os.close(self._lock)
+                raise GristmillError(
+                    f"{folder.parent}: another report is being made there; let it end, or give another -o"
+                )
+            time.sleep(0.05)
+
+    def _locks(self) -> bool:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            os.close(self._lock)
-            raise GristmillError(
-                f"{folder.parent}: another report is being made there; let it end, or give another -o"
-            ) from None
+            return False
+        return True
 
     def close(self) -> None:
         os.close(self._lock)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from gristmill.report import storage
+from gristmill.report.jobs import PATIENCE
 from gristmill.runtime.errors import GristmillError
 
 Progress = Callable[[str, float], None]
@@ -203,10 +204,12 @@ def _say(out: TextIO, event: dict[str, Any]) -> None:
 def _listen(requests: queue.SimpleQueue[dict[str, Any]]) -> None:
     """Reads requests, past sys.stdin, whose lock an interpreter that ends wants. When the parent has closed
     its side, which it does at the latest by its own end, this process ends: by SIGTERM, on which an
-    artifact that is half written is removed."""
+    artifact that is half written is removed, and outright where that takes too long."""
     rest = b""
     while data := os.read(0, 1 << 16):
         *lines, rest = (rest + data).split(b"\n")
         for line in lines:
             requests.put(json.loads(line))
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(PATIENCE)
+    os._exit(1)

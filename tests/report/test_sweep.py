@@ -185,9 +185,14 @@ def test_a_full_disk_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_one_sweep_at_a_time(tmp_path: Path) -> None:
     pieces = Pieces(tmp_path / "out" / "work")
-    with pytest.raises(GristmillError, match="another report is being made there"):
-        fake_tasks.run(tmp_path)
+    with pytest.raises(GristmillError, match="out: another report is being made there"):
+        Pieces(tmp_path / "out" / "work", patience=0)
+    child = subprocess.Popen(["sleep", "0.5"], close_fds=False)
     pieces.close()
+    with pytest.raises(GristmillError, match="another report"):  # its last task still runs
+        Pieces(tmp_path / "out" / "work", patience=0)
+    Pieces(tmp_path / "out" / "work").close()
+    child.wait()
 
 
 def test_pieces_are_whole_or_not_there(tmp_path: Path) -> None:
