@@ -105,7 +105,7 @@ def _attention(
     queries = instruction.attribute("heads") // cache.kv_heads * forward.rows
     sides = [kernels.attention[name] for name in (cache.k_dtype, cache.v_dtype)]
     memory = sum(memory_seconds(read / 2, side.reached * spec.bandwidth) for side in sides)
-    return memory, sum(side.compute_seconds(operations / 2, queries) for side in sides)
+    return memory, sum(side.compute_seconds(operations // 2, queries) for side in sides)
 
 
 def _peak(program: Program, instruction: Instruction, spec: DeviceSpec, integer: bool) -> float:

@@ -69,3 +69,16 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
     path.write_text("".join(f"def f{i}(x):\n    return x + {i * i}\n" for i in range(300)))
     return path
+
+
+@pytest.fixture(scope="session")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the report's page of the sample."""
+    pytest.importorskip("matplotlib", reason="pictures need gristmill[report]")
+    from sample_report import sample_report
+
+    from gristmill.report.page import write_report
+
+    folder = tmp_path_factory.mktemp("page")
+    write_report(sample_report(), folder)
+    return folder

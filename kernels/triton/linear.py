@@ -113,7 +113,8 @@ def _pieces(segments: Sequence[Matrix], p: Plan, order: bool, x_dtype: torch.dty
     floats = not all(config.integer for config in p.configs)
     quantized = None
     if p.act_group:
-        quantized = Quantized(*(w.take(*part) for part in room(t, k, p.act_group)), p.act_group)
+        q, scale = (w.take(*part) for part in room(t, k, p.act_group))
+        quantized = Quantized(q, scale, p.act_group)
     return _Pieces(
         w.take((t, k), x_dtype) if order and floats else None,
         w.take((p.configs[0].splits, t, n), torch.float32) if p.partial else None,

@@ -75,11 +75,11 @@ def _launch(
     assert out.shape == x.shape and (residual is None or residual.shape == x.shape), "rows of other shapes"
     assert width <= MOST_COLUMNS, f"rows of {width} columns, {MOST_COLUMNS} fit into a program"
     block = triton.next_power_of_2(width)
-    group, to = 0, (None, None)
+    group, q, scale = 0, None, None
     if quantized is not None:
-        block, group, to = max(block, 128), quantized.group, (quantized.q, quantized.scale)
+        block, group, q, scale = max(block, 128), quantized.group, quantized.q, quantized.scale
     _norm_kernel[(rows,)](
-        x, weight, bias, residual, out, *to,
+        x, weight, bias, residual, out, q, scale,
         x.stride(0), residual.stride(0) if residual is not None else 0, out.stride(0),
         eps,
         WIDTH=width, BLOCK=block, CENTRED=centred, GROUP=group,

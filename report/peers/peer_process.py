@@ -33,7 +33,7 @@ class Engine:
     """A loaded peer. about: its version and what else it tells of itself; logits: (ids, file) writes them."""
 
     about: dict[str, Any]
-    measure: Callable[[int, int, int], dict[str, Any]]
+    measure: Callable[..., dict[str, Any]]
     logits: Callable[[list[int], str], None] | None = field(default=None)
 
 

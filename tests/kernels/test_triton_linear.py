@@ -161,10 +161,10 @@ def test_products_of_integers(fmt: str, act_group: int) -> None:
         glu, symmetric = r.random() < 0.5, r.random() < 0.5
         n = 2 * r.randint(1, 9)
         m, weights = random_matrix(fmt, n, k, group, symmetric, tokens, r.choice(tuple(FLOATS)))
-        sizes = [r.choice(of) for of in ((2, 8), (2, 16), (1, 2, 16), (1, 2))]
-        config, segments = Config(*sizes, integer=True), [move(m)]
+        rows, step, of_x, splits = (r.choice(of) for of in ((2, 8), (2, 16), (1, 2, 16), (1, 2)))
+        config, segments = Config(rows, step, of_x, splits, integer=True), [move(m)]
         if tiles:
-            config = Config(16, 0, 16, sizes[3], integer=True)
+            config = Config(16, 0, 16, splits, integer=True)
         order = torch.randperm(k).int().to(DEVICE) if r.random() < 0.5 else None
         p = plan(segments, tokens, glu, [config], act_group=act_group)
         x = strided(tokens, k, torch.float32, tokens)
