@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,16 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gristmill.quant import pack, rtn
-from gristmill.quant.rtn import Quantized
+from gristmill.export.stored import Stored, segments_of
 from gristmill.quant.scheme import Scheme
 from gristmill.runtime.artifact import PROGRAM, Artifact
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.program import LOGITS, Program, Segment
-from gristmill.runtime.weights_file import read_header_bytes
 
 Array = NDArray[Any]
-DTYPES = {"F32": "f4", "F16": "f2", "BF16": "u2", "I32": "i4", "I8": "i1", "U8": "u1"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class Layer:
         return Scheme(self.segment.format, self.segment.group, self.segment.symmetric)
 
 
-class Contents:
+class Contents(Stored):
     """What an artifact's weights are in its source's terms.
 
     layers: the quantized linears. floats: names of all other matrices. Embedding and head are among these:
@@ -55,9 +51,8 @@ class Contents:
                 f"{artifact.path} does not say where its tensors come from; compile it again"
             )
         self.origins: dict[str, list[list[Any]]] = origins
-        self._map = np.memmap(artifact.weights_path, np.uint8, "r")
-        self._header, self._begin = _header(artifact)
-        self.segments = {s.name: s for parts in self.program.weights.values() for s in parts}
+        super().__init__(artifact.weights_path)
+        self.segments = segments_of(self.program)
         self._refuse_computed()
         self.layers = self._layers()
         taken = {layer.segment.name for layer in self.layers}
@@ -65,7 +60,7 @@ class Contents:
 
     def layer(self, layer: Layer) -> tuple[Array, Array, Array, Array]:
         """q [n, k] and zero [n, G] unsigned, scale [n, G], g_idx [k], columns in the layer's own order."""
-        quantized, numbers = self._quantized(layer.segment), layer.scheme.numbers
+        quantized, numbers = self.quantized(layer.segment), layer.scheme.numbers
         middle = np.full(quantized.scale.shape, numbers.zero_point, np.int16)
         zero = middle if quantized.zero is None else quantized.zero.astype(np.int16)
         q = quantized.q.astype(np.int16) - numbers.low
@@ -79,14 +74,8 @@ class Contents:
 
     def float_matrix(self, name: str) -> tuple[str, Array]:
         """The tensor's name and its values f32, as transformers keeps it."""
-        segment = self.segments[name]
-        scheme = Scheme(segment.format, segment.group, segment.symmetric)
-        if scheme.numbers.scaled:
-            w = rtn.dequantize(self._quantized(segment), scheme)
-        else:
-            w = pack.decode_float(self.tensor(f"{name}.weight"))
         (tensor, _, origin), *_ = self.origins[name]
-        w = self._rows_back(name, w)
+        w = self._rows_back(name, self.values(self.segments[name]))
         return tensor, np.ascontiguousarray(w.T) if origin == "transposed" else w
 
     def vectors(self) -> Iterator[tuple[str, Array]]:
@@ -102,19 +91,6 @@ class Contents:
                 if tensor is not None:
                     yield tensor, part
                 start += count
-
-    def tensor(self, name: str) -> Array:
-        """A tensor of the weights file; bf16 as its bits."""
-        if name not in self._header:
-            raise GristmillError(f"{self.artifact.path} has no tensor {name!r}; compile the model again")
-        entry = self._header[name]
-        begin, end = (self._begin + at for at in entry["data_offsets"])
-        return self._map[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-
-    def _quantized(self, segment: Segment) -> Quantized:
-        suffixes = ("weight", "scale") if segment.symmetric else ("weight", "scale", "zero")
-        arrays = {suffix: self.tensor(f"{segment.name}.{suffix}") for suffix in suffixes}
-        return pack.unpack(arrays, Scheme(segment.format, segment.group, segment.symmetric), segment.k)
 
     def _rows_back(self, name: str, rows: Array) -> Array:
         (_, _, origin), *_ = self.origins[name]
@@ -146,12 +122,6 @@ class Contents:
                         f"{tensor!r} was computed from several tensors while compiling and cannot be put "
                         "back; models of this family cannot be exported"
                     )
-
-
-def _header(artifact: Artifact) -> tuple[dict[str, Any], int]:
-    """The weights' entries, and where their data begin."""
-    data = read_header_bytes(artifact.weights_path)
-    return json.loads(data[8:]), len(data)
 
 
 def _put_back(rows: Array, order: Array) -> Array:

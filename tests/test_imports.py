@@ -18,7 +18,7 @@ MAY_IMPORT = {  # folder -> prefixes of gristmill.* it may import, besides itsel
     "quant": ("kernels.ops", "runtime.artifact"),
     "kernels": (),
     "runtime": ("kernels",),
-    "export": ("runtime", "quant"),
+    "export": ("runtime", "quant", "kernels.reference"),
     "integrations": ("runtime", "quant.formats"),
 }
 HEAVY = {"torch", "triton", "transformers", "huggingface_hub", "sentencepiece"}

@@ -1,0 +1,71 @@
+"""The tensors of a program's weights file, read one at a time from the mapped file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gristmill.quant import pack, rtn
+from gristmill.quant.rtn import Quantized
+from gristmill.quant.scheme import Scheme
+from gristmill.runtime.errors import GristmillError
+from gristmill.runtime.program import Program, Segment
+from gristmill.runtime.weights_file import read_header_bytes
+
+Array = NDArray[Any]
+DTYPES = {"F32": "f4", "F16": "f2", "BF16": "u2", "I32": "i4", "I8": "i1", "U8": "u1"}
+
+
+class Stored:
+    """Arrays by name; nothing is held but the file's header. Raises GristmillError for names it lacks."""
+
+    def __init__(self, weights: Path) -> None:
+        self._path = weights
+        data = read_header_bytes(weights)
+        self._header, self._begin = json.loads(data[8:]), len(data)
+        self._map = np.memmap(weights, np.uint8, "r")
+
+    def tensor(self, name: str) -> Array:
+        """A tensor of the file; bf16 as its bits in uint16."""
+        if name not in self._header:
+            raise GristmillError(f"{self._path} has no tensor {name!r}; compile the model again")
+        entry = self._header[name]
+        begin, end = (self._begin + at for at in entry["data_offsets"])
+        return self._map[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+    def parts(self, segment: Segment) -> dict[str, Array]:
+        """A matrix as it is stored: weight, and scale and zero where its format has them."""
+        suffixes = ["weight"]
+        if scheme_of(segment).has_scales:
+            suffixes += ["scale"] if segment.symmetric else ["scale", "zero"]
+        return {suffix: self.tensor(f"{segment.name}.{suffix}") for suffix in suffixes}
+
+    def quantized(self, segment: Segment) -> Quantized:
+        """The integers (fp8: bits), scales and zero points of a matrix with scales."""
+        return pack.unpack(self.parts(segment), scheme_of(segment), segment.k)
+
+    def values(self, segment: Segment) -> NDArray[np.float32]:
+        """The matrix [n, k] as the kernels see it."""
+        scheme = scheme_of(segment)
+        if scheme.has_scales:
+            return rtn.dequantize(self.quantized(segment), scheme)
+        return pack.decode_float(self.tensor(f"{segment.name}.weight"))
+
+
+def scheme_of(segment: Segment) -> Scheme:
+    return Scheme(segment.format, segment.group, segment.symmetric)
+
+
+def segments_of(program: Program) -> dict[str, Segment]:
+    """Every matrix of a program once, by name; instructions may share one."""
+    return {s.name: s for segments in program.weights.values() for s in segments}
+
+
+def vectors_of(program: Program) -> list[str]:
+    """Names of all norm weights, biases, frequencies and column orders."""
+    names = {rope.inv_freq for rope in program.ropes}
+    return sorted(names.union(*(i.vectors.values() for i in program.instructions)))
