@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gristmill.runtime.session import load as load
 
 __version__ = "0.1.0"
-__all__ = ["GristmillError", "Session", "__version__", "compile", "export_checkpoint", "load"]
+__all__ = ["GristmillError", "Session", "__version__", "compile", "export_checkpoint", "export_onnx", "load"]
 
 _HOMES = {
     "load": "gristmill.runtime.session",
@@ -75,6 +75,26 @@ def export_checkpoint(
             "exporting needs torch; install it with `pip install 'gristmill[compile]'`"
         ) from error
     return export(str(artifact), str(out), to, **options)
+
+
+def export_onnx(artifact: str | PathLike[str], out: str | PathLike[str], **options: Any) -> Path:
+    """Writes an artifact to `out` as a directory that ONNX Runtime, ONNX Runtime GenAI and
+    `load(out, device="onnx:cpu")` run; nothing is rounded again.
+
+    options: plain (True: standard operators alone), kv ("f32"), activations ("int8" or "f32"), max_len,
+    force. Needs the extra [onnx]. Raises GristmillError for what ONNX cannot express.
+    """
+    from gristmill.runtime.errors import GristmillError
+
+    try:
+        from gristmill.export.onnx_folder import export_onnx as export
+    except ModuleNotFoundError as error:
+        if error.name != "onnx":
+            raise
+        raise GristmillError(
+            "exporting needs onnx; install it with `pip install 'gristmill[onnx]'`"
+        ) from error
+    return export(str(artifact), str(out), **options)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""`gristmill export`: an artifact as a quantized Hugging Face directory."""
+"""`gristmill export`: an artifact in the formats of other programs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ import click
 
 from gristmill.cli_output import echo_json, note, progress_bar
 
-TARGETS = ("gptq", "awq", "compressed-tensors")
+CHECKPOINTS = ("gptq", "awq", "compressed-tensors")
+TARGETS = (*CHECKPOINTS, "onnx")
+ONLY_FOR = {
+    "checkpoint_format": ("gptq",),
+    "plain": ("onnx",),
+    "kv": ("onnx",),
+    "activations": ("onnx",),
+    "max_len": ("onnx",),
+}
 
 
 @click.command("export", no_args_is_help=True)
@@ -20,20 +28,39 @@ TARGETS = ("gptq", "awq", "compressed-tensors")
     type=click.Choice(["gptq", "gptq_v2"]),
     help="Version of gptq.  [default: gptq, which stores zero points minus one, unless one is 0]",
 )
+@click.option("--plain", is_flag=True, help="onnx: standard operators alone, for any runtime; slower.")
+@click.option("--kv", type=click.Choice(["f32"]), help="onnx: the KV cache, where the artifact's cannot be.")
+@click.option(
+    "--activations",
+    type=click.Choice(["int8", "f32"]),
+    help="onnx: what integer weights are multiplied by.  [default: as compiled]",
+)
+@click.option("--max-len", type=int, help="onnx: positions of a sequence.  [default: as compiled]")
 @click.option("--force", is_flag=True, help="Replace an export that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-def export_command(artifact: str, out: str, as_json: bool, **options: Any) -> None:
-    """Write ARTIFACT as a Hugging Face directory that transformers or vLLM load, rounding nothing again.
+def export_command(artifact: str, out: str, to: str, force: bool, as_json: bool, **options: Any) -> None:
+    """Write ARTIFACT for other programs, rounding nothing again.
+
+    gptq, awq and compressed-tensors are Hugging Face directories that transformers or vLLM load; onnx is a
+    directory for ONNX Runtime, ONNX Runtime GenAI and `--device onnx:cpu`.
 
     \b
     gristmill export model.grist --to gptq -o model-gptq
     gristmill export model.grist --to compressed-tensors -o model-w4a16
+    gristmill export model.grist --to onnx -o model-onnx
     """
     import gristmill
 
+    given = {name: value for name, value in options.items() if value not in (None, False)}
+    for name in given:
+        if to not in ONLY_FOR[name]:
+            raise click.UsageError(f"--{name.replace('_', '-')} is for --to {' or '.join(ONLY_FOR[name])}")
     with progress_bar() as progress:
-        path = gristmill.export_checkpoint(artifact, out, progress=progress, **options)
+        if to == "onnx":
+            path = gristmill.export_onnx(artifact, out, force=force, progress=progress, **given)
+        else:
+            path = gristmill.export_checkpoint(artifact, out, to, force=force, progress=progress, **given)
     if as_json:
-        echo_json({"path": str(path), "format": options["to"]})
+        echo_json({"path": str(path), "format": to})
     else:
-        note(f"{path} holds {artifact} as {options['to']}")
+        note(f"{path} holds {artifact} as {to}")
