@@ -97,12 +97,12 @@ def _block_arrays(stored: Stored, segment: Segment, kind: Kind) -> list[Array]:
     quantized, shift = stored.quantized(segment), SHIFTS[segment.format]
     middle = 1 << (kind.bits - 1)
     q = np.full((segment.n, kind.blocks * kind.block), middle, np.uint8)
-    q[:, : segment.k] = quantized.q.astype(np.int16) + shift if shift else quantized.q
+    np.add(quantized.q.view(np.uint8), np.uint8(shift), out=q[:, : segment.k])  # modulo 256
     repeat = 1 if segment.group else kind.blocks
     data = pack_bits(q, kind.bits).reshape(segment.n, kind.blocks, -1)
     found = [data, np.repeat(quantized.scale.astype(np.float32), repeat, 1)]
     if quantized.zero is not None:
-        zero = np.repeat((quantized.zero.astype(np.int16) + shift).astype(np.uint8), repeat, 1)
+        zero = np.repeat(quantized.zero.view(np.uint8) + np.uint8(shift), repeat, 1)
         per_byte = 8 // kind.bits
         found.append(pack_bits(np.pad(zero, ((0, 0), (0, -zero.shape[1] % per_byte))), kind.bits))
     return found

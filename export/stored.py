@@ -1,4 +1,4 @@
-"""The tensors of a program's weights file, read one at a time from the mapped file."""
+"""The tensors of a program's weights file, read one at a time."""
 
 from __future__ import annotations
 
@@ -27,15 +27,17 @@ class Stored:
         self._path = weights
         data = read_header_bytes(weights)
         self._header, self._begin = json.loads(data[8:]), len(data)
-        self._map = np.memmap(weights, np.uint8, "r")
 
     def tensor(self, name: str) -> Array:
-        """A tensor of the file; bf16 as its bits in uint16."""
+        """A copy of a tensor of the file; bf16 as its bits in uint16. (Pages of a mapped file would stay with
+        the process and count as its memory.)"""
         if name not in self._header:
             raise GristmillError(f"{self._path} has no tensor {name!r}; compile the model again")
         entry = self._header[name]
-        begin, end = (self._begin + at for at in entry["data_offsets"])
-        return self._map[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        begin, end = entry["data_offsets"]
+        dtype = np.dtype(DTYPES[entry["dtype"]])
+        count, offset = (end - begin) // dtype.itemsize, self._begin + begin
+        return np.fromfile(self._path, dtype, count, offset=offset).reshape(entry["shape"])
 
     def parts(self, segment: Segment) -> dict[str, Array]:
         """A matrix as it is stored: weight, and scale and zero where its format has them."""
