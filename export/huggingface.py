@@ -66,7 +66,7 @@ def export_checkpoint(
 
 def _planner(to: str, checkpoint_format: str | None) -> Any:
     if to not in PLANNERS:
-        raise GristmillError(f"export to {to!r} is not supported; expected one of {', '.join(PLANNERS)}")
+        raise GristmillError(f"export to {to!r} is not supported; expected {', '.join(PLANNERS)}, onnx")
     if checkpoint_format is None:
         return PLANNERS[to]
     if to != "gptq" or checkpoint_format not in gptq.CHECKPOINT_FORMATS:

@@ -6,6 +6,7 @@ operators of ONNX Runtime are in onnx_runtime_ops.py.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -192,20 +193,36 @@ class Lowering:
         g, x, order = self.graph, self.given(i, "in"), self.vector(i, "order")
         if order is not None:
             x = g.op("Gather", x, order, axis=-1)
-        rounds, runs = bool(i.attribute("act_group")), onnx_weights.runs(self._segments(i))
-        parts = [self.product(x, run, rounds) for run in runs]
-        y = parts[0] if len(parts) == 1 else g.op("Concat", *parts, axis=-1)
-        if (bias := self.vector(i, "bias")) is not None:
-            y = g.op("Add", y, bias)
         if i.attribute("glu"):
-            gate, up = g.op("Split", y, outputs=2, axis=-1, num_outputs=2)
+            gate, up = self._gate_and_up(i, x)
             y = g.op("Mul", self.activation(gate, i.attribute("activation")), up)
         else:
+            y = self._products(i, x, self._segments(i))
+            y = y if (bias := self.vector(i, "bias")) is None else g.op("Add", y, bias)
             y = self.activation(y, i.attribute("activation"))
         y = y if i.attribute("scale") == 1 else g.op("Mul", y, g.constant(i.attribute("scale")))
         if cap := i.attribute("softcap"):
             y = g.op("Mul", g.op("Tanh", g.op("Div", y, g.constant(cap))), g.constant(cap))
         return self.with_residual(i, y)
+
+    def _products(self, i: Instruction, x: str, segments: list[Segment]) -> str:
+        rounds = bool(i.attribute("act_group"))
+        parts = [self.product(x, run, rounds) for run in onnx_weights.runs(segments)]
+        found: str = parts[0] if len(parts) == 1 else self.graph.op("Concat", *parts, axis=-1)
+        return found
+
+    def _gate_and_up(self, i: Instruction, x: str) -> list[str]:
+        """The two halves of a gated pair, by products of their own where a segment ends in the middle: what
+        one product gives would be copied apart."""
+        g, segments, bias = self.graph, self._segments(i), self.vector(i, "bias")
+        half = sum(s.n for s in segments) // 2
+        ends = list(itertools.accumulate(s.n for s in segments))
+        if bias is None and half in ends:
+            middle = ends.index(half) + 1
+            return [self._products(i, x, part) for part in (segments[:middle], segments[middle:])]
+        y = self._products(i, x, segments)
+        y = y if bias is None else g.op("Add", y, bias)
+        return list(g.op("Split", y, outputs=2, axis=-1, num_outputs=2))
 
     def product(self, x: str, segments: list[Segment], rounds: bool) -> str:
         """x W^T of segments of one kind. rounds: the artifact's x is int8, which standard operators are

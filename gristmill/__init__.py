@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gristmill.runtime.session import load as load
 
 __version__ = "0.1.0"
-__all__ = ["GristmillError", "Session", "__version__", "compile", "export_checkpoint", "export_onnx", "load"]
+__all__ = ["GristmillError", "Session", "__version__", "compile", "export_checkpoint", "load"]
 
 _HOMES = {
     "load": "gristmill.runtime.session",
@@ -58,43 +58,30 @@ def compile(model: str | PathLike[str], out: str | PathLike[str], **options: Any
 def export_checkpoint(
     artifact: str | PathLike[str], out: str | PathLike[str], to: str, **options: Any
 ) -> Path:
-    """Writes an artifact to `out` as a Hugging Face directory in the format `gptq`, `awq` or
-    `compressed-tensors`; nothing is rounded again.
+    """Writes an artifact to `out`, nothing rounded again: a Hugging Face directory in the format `gptq`,
+    `awq` or `compressed-tensors`, or as `onnx` a directory that ONNX Runtime, ONNX Runtime GenAI and
+    `load(out, device="onnx:cpu")` run.
 
-    options: checkpoint_format ("gptq" or "gptq_v2"), force. Needs the extra [compile]. Raises GristmillError
-    for what the format cannot express.
+    options: checkpoint_format ("gptq" or "gptq_v2"); for onnx plain (True: standard operators alone), kv
+    ("f32"), activations ("int8" or "f32") and max_len; force. Needs the extra [compile], or [onnx]. Raises
+    GristmillError for what the format cannot express.
     """
     from gristmill.runtime.errors import GristmillError
 
     try:
+        if to == "onnx":
+            from gristmill.export.onnx_folder import export_onnx
+
+            return export_onnx(str(artifact), str(out), **options)
         from gristmill.export.huggingface import export_checkpoint as export
     except ModuleNotFoundError as error:
-        if error.name != "torch":
+        if error.name not in ("torch", "onnx"):
             raise
+        extra = "onnx" if error.name == "onnx" else "compile"
         raise GristmillError(
-            "exporting needs torch; install it with `pip install 'gristmill[compile]'`"
+            f"exporting needs {error.name}; install it with `pip install 'gristmill[{extra}]'`"
         ) from error
     return export(str(artifact), str(out), to, **options)
-
-
-def export_onnx(artifact: str | PathLike[str], out: str | PathLike[str], **options: Any) -> Path:
-    """Writes an artifact to `out` as a directory that ONNX Runtime, ONNX Runtime GenAI and
-    `load(out, device="onnx:cpu")` run; nothing is rounded again.
-
-    options: plain (True: standard operators alone), kv ("f32"), activations ("int8" or "f32"), max_len,
-    force. Needs the extra [onnx]. Raises GristmillError for what ONNX cannot express.
-    """
-    from gristmill.runtime.errors import GristmillError
-
-    try:
-        from gristmill.export.onnx_folder import export_onnx as export
-    except ModuleNotFoundError as error:
-        if error.name != "onnx":
-            raise
-        raise GristmillError(
-            "exporting needs onnx; install it with `pip install 'gristmill[onnx]'`"
-        ) from error
-    return export(str(artifact), str(out), **options)
 
 
 def __getattr__(name: str) -> Any:

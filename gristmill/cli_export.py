@@ -8,15 +8,10 @@ import click
 
 from gristmill.cli_output import echo_json, note, progress_bar
 
-CHECKPOINTS = ("gptq", "awq", "compressed-tensors")
-TARGETS = (*CHECKPOINTS, "onnx")
-ONLY_FOR = {
-    "checkpoint_format": ("gptq",),
-    "plain": ("onnx",),
-    "kv": ("onnx",),
-    "activations": ("onnx",),
-    "max_len": ("onnx",),
-}
+TARGETS = ("gptq", "awq", "compressed-tensors", "onnx")
+OWN_OPTIONS = {
+    "checkpoint_format": "gptq", "plain": "onnx", "kv": "onnx", "activations": "onnx", "max_len": "onnx",
+}  # fmt: skip  # option → the only target that has it
 
 
 @click.command("export", no_args_is_help=True)
@@ -38,7 +33,7 @@ ONLY_FOR = {
 @click.option("--max-len", type=int, help="onnx: positions of a sequence.  [default: as compiled]")
 @click.option("--force", is_flag=True, help="Replace an export that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-def export_command(artifact: str, out: str, to: str, force: bool, as_json: bool, **options: Any) -> None:
+def export_command(artifact: str, out: str, to: str, as_json: bool, **options: Any) -> None:
     """Write ARTIFACT for other programs, rounding nothing again.
 
     gptq, awq and compressed-tensors are Hugging Face directories that transformers or vLLM load; onnx is a
@@ -51,15 +46,11 @@ def export_command(artifact: str, out: str, to: str, force: bool, as_json: bool,
     """
     import gristmill
 
-    given = {name: value for name, value in options.items() if value not in (None, False)}
-    for name in given:
-        if to not in ONLY_FOR[name]:
-            raise click.UsageError(f"--{name.replace('_', '-')} is for --to {' or '.join(ONLY_FOR[name])}")
+    for name, target in OWN_OPTIONS.items():
+        if to != target and options.pop(name) not in (None, False):
+            raise click.UsageError(f"--{name.replace('_', '-')} is for --to {target}, got --to {to}")
     with progress_bar() as progress:
-        if to == "onnx":
-            path = gristmill.export_onnx(artifact, out, force=force, progress=progress, **given)
-        else:
-            path = gristmill.export_checkpoint(artifact, out, to, force=force, progress=progress, **given)
+        path = gristmill.export_checkpoint(artifact, out, to, progress=progress, **options)
     if as_json:
         echo_json({"path": str(path), "format": to})
     else:

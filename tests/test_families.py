@@ -159,7 +159,7 @@ class ModuleSession:
 
 @pytest.mark.parametrize("plain", [False, True], ids=["runtime", "plain"])
 def test_exports_to_onnx_agree(compiled: tuple[Any, Path], plain: bool, tmp_path: Path) -> None:
-    out = gristmill.export_onnx(compiled[1], tmp_path / "o", plain=plain)
+    out = gristmill.export_checkpoint(compiled[1], tmp_path / "o", "onnx", plain=plain)
     session = gristmill.load(compiled[1], threads=2, max_slots=3)
     theirs = gristmill.load(out, device="onnx:cpu", threads=1, max_slots=3)
     for got, want in zip(run(theirs, mixed()), run(session, mixed())):

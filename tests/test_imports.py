@@ -18,10 +18,11 @@ MAY_IMPORT = {  # folder -> prefixes of gristmill.* it may import, besides itsel
     "quant": ("kernels.ops", "runtime.artifact"),
     "kernels": (),
     "runtime": ("kernels",),
-    "export": ("runtime", "quant", "kernels.reference"),
+    "export": ("runtime", "quant", "kernels.reference", ""),
     "integrations": ("runtime", "quant.formats"),
 }
-HEAVY = {"torch", "triton", "transformers", "huggingface_hub", "sentencepiece"}
+HEAVY = {"torch", "triton", "transformers", "huggingface_hub", "sentencepiece", "onnx", "onnxruntime"}
+DEVICES = ("cuda", "onnx")  # folders of the runtime that a load for them imports
 
 
 def files(folder: str) -> list[Path]:
@@ -77,8 +78,9 @@ def test_each_folder_imports_what_the_table_allows(folder: str) -> None:
     assert not wrong, wrong
 
 
-def test_the_runtime_imports_nothing_heavy_but_for_cuda() -> None:
-    cpu = [path for path in files("runtime") if path.parent != ROOT / "runtime" / "cuda"]
+def test_the_runtime_imports_nothing_heavy_but_for_its_devices() -> None:
+    own = {ROOT / "runtime" / device for device in DEVICES}
+    cpu = [path for path in files("runtime") if path.parent not in own]
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in [*cpu, *files("gristmill"), ROOT / "compiler" / "options.py"]
@@ -88,13 +90,14 @@ def test_the_runtime_imports_nothing_heavy_but_for_cuda() -> None:
     assert not wrong, wrong
 
 
-def test_only_a_load_for_cuda_imports_its_executor() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_only_a_load_for_a_device_imports_its_executor(device: str) -> None:
     importers = [
         path.relative_to(ROOT).as_posix()
         for path in [*files("runtime"), *files("gristmill")]
-        if path.parent != ROOT / "runtime" / "cuda"
+        if path.parent != ROOT / "runtime" / device
         for at_import in (True, False)
-        if any("runtime.cuda" in name for name in imported(path, at_import))
+        if any(f"runtime.{device}" in name for name in imported(path, at_import))
     ]
     assert importers == ["runtime/session.py"], "once: inside a function"
 
