@@ -7,34 +7,20 @@ hold its values exactly. The directory is written beside its place and renamed w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gristmill.export.folder import new_folder
+from gristmill.export.folder import COPIED, Progress, new_folder
 from gristmill.export.safetensors import TensorFile, smallest_float
 from gristmill.export.targets import PLANNERS, Facts, Plan, plan_gptq
 from gristmill.export.weights import Contents
 from gristmill.quant.formats import gptq
-from gristmill.runtime.artifact import (
-    CHAT_TEMPLATE,
-    GENERATION_CONFIG,
-    MODEL_CONFIG,
-    SPECIAL_TOKENS_MAP,
-    TOKENIZER,
-    TOKENIZER_CONFIG,
-    Artifact,
-    open_artifact,
-)
+from gristmill.runtime.artifact import MODEL_CONFIG, Artifact, open_artifact
 from gristmill.runtime.errors import GristmillError
 
-COPIED = (
-    TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, "added_tokens.json", CHAT_TEMPLATE, GENERATION_CONFIG,
-)  # fmt: skip
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MOST_PARTS = 5  # tensors of a quantized layer
-Progress = Callable[[str, float], None]
 
 
 def export_checkpoint(
@@ -66,7 +52,8 @@ def export_checkpoint(
 
 def _planner(to: str, checkpoint_format: str | None) -> Any:
     if to not in PLANNERS:
-        raise GristmillError(f"export to {to!r} is not supported; expected {', '.join(PLANNERS)}, onnx")
+        known = ", ".join([*PLANNERS, "onnx", "torchscript"])
+        raise GristmillError(f"export to {to!r} is not supported; expected {known}")
     if checkpoint_format is None:
         return PLANNERS[to]
     if to != "gptq" or checkpoint_format not in gptq.CHECKPOINT_FORMATS:

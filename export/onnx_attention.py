@@ -57,12 +57,12 @@ class PlainAttention:
 
     def past(self, number: int, name: str, spec: CacheSpec) -> str:
         dim = spec.k_dim if name == "key" else spec.v_dim
-        shape = ["batch", spec.kv_heads, "past", dim]
+        shape: list[int | str] = ["batch", spec.kv_heads, "past", dim]
         return self.graph.input(f"past_key_values.{number}.{name}", TensorProto.FLOAT, shape)
 
     def present(self, number: int, name: str, spec: CacheSpec) -> str:
         dim = spec.k_dim if name == "key" else spec.v_dim
-        shape = ["batch", spec.kv_heads, "total", dim]
+        shape: list[int | str] = ["batch", spec.kv_heads, "total", dim]
         return self.graph.output(f"present.{number}.{name}", TensorProto.FLOAT, shape)
 
     def _heads(self, i: Instruction, name: str, heads: int, spec: CacheSpec) -> str:

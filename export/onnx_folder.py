@@ -11,9 +11,6 @@ Weights are not rounded again. One matrix at a time is in memory.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +19,7 @@ from typing import Any
 import onnx
 
 import gristmill
-from gristmill.export.folder import new_folder
+from gristmill.export.folder import SESSION_FILES, Progress, new_folder, write_json, write_session_files
 from gristmill.export.genai_config import genai_config, tokenizer_config
 from gristmill.export.onnx_graph import Graph, WeightFile
 from gristmill.export.onnx_lowering import Lowering
@@ -30,12 +27,10 @@ from gristmill.export.onnx_runtime_ops import RuntimeLowering
 from gristmill.export.stored import Stored
 from gristmill.runtime.arguments import within
 from gristmill.runtime.artifact import (
-    CHAT_TEMPLATE,
     EXPORT,
     GENERATION_CONFIG,
     MODEL_CONFIG,
     PROGRAM,
-    SPECIAL_TOKENS_MAP,
     TOKENIZER,
     TOKENIZER_CONFIG,
     Artifact,
@@ -43,14 +38,11 @@ from gristmill.runtime.artifact import (
 )
 from gristmill.runtime.decoding.options import refuse_unknown
 from gristmill.runtime.errors import GristmillError
-from gristmill.runtime.exported import EXPORT_FORMAT, EXPORT_KIND
 from gristmill.runtime.program import Instruction, Program
 
 MODEL, ROWS, DATA, GENAI = "model.onnx", "rows.onnx", "model.onnx.data", "genai_config.json"
-COPIED = (TOKENIZER, SPECIAL_TOKENS_MAP, "added_tokens.json", CHAT_TEMPLATE, GENERATION_CONFIG)
-WRITTEN = {MODEL, ROWS, DATA, GENAI, EXPORT, PROGRAM, "config.json", TOKENIZER_CONFIG, *COPIED}
+WRITTEN = {MODEL, ROWS, DATA, GENAI, "config.json", *SESSION_FILES}
 FLOAT_CACHES = ("f32", "f16")
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -143,40 +135,22 @@ def write_graphs(
 
 
 def _write_rest(folder: Path, opened: Artifact, program: Program, options: OnnxOptions) -> None:
-    for name in COPIED:
-        if name in opened.files:
-            (folder / name).write_bytes(opened.read(name))
     config = opened.json(MODEL_CONFIG) if MODEL_CONFIG in opened.files else {}
     if config:
-        _write_json(folder / "config.json", config)
+        write_json(folder / "config.json", config)
     generation = opened.json(GENERATION_CONFIG) if GENERATION_CONFIG in opened.files else {}
     found = genai_config(program, config, generation, _input_names(folder / MODEL), shares=not options.plain)
     if found is not None:
-        _write_json(folder / GENAI, found)
+        write_json(folder / GENAI, found)
     if TOKENIZER in opened.files:
         own = opened.json(TOKENIZER_CONFIG) if TOKENIZER_CONFIG in opened.files else {}
-        _write_json(folder / TOKENIZER_CONFIG, tokenizer_config(own))
-    (folder / PROGRAM).write_bytes(program.to_bytes())
-    _write_json(folder / EXPORT, {
-        "kind": EXPORT_KIND, "format": EXPORT_FORMAT, "to": "onnx", "gristmill": gristmill.__version__,
-        "content_id": opened.content_id, "quantization": opened.manifest["quantization"],
-        "settings": {"plain": options.plain, "shared_buffer": not options.plain,
-                     "max_len": program.limits.max_len, "activations": options.activations},
-        "files": {path.name: _entry(path) for path in sorted(folder.iterdir())},
-    })  # fmt: skip
+        write_json(folder / TOKENIZER_CONFIG, tokenizer_config(own))
+    settings = {
+        "plain": options.plain, "shared_buffer": not options.plain, "max_len": program.limits.max_len,
+        "activations": options.activations,
+    }  # fmt: skip
+    write_session_files(folder, opened, program, "onnx", settings)
 
 
 def _input_names(path: Path) -> list[str]:
     return [i.name for i in onnx.load(str(path), load_external_data=False).graph.input]
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")

@@ -83,7 +83,15 @@ class ProgramModule(nn.Module):
         tokens, positions: [T] int64, the tokens of one sequence and where they stand. caches: see
         `empty_caches`; the rows at these positions are overwritten in place, those behind them never read.
         """
-        return _Call(self, {"tokens": tokens, "positions": positions, "rows": rows}, caches).run()
+        return self.with_hidden(tokens, positions, rows, caches)[0]
+
+    def with_hidden(
+        self, tokens: Tensor, positions: Tensor, rows: Tensor, caches: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, and the hidden states [R, hidden] f32, none where the program has none to give."""
+        call = _Call(self, {"tokens": tokens, "positions": positions, "rows": rows}, caches)
+        logits, view = call.run(), self.program.hidden
+        return logits, logits.new_zeros(0) if view is None else call.read(view)
 
     def matrices(self, key: str) -> list[Tensor]:
         """The segments of a weight, [n_i, k] f32."""

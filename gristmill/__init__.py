@@ -60,7 +60,8 @@ def export_checkpoint(
 ) -> Path:
     """Writes an artifact to `out`, nothing rounded again: a Hugging Face directory in the format `gptq`,
     `awq` or `compressed-tensors`, or as `onnx` a directory that ONNX Runtime, ONNX Runtime GenAI and
-    `load(out, device="onnx:cpu")` run.
+    `load(out, device="onnx:cpu")` run, or as `torchscript` (legacy) one for libtorch and
+    `load(out, device="torchscript")`.
 
     options: checkpoint_format ("gptq" or "gptq_v2"); for onnx plain (True: standard operators alone), kv
     ("f32"), activations ("int8" or "f32") and max_len; force. Needs the extra [compile], or [onnx]. Raises
@@ -73,6 +74,10 @@ def export_checkpoint(
             from gristmill.export.onnx_folder import export_onnx
 
             return export_onnx(str(artifact), str(out), **options)
+        if to == "torchscript":
+            from gristmill.export.torchscript_folder import export_torchscript
+
+            return export_torchscript(str(artifact), str(out), **options)
         from gristmill.export.huggingface import export_checkpoint as export
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "onnx"):

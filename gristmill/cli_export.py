@@ -8,7 +8,7 @@ import click
 
 from gristmill.cli_output import echo_json, note, progress_bar
 
-TARGETS = ("gptq", "awq", "compressed-tensors", "onnx")
+TARGETS = ("gptq", "awq", "compressed-tensors", "onnx", "torchscript")
 OWN_OPTIONS = {
     "checkpoint_format": "gptq", "plain": "onnx", "kv": "onnx", "activations": "onnx", "max_len": "onnx",
 }  # fmt: skip  # option → the only target that has it
@@ -37,7 +37,8 @@ def export_command(artifact: str, out: str, to: str, as_json: bool, **options: A
     """Write ARTIFACT for other programs, rounding nothing again.
 
     gptq, awq and compressed-tensors are Hugging Face directories that transformers or vLLM load; onnx is a
-    directory for ONNX Runtime, ONNX Runtime GenAI and `--device onnx:cpu`.
+    directory for ONNX Runtime, ONNX Runtime GenAI and `--device onnx:cpu`; torchscript is legacy: a directory
+    for libtorch programs that still need it, and for `--device torchscript`.
 
     \b
     gristmill export model.grist --to gptq -o model-gptq

@@ -171,7 +171,8 @@ def _refuse_export(root: Path) -> None:
     """Names the device for a folder that `gristmill export` wrote."""
     if (root / EXPORT).is_file():
         to = parse_json(_read_bytes(root / EXPORT), root / EXPORT).get("to")
-        raise GristmillError(f"{root} is an export to {to}: load it with device='{to}:cpu'")
+        device = {"onnx": "onnx:cpu"}.get(str(to), to)
+        raise GristmillError(f"{root} is an export to {to}: load it with device={device!r}")
 
 
 def _check_version(version: object, file: Path) -> None:

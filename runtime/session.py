@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property, partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
@@ -48,7 +49,8 @@ if TYPE_CHECKING:
     from gristmill.runtime.decoding.generate_beams import BeamText
 
 MAX_WAITING = 4096
-EXPORTS = {"onnx:cpu": "onnx"}  # devices that run exported folders, and what these were exported to
+# Devices that run exported folders, and what these were exported to: a package of the runtime, too.
+EXPORTS = {"onnx:cpu": "onnx", "torchscript": "torchscript"}
 DEVICES = ("cpu", "cuda", *EXPORTS)
 Result = TypeVar("Result")
 
@@ -98,7 +100,7 @@ def load(
     """Opens the artifact in directory `path`.
 
     device: "cpu", "cuda" for the current NVIDIA GPU, for which threads, hugepages and pin are not, or
-    "onnx:cpu" for a folder that was exported to ONNX, which ONNX Runtime runs.
+    "onnx:cpu" or "torchscript" for a folder that was exported to ONNX or TorchScript.
     threads: default one for each physical core this process may use. max_len: positions per slot, default
     what the artifact was compiled for, at most what its model can address. max_slots: sequences at once,
     default 8 unless compiled otherwise. hugepages: copy the weights into huge pages instead of mapping the
@@ -157,13 +159,10 @@ def _open(
     threads = within("threads", threads, cores, 1024)
     weights = artifact.weights_path
     refuse_too_large(program, max_len, max_slots, weights.stat().st_size if hugepages else 0)
-    if device == "onnx:cpu":
-        from gristmill.runtime import onnx
-
-        return Session(
-            artifact, program, onnx.open_executor(artifact, program, threads, max_len, max_slots),
-            max_waiting=max_waiting,
-        )  # fmt: skip
+    if device in EXPORTS:
+        home = import_module(f"gristmill.runtime.{EXPORTS[device]}")
+        executor = home.open_executor(artifact, program, threads, max_len, max_slots)
+        return Session(artifact, program, executor, max_waiting=max_waiting)
     executor = native().Executor(
         program_json,
         str(weights),

@@ -30,7 +30,7 @@ def dequantize(
 def _levels(data: Tensor, form: str) -> Tensor:
     """[n, kp] f32 of what is packed."""
     if form == "fp8":
-        return data.view(torch.float8_e4m3fn).float()
+        return _e4m3(data)
     if form == "int4":
         data = _nibbles(data.unflatten(1, (-1, BLOCK // 2)))
     elif form == "int2":
@@ -41,6 +41,13 @@ def _levels(data: Tensor, form: str) -> Tensor:
         bits = torch.stack([high >> bit & 1 for bit in range(8)], -1).flatten(2)
         data = (_crumbs(low) | bits << 2).flatten(1)
     return data.float()
+
+
+def _e4m3(bits: Tensor) -> Tensor:
+    """By arithmetic: a view as another type is not for TorchScript."""
+    exponent, mantissa = bits >> 3 & 15, (bits & 7).float()
+    size = torch.where(exponent > 0, torch.ldexp(8 + mantissa, exponent.int() - 10), mantissa * 2.0**-9)
+    return torch.where(bits > 127, -size, size)
 
 
 def _nibbles(blocks: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ import onnxruntime
 
 from gristmill.runtime.artifact import Artifact
 from gristmill.runtime.errors import GristmillError
-from gristmill.runtime.program import NO_HIDDEN_STATES, CacheSpec, Program, segment_row_bytes
+from gristmill.runtime.program import CacheSpec, Program
+from gristmill.runtime.slotwise import Array, SlotwiseExecutor
 
 GRAPH = "rows.onnx"  # logits of the rows that are asked for
 # What ONNX Runtime makes of DequantizeLinear and MatMul multiplies int8 unless told 1: f32, as it says there.
 FUSED_ACTIVATIONS = "session.qdq_matmulnbits_accuracy_level"
-Array = np.ndarray[Any, Any]
 Feeds = dict[str, Array]
 
 
@@ -33,71 +33,33 @@ class Histories(Protocol):
     def copy(self, source: int, target: int, length: int, start: int) -> None: ...
 
 
-class OnnxExecutor:
-    """What a Session needs, see runtime/session.py."""
-
-    rows_agree = False  # one row and many are multiplied in different ways
-    arena_bytes = 0  # ONNX Runtime's own, not known
+class OnnxExecutor(SlotwiseExecutor):
+    """See SlotwiseExecutor."""
 
     def __init__(
         self, folder: Artifact, program: Program, threads: int, max_len: int, max_slots: int
     ) -> None:
-        self.max_tokens, self.vocabulary = program.limits.max_tokens, program.vocabulary
-        self.threads, self.max_len, self.max_slots = threads, max_len, max_slots
-        self._program, self._folder = program, folder
+        weight_bytes = sum(e.size for name, e in folder.files.items() if name.endswith(".data"))
+        super().__init__(program, weight_bytes, threads, max_len, max_slots)
         session = _session(folder, threads)
         self._inputs = {i.name for i in session.get_inputs()}
         shares = bool(folder.manifest["settings"]["shared_buffer"])
         histories: Callable[..., Histories] = SharedBuffers if shares else Appended
         self._histories = histories(session, program.caches, max_len)
-        row_bytes = sum(c.kv_heads * (c.k_dim + c.v_dim) * 4 for c in program.caches)
-        self.kv_bytes = row_bytes * max_len * max_slots
-        self.weight_bytes = sum(e.size for name, e in folder.files.items() if name.endswith(".data"))
-        self.weight_bytes_per_token = _bytes_per_token(program)
 
-    def forward(self, tokens: Array, positions: Array, slots: Array, rows: Array) -> Array:
-        """Logits [R, vocabulary] f32 of the rows named by `rows`; see Session.forward."""
-        return self._forward(tokens, positions, slots, rows, ["logits"])[0]
-
-    def forward_hidden(
-        self, tokens: Array, positions: Array, slots: Array, rows: Array
-    ) -> tuple[Array, Array]:
-        """`forward`, and the hidden states [R, hidden] f32 of the same rows."""
-        if self._program.hidden is None:
-            raise GristmillError(NO_HIDDEN_STATES)
-        logits, hidden = self._forward(tokens, positions, slots, rows, ["logits", "hidden_states"])
-        return logits, hidden
-
-    def copy_slot(self, source: int, target: int, length: int, start: int = 0) -> None:
-        """Gives `target` positions `start` to `length` of `source`; those before, both hold alike."""
-        if source != target:
-            self._histories.copy(source, target, length, start)
-
-    def _forward(
-        self, tokens: Array, positions: Array, slots: Array, rows: Array, outputs: list[str]
-    ) -> list[Array]:
-        found: list[list[Array]] = []
-        places: list[Array] = []
-        for slot, members in _by_slot(positions, slots):
-            where = np.full(len(tokens), -1, np.int64)
-            where[members] = np.arange(len(members))
-            asked = np.flatnonzero(where[rows] >= 0)
-            feeds = self._feeds(tokens[members], positions[members], where[rows[asked]])
-            results = self._histories.run(slot, int(positions[members[0]]), feeds, outputs)
-            found.append([result[0, : len(asked)] for result in results])
-            places.append(asked)
-        order = np.argsort(np.concatenate(places), kind="stable")
-        return [np.concatenate(parts)[order] for parts in zip(*found, strict=True)]
-
-    def _feeds(self, tokens: Array, positions: Array, rows: Array) -> Feeds:
-        """rows: of these tokens; where none is asked for, one is computed for nothing."""
+    def run(self, slot: int, tokens: Array, positions: Array, rows: Array, hidden: bool) -> list[Array]:
         feeds = {
             "input_ids": tokens[None].astype(np.int64),
             "attention_mask": np.ones((1, int(positions[-1]) + 1), np.int64),
             "position_ids": positions[None].astype(np.int64),
-            "rows": rows if len(rows) else np.zeros(1, np.int64),
+            "rows": rows,
         }
-        return {name: value for name, value in feeds.items() if name in self._inputs}
+        feeds = {name: value for name, value in feeds.items() if name in self._inputs}
+        outputs = ["logits", "hidden_states"] if hidden else ["logits"]
+        return [found[0] for found in self._histories.run(slot, int(positions[0]), feeds, outputs)]
+
+    def copy(self, source: int, target: int, length: int, start: int) -> None:
+        self._histories.copy(source, target, length, start)
 
 
 class SharedBuffers:
@@ -166,13 +128,6 @@ def _entries(caches: list[CacheSpec]) -> Iterator[tuple[str, int, int]]:
         yield f"{number}.value", cache.kv_heads, cache.v_dim
 
 
-def _by_slot(positions: Array, slots: Array) -> Iterator[tuple[int, Array]]:
-    """Each slot with its rows in the order of their positions."""
-    order = np.lexsort((positions, slots))
-    for members in np.split(order, np.flatnonzero(np.diff(slots[order])) + 1):
-        yield int(slots[members[0]]), members
-
-
 def _session(folder: Artifact, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -187,13 +142,3 @@ def _session(folder: Artifact, threads: int) -> Any:
             f"onnxruntime {onnxruntime.__version__} cannot load {file}: {reason}; export again or install a "
             "newer onnxruntime"
         ) from error
-
-
-def _bytes_per_token(program: Program) -> int:
-    """What one row reads at least: of every product all, of an embedding a row."""
-    total = 0
-    for i in program.instructions:
-        segments = program.weights[i.weight] if i.weight is not None else []
-        sizes = [segment_row_bytes(s) * (1 if i.op == "embedding" else s.n) for s in segments]
-        total += sum(sizes)
-    return total
