@@ -106,21 +106,19 @@ def of_slot(executor: Any, tokens: Array, start: int, end: int, slot: int) -> Ar
 PROMPT = "def read_lines(path):\n    with open(path) as f:"
 
 
-def exported(model: Path, folder: Path, options: dict[str, Any], **how: Any) -> tuple[Path, Path]:
-    """(artifact, its export)"""
-    if not (folder / "a").exists():
-        gristmill.compile(model, folder / "a", gate=False, **options)
-    return folder / "a", gristmill.export_checkpoint(folder / "a", folder / "onnx", "onnx", force=True, **how)
+Pair = tuple[Path, Path]  # an artifact and its export
 
 
 @pytest.fixture(scope="module")
-def py7m_f32(py7m: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return exported(py7m, tmp_path_factory.mktemp("f32"), {"weights": "f32"})
+def exact(py7m_f32: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    out = tmp_path_factory.mktemp("f32") / "onnx"
+    return py7m_f32, gristmill.export_checkpoint(py7m_f32, out, "onnx")
 
 
 @pytest.fixture(scope="module")
-def py7m_int4(py7m: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return exported(py7m, tmp_path_factory.mktemp("int4"), {"kv": "int8"}, kv="f32", activations="f32")
+def int4(py7m_int4: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    out = tmp_path_factory.mktemp("int4") / "onnx"
+    return py7m_int4, gristmill.export_checkpoint(py7m_int4, out, "onnx", kv="f32", activations="f32")
 
 
 def logits(run: Any, ids: list[int]) -> Array:
@@ -135,8 +133,8 @@ def relative(got: Array, want: Array) -> float:
     return float(np.abs(got - want).max() / np.abs(want).max())
 
 
-def test_f32_logits_and_text_are_the_artifacts(py7m_f32: tuple[Path, Path]) -> None:
-    ours, theirs = gristmill.load(py7m_f32[0]), gristmill.load(py7m_f32[1], device="onnx:cpu")
+def test_f32_logits_and_text_are_the_artifacts(exact: Pair) -> None:
+    ours, theirs = gristmill.load(exact[0]), gristmill.load(exact[1], device="onnx:cpu")
     ids = ours.tokenizer.encode(PROMPT)
     assert theirs.tokenizer.encode(PROMPT) == ids
     assert relative(logits(theirs, ids), logits(ours, ids)) < 1e-4
@@ -147,12 +145,10 @@ def test_f32_logits_and_text_are_the_artifacts(py7m_f32: tuple[Path, Path]) -> N
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["runtime", "plain"])
-def test_int4_logits_are_those_of_the_stored_weights(
-    plain: bool, py7m_int4: tuple[Path, Path], tmp_path: Path
-) -> None:
-    artifact, _ = py7m_int4
-    exact: dict[str, Any] = {"kv": "f32", "activations": "f32"}
-    out = gristmill.export_checkpoint(artifact, tmp_path / "o", "onnx", plain=plain, **exact)
+def test_int4_logits_are_those_of_the_stored_weights(plain: bool, int4: Pair, tmp_path: Path) -> None:
+    artifact, _ = int4
+    floats: dict[str, Any] = {"kv": "f32", "activations": "f32"}
+    out = gristmill.export_checkpoint(artifact, tmp_path / "o", "onnx", plain=plain, **floats)
     session = gristmill.load(out, device="onnx:cpu")
     ids = session.tokenizer.encode(PROMPT)
     want = logits(module_of(artifact, exact=True), ids)
@@ -173,11 +169,11 @@ def test_the_real_small_model(stories_f32: Path, tmp_path: Path) -> None:
     assert texts[0] == texts[1]
 
 
-def test_generation_over_slots_and_a_perplexity(py7m_f32: tuple[Path, Path]) -> None:
+def test_generation_over_slots_and_a_perplexity(exact: Pair) -> None:
     """What needs copies of slots, batches and all rows' logits: as on the CPU."""
     from gristmill.runtime.evaluation import score_text
 
-    sessions = [gristmill.load(py7m_f32[0]), gristmill.load(py7m_f32[1], device="onnx:cpu")]
+    sessions = [gristmill.load(exact[0]), gristmill.load(exact[1], device="onnx:cpu")]
     prompts = [PROMPT, "import os\n", PROMPT + " return", "class A:"]
     texts = [[g.token_ids for g in s.generate(prompts, max_new_tokens=12)] for s in sessions]
     assert texts[0] == texts[1]
@@ -188,9 +184,9 @@ def test_generation_over_slots_and_a_perplexity(py7m_f32: tuple[Path, Path]) -> 
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["runtime", "plain"])
-def test_onnx_runtime_genai_generates(plain: bool, py7m_f32: tuple[Path, Path], tmp_path: Path) -> None:
+def test_onnx_runtime_genai_generates(plain: bool, exact: Pair, tmp_path: Path) -> None:
     og = pytest.importorskip("onnxruntime_genai")
-    artifact, out = py7m_f32
+    artifact, out = exact
     if plain:
         out = gristmill.export_checkpoint(artifact, tmp_path / "plain", "onnx", plain=True)
     model = og.Model(str(out))
@@ -209,8 +205,8 @@ def test_onnx_runtime_genai_generates(plain: bool, py7m_f32: tuple[Path, Path], 
     assert tokenizer.decode(np.array(found, np.int32)) == want.text
 
 
-def test_plain_graphs_have_standard_operators_alone(py7m_int4: tuple[Path, Path], tmp_path: Path) -> None:
-    artifact, out = py7m_int4
+def test_plain_graphs_have_standard_operators_alone(int4: Pair, tmp_path: Path) -> None:
+    artifact, out = int4
     plain = gristmill.export_checkpoint(artifact, tmp_path / "plain", "onnx", plain=True, kv="f32")
     for name in ("model.onnx", "rows.onnx"):
         for folder, domains in ((plain, {""}), (out, {"", "com.microsoft"})):
@@ -220,9 +216,9 @@ def test_plain_graphs_have_standard_operators_alone(py7m_int4: tuple[Path, Path]
     assert {"MatMulNBits", "GroupQueryAttention", "SkipSimplifiedLayerNormalization"} <= kinds
 
 
-def test_weights_are_stored_once_and_in_their_own_size(py7m_int4: tuple[Path, Path]) -> None:
+def test_weights_are_stored_once_and_in_their_own_size(int4: Pair) -> None:
     """f32 scales instead of f16, a tied embedding and head together, and room between weights."""
-    artifact, out = py7m_int4
+    artifact, out = int4
     size = (artifact / "weights.safetensors").stat().st_size
     assert size < (out / "model.onnx.data").stat().st_size < 1.25 * size
     assert sum((out / name).stat().st_size for name in ("model.onnx", "rows.onnx")) < 200_000
@@ -238,11 +234,9 @@ def test_weights_are_stored_once_and_in_their_own_size(py7m_int4: tuple[Path, Pa
         ({"kv": "f32", "opset": 9}, "no option 'opset'"),
     ],
 )
-def test_what_is_refused(
-    how: dict[str, Any], message: str, py7m_int4: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_what_is_refused(how: dict[str, Any], message: str, int4: Pair, tmp_path: Path) -> None:
     with pytest.raises(GristmillError, match=message) as caught:
-        gristmill.export_checkpoint(py7m_int4[0], tmp_path / "o", "onnx", **how)
+        gristmill.export_checkpoint(int4[0], tmp_path / "o", "onnx", **how)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
@@ -252,8 +246,8 @@ def test_heads_that_only_plain_graphs_take(tmp_path: Path) -> None:
         executor_of(llama(Llama()), tmp_path, plain=False)
 
 
-def test_the_command(py7m_f32: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    artifact, out = str(py7m_f32[0]), str(tmp_path / "o")
+def test_the_command(exact: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact, out = str(exact[0]), str(tmp_path / "o")
     assert run_command(["export", artifact, "--to", "onnx", "-o", out, "--max-len", "64", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"path": out, "format": "onnx"}
     assert run_command(["export", artifact, "--to", "onnx", "-o", out]) == 1
@@ -274,8 +268,8 @@ def test_the_command(py7m_f32: tuple[Path, Path], tmp_path: Path, capsys: pytest
     assert "not for device 'onnx:cpu'" in capsys.readouterr().err
 
 
-def test_damaged_folders_are_refused(py7m_f32: tuple[Path, Path], tmp_path: Path) -> None:
-    _, out = py7m_f32
+def test_damaged_folders_are_refused(exact: Pair, tmp_path: Path) -> None:
+    _, out = exact
     copy = tmp_path / "o"
     copy.mkdir()
     for path in out.iterdir():
