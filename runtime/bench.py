@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from gristmill.runtime.decoding.next_tokens import most_likely_token
 from gristmill.runtime.errors import GristmillError
+from gristmill.runtime.exported import EXPORTS
 from gristmill.runtime.profile import Forward, Probe, probe_of, random_ids, take_in
 from gristmill.runtime.program import CacheSpec
-from gristmill.runtime.session import EXPORTS, Session, load
+from gristmill.runtime.session import Session, load
 
 
 @dataclass(frozen=True)

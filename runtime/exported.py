@@ -6,11 +6,16 @@ with the limits and the cache types of the folder.
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from gristmill.runtime.artifact import EXPORT, PROGRAM, Artifact, FileEntry, is_plain_name, parse_json
 from gristmill.runtime.errors import GristmillError
+from gristmill.runtime.program import Program
 
+# Devices that run exported folders, and what these were exported to: a package of the runtime, too.
+EXPORTS = {"onnx:cpu": "onnx", "torchscript": "torchscript"}
 EXPORT_KIND, EXPORT_FORMAT = "gristmill export", 1
 
 
@@ -39,3 +44,11 @@ def open_export(path: str | Path, to: str) -> Artifact:
                 f"{root / name} is missing or has another size than {EXPORT} says; export again"
             )
     return Artifact(root, found, {name: FileEntry(e["size"], e["sha256"]) for name, e in files.items()})
+
+
+def open_executor_of(
+    device: str, folder: Artifact, program: Program, threads: int, max_len: int, max_slots: int
+) -> Any:
+    """The executor of a device in EXPORTS, whose libraries are imported now."""
+    home = import_module(f"gristmill.runtime.{EXPORTS[device]}")
+    return home.open_executor(folder, program, threads, max_len, max_slots)

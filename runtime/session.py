@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property, partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
@@ -38,7 +37,7 @@ from gristmill.runtime.decoding.sampling import Workspace
 from gristmill.runtime.decoding.scheduler import Scheduler, Statistics
 from gristmill.runtime.decoding.sequence import Generation, Prompt
 from gristmill.runtime.errors import GristmillError
-from gristmill.runtime.exported import open_export
+from gristmill.runtime.exported import EXPORTS, open_executor_of, open_export
 from gristmill.runtime.footprint import refuse_malformed, refuse_too_large, smallest_ring
 from gristmill.runtime.hidden import run_hidden
 from gristmill.runtime.program import Program
@@ -49,8 +48,6 @@ if TYPE_CHECKING:
     from gristmill.runtime.decoding.generate_beams import BeamText
 
 MAX_WAITING = 4096
-# Devices that run exported folders, and what these were exported to: a package of the runtime, too.
-EXPORTS = {"onnx:cpu": "onnx", "torchscript": "torchscript"}
 DEVICES = ("cpu", "cuda", *EXPORTS)
 Result = TypeVar("Result")
 
@@ -119,12 +116,8 @@ def load(
     if device in EXPORTS and (hugepages or pin):
         raise GristmillError(f"hugepages and pin are for device 'cpu'; leave them out with {device!r}")
     how: dict[str, Any] = {
-        "threads": threads,
-        "max_len": max_len,
-        "max_slots": max_slots,
-        "hugepages": hugepages,
-        "pin": pin,
-    }
+        "threads": threads, "max_len": max_len, "max_slots": max_slots, "hugepages": hugepages, "pin": pin,
+    }  # fmt: skip
     session = _open(path, device, max_waiting, **how)
     if draft is not None:
         how.update(max_len=session.max_len, max_slots=session.max_slots)
@@ -160,18 +153,12 @@ def _open(
     weights = artifact.weights_path
     refuse_too_large(program, max_len, max_slots, weights.stat().st_size if hugepages else 0)
     if device in EXPORTS:
-        home = import_module(f"gristmill.runtime.{EXPORTS[device]}")
-        executor = home.open_executor(artifact, program, threads, max_len, max_slots)
-        return Session(artifact, program, executor, max_waiting=max_waiting)
+        other = open_executor_of(device, artifact, program, threads, max_len, max_slots)
+        return Session(artifact, program, other, max_waiting=max_waiting)
     executor = native().Executor(
-        program_json,
-        str(weights),
-        threads=threads,
-        max_len=max_len,
-        max_slots=max_slots,
-        huge_pages=hugepages,
-        pinned=pin,
-    )
+        program_json, str(weights), threads=threads, max_len=max_len, max_slots=max_slots,
+        huge_pages=hugepages, pinned=pin,
+    )  # fmt: skip
     return Session(artifact, program, executor, max_waiting=max_waiting)
 
 
