@@ -249,7 +249,7 @@ def fit_rows(
     if per_byte * stream < 1:
         per_byte = 1 / stream
         row = max(0.0, (sum(times) - sum(sizes) * per_byte) / sum(rows))
-    return 1 / (per_byte * stream), row
+    return min(1.0, 1 / (per_byte * stream)), row
 
 
 def scheme_of(name: str) -> Scheme:
