@@ -48,7 +48,7 @@ def test_a_device_from_a_file_is_the_device(tmp_path: Path) -> None:
 
 def test_what_was_measured_travels_in_the_file(tmp_path: Path) -> None:
     spec = known_device(file_of(tmp_path, CPU))
-    measured = replace(spec, attained=assumed(spec))
+    measured = replace(spec, attained=replace(assumed(spec), misses=((1 << 20, 0.0), (1 << 25, 1.0))))
     assert math.isinf(measured.kernels.products["int4"].one)
     assert read_device(file_of(tmp_path, device_json(measured))) == measured
 
@@ -81,6 +81,9 @@ def test_bad_fields_are_named(tmp_path: Path, change: dict[str, Any], message: s
         ("products", {"int4": {"reached": 1}}, "products.int4: rate missing"),
         ("products", {"int4": {"reached": 0, "rate": 1}}, "int4.reached is 0, expected a number above 0"),
         ("attention", {"f16": {"reached": 1, "rat": 1}}, "unknown field 'rat'; did you mean rate"),
+        ("misses", [[100, 0.5], [50, 1]], "attained.misses: expected sizes that ascend"),
+        ("misses", [[100, 2]], "misses: expected sizes that ascend and shares of at most 1"),
+        ("misses", [100], "misses is .*, expected a list of"),
         ("linear", -1, "attained.linear is -1, expected a number from 0"),
     ],
 )

@@ -19,7 +19,7 @@ from gristmill.report import plan_source
 from gristmill.report.attained import Attained, Attention, Product
 from gristmill.report.cpu_probe import ProbeOptions, fit_rows, measure_cpu
 from gristmill.report.devices import DEVICES, DeviceSpec
-from gristmill.report.forward_time import forward_times, missing_share
+from gristmill.report.forward_time import forward_times
 from gristmill.report.plan import Plan, PlanOptions, needed_bytes, plan
 from gristmill.report.plan_text import lines
 from gristmill.report.roof_model import break_even, intensity, least_seconds, modelled_seconds, ridge
@@ -154,7 +154,11 @@ def test_what_a_cache_holds_is_not_read(model: str) -> None:
     _, (sketch,) = plan_source.sketches(model, ["int4"], ())
     held = forward_times(sketch.program, replace(MEASURED, cache_bytes=32 << 20), Forward())
     assert held.memory == held.floor_memory == 0 < held.compute
-    assert [missing_share(size, 32) for size in (1, 16, 40, 64, 1000)] == [0, 0, 0.5, 1, 1]
+    assert [KERNELS.missing(size, 32) for size in (1, 16, 40, 64, 1000)] == [0, 0, 0.5, 1, 1]
+    assert KERNELS.missing(1, 0) == 1, "a device whose caches are not known"
+    measured = replace(KERNELS, misses=((100, 0.0), (400, 0.5), (800, 1.0)))
+    found = [measured.missing(size, 32) for size in (1, 100, 200, 400, 9999)]
+    assert found == pytest.approx([0, 0, 0.25, 0.5, 1])
 
 
 def test_batches_share_the_weights(model: str) -> None:
