@@ -22,8 +22,9 @@ from typing import Any
 import click
 from bandwidth import cpu_model
 from compare_peers import started
-from peer_process import Peer
 from tables import write_results
+
+from gristmill.report.peers.peer_process import Peer
 
 HERE = Path(__file__).parent
 COLUMNS = ("round", "engine", "prefill_tok_s", "decode_tok_s")

@@ -37,15 +37,17 @@ INSTRUCTIONS = {
     ("int8", False): 6.66, ("int8", True): 7.94, ("int4", True): 6.13, ("int3", True): 9.19,
     ("int2", True): 5.29,
 }  # fmt: skip
+# The same of kernels/triton/linear_integer.py, where activations are int8.
+INTEGER_INSTRUCTIONS = {"int8": 1.28, "int4": 1.62, "int3": 2.58, "int2": 1.42}
 LANES = 128  # that a multiprocessor issues for in a cycle: four schedulers of 32
 MORE_INSTRUCTIONS = 2.0  # for each further row: a load and a multiply-add; not measured
 REACHED = 0.92  # of the data sheet's bandwidth, by a kernel that only reads
 ISSUED = 0.6  # of the instructions that schedulers could issue
 KERNEL_SECONDS = 2.7e-6  # between the kernels of a graph, each of which waits for the one before
 ATTENTION_KERNELS = 3  # append, attend, combine
-PEAK_SHARE = 0.15  # of dense bf16 products, with many rows
+PEAK_SHARE = 0.44  # of dense bf16 products, with many rows and all that is beside them
 F32_PEAK_SHARE = 0.5  # of f32 products, which are not on tensor cores; not measured
-UNPACK_ROWS = 96.0
+UNPACK_ROWS = 32.0  # that dequantizing takes as long as
 ATTENTION_REACHED = 0.6  # the target of the kernel; not measured
 
 # ---- CPUs that no probe has measured
@@ -138,7 +140,8 @@ def assumed(spec: DeviceSpec) -> Attained:
 def _gpu(spec: DeviceSpec) -> Attained:
     issue = ISSUED * spec.processors * LANES * spec.clock
     products = {}
-    for (name, grouped), count in INSTRUCTIONS.items():
+    for (name, grouped), of_floats in INSTRUCTIONS.items():
+        count = INTEGER_INSTRUCTIONS.get(name, of_floats)
         key = name if grouped or (name, True) not in INSTRUCTIONS else f"{name}-row"
         rate = F32_PEAK_SHARE * spec.f32_ops if name == "f32" else PEAK_SHARE * spec.f16_ops
         products[key] = Product(

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gristmill.report import devices
-from gristmill.report.attained import INSTRUCTIONS, LANES, REACHED
+from gristmill.report.attained import INSTRUCTIONS, INTEGER_INSTRUCTIONS, LANES, REACHED
 from gristmill.report.devices import DeviceSpec
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.profile import Forward, kind_of, work
