@@ -225,6 +225,8 @@ class _Sweep:
             reason = self._without_accuracy(subject, reference)
             if reason:
                 subject.reasons.append(reason)
+            if subject.failed and not reason:
+                self.watcher.drop("peer_accuracy" if subject.peer else "accuracy")
             if subject.failed or reason:
                 continue
             assert reference is not None, "there are reasons for all others"
@@ -270,7 +272,8 @@ class _Sweep:
             for subject in peers:
                 assert subject.peer is not None
                 arguments = {"peer": asdict(subject.peer), "shapes": shapes}
-                self._round(subject, "peer_speed", number, shapes, arguments)
+                options = {**shapes, "threads": subject.peer.threads}
+                self._round(subject, "peer_speed", number, options, arguments)
 
     def _round(
         self, subject: Subject, kind: str, number: int, options: dict[str, Any], arguments: dict[str, Any]
