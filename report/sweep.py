@@ -196,6 +196,8 @@ class _Sweep:
     def _reference(self, worker: Worker) -> str | None:
         """The folder of the float model's logits. Raises GristmillError where there can be none: no point
         could be compared, and a model that cannot be read compiles to nothing either."""
+        from gristmill.report.reference import made_by
+
         o = self.options
         if not self._is_compared():
             return None
@@ -205,7 +207,7 @@ class _Sweep:
             else {"content": content_of(o.reference or Path())}
         )
         text = file_digest(o.text) if o.text else "built in"
-        key = {**subject, "text": text, "tokens": o.tokens, "code": code_digest(RUNTIME)}
+        key = {**subject, "text": text, "tokens": o.tokens, **made_by()}
         arguments = {
             "cache": str(o.out / WORK / REFERENCES), "text": str(o.text) if o.text else None,
             "tokens": o.tokens, "model": o.model, "artifact": str(o.reference) if o.reference else None,
