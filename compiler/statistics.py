@@ -168,6 +168,11 @@ class Comparison:
         return perplexity(self.nll)
 
 
+def are_enough(tokens: int) -> bool:
+    """Whether an interval over so many tokens shows how far the next text may lie."""
+    return math.ceil(tokens / BLOCK_TOKENS) >= FEWEST_BLOCKS
+
+
 def tokens_to_decide(interval: Interval, limit: float, tokens: int) -> int | None:
     """About how many tokens would bring the upper bound below the limit, or None where the estimate is not.
 

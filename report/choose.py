@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from gristmill.compiler.statistics import are_enough
 from gristmill.report.schema import Point, Report, SpeedPoint
 
 FLOATS = ("f32", "bf16", "f16")
@@ -104,10 +105,11 @@ def _kl(point: Point) -> float:
 
 
 def keeps_promise(point: Point) -> bool:
-    """Whether one of gristmill's rounded points keeps PROMISE with its whole interval, as the gate asks."""
+    """Whether one of gristmill's rounded points keeps PROMISE with its whole interval, as the gate asks; on a
+    text that is too short for an interval, none does."""
     if is_peer(point) or point.weights in FLOATS or point.accuracy is None:
         return False
-    return point.accuracy.ppl_increase.high <= PROMISE
+    return are_enough(point.accuracy.tokens) and point.accuracy.ppl_increase.high <= PROMISE
 
 
 def is_dominated(report: Report, point: Point, by: str) -> bool:

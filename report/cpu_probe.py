@@ -8,10 +8,9 @@ that a machine that is busy meanwhile is described as busy as it is.
 
 from __future__ import annotations
 
-import platform
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -26,7 +25,7 @@ from gristmill.report.attained import FEW_ROWS, Attained, Attention, Product
 from gristmill.report.devices import DeviceSpec
 from gristmill.report.probe_program import DIM, ProbeProgram
 from gristmill.runtime.decoding.next_tokens import most_likely_token
-from gristmill.runtime.machine import available_memory_bytes
+from gristmill.runtime.machine import available_memory_bytes, processor_name
 from gristmill.runtime.profile import PEAK_SECONDS, PROBE_BYTES
 from gristmill.runtime.program import segment_row_bytes
 from gristmill.runtime.session import Session, native
@@ -72,7 +71,7 @@ def measure_cpu(options: ProbeOptions) -> DeviceSpec:
         stream = median(probe.streams)
     memory = available_memory_bytes()
     return DeviceSpec(
-        _cpu_name(), "cpu", memory or 0, stream, floats, threads,
+        processor_name(), "cpu", memory or 0, stream, floats, threads,
         f"measured on this machine in {options.rounds} rounds; memory: what is free now",
         int8_ops=integers, cache_bytes=cache_bytes(), attained=attained,
     )  # fmt: skip
@@ -301,12 +300,3 @@ def _kib(path: Path) -> int:
         return 0
     unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:], 0)
     return int(text[:-1]) * unit if unit and text[:-1].isdigit() else 0
-
-
-def _cpu_name() -> str:
-    names: Iterable[str] = ()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text().splitlines()
-        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(iter(names), "") or platform.machine()

@@ -62,15 +62,16 @@ class Rapl:
 
 def rapl_meter(root: Path = POWERCAP) -> Rapl | None:
     """Of all processor packages; None where the system has no counters or keeps them to itself."""
-    packages = []
+    packages: dict[str, Path] = {}  # some systems show one package by two interfaces
     for domain in sorted(root.glob("*")):
         try:
-            if (domain / "name").read_text().startswith("package"):
+            name = (domain / "name").read_text().strip()
+            if name.startswith("package"):
                 _number(domain / "energy_uj")
-                packages.append(domain)
+                packages.setdefault(name, domain)
         except (OSError, ValueError):
             continue
-    return Rapl(packages) if packages else None
+    return Rapl(list(packages.values())) if packages else None
 
 
 class Nvml:

@@ -19,7 +19,7 @@ from typing import Any
 import gristmill
 from gristmill.runtime.artifact import MANIFEST
 from gristmill.runtime.errors import GristmillError
-from gristmill.runtime.machine import usable_cpus
+from gristmill.runtime.machine import processor_name, usable_cpus
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "pytorch_model*.bin")
 COMPILER = ("compiler", "passes", "quant", "kernels")  # folders that decide what an artifact holds
@@ -117,10 +117,7 @@ def machine_name(device: str) -> str:
         import torch
 
         return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "no GPU"
-    for line in _lines("/proc/cpuinfo"):
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return processor_name()
 
 
 def machine_key(device: str) -> dict[str, Any]:
@@ -131,10 +128,3 @@ def machine_key(device: str) -> dict[str, Any]:
         "cpus": usable_cpus(),
         "host": os.uname().nodename,
     }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []

@@ -15,6 +15,8 @@ from gristmill.report.schema import Point, Report
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.report import size_text
 
+LEAST_TOKENS = statistics.FEWEST_BLOCKS * statistics.BLOCK_TOKENS
+
 
 @dataclass(frozen=True)
 class Promise:
@@ -57,6 +59,9 @@ def recommend(report: Report, promise: Promise) -> Choice:
     if not measured:
         failed = [f"{p.label}: {p.reason}" for p in own if p.reason]
         raise GristmillError(f"no point was measured ({failed[0] if failed else 'there is none'})")
+    fewest = min(p.accuracy.tokens for p in measured if p.accuracy)
+    if not statistics.are_enough(fewest):  # of a text that has no more
+        raise GristmillError(_too_few(fewest))
     breaches = {point.id: broken(report, point, promise) for point in measured}
     fitting = [point for point in measured if not breaches[point.id]]
     if not fitting:
@@ -89,9 +94,15 @@ def broken(report: Report, point: Point, promise: Promise) -> list[Breach]:
 
 def refuse_few_tokens(tokens: int) -> None:
     """Raises GristmillError for a text on which an interval says nothing."""
-    least = statistics.FEWEST_BLOCKS * statistics.BLOCK_TOKENS
-    if tokens < least:
-        raise GristmillError(f"{tokens} tokens are too few to decide on a limit: give at least {least}")
+    if tokens < LEAST_TOKENS:
+        raise GristmillError(_too_few(tokens))
+
+
+def _too_few(tokens: int) -> str:
+    return (
+        f"{tokens} tokens are too few to decide on a limit: give at least {LEAST_TOKENS} "
+        "(--gate-tokens, --text)"
+    )
 
 
 def _nothing_fits(measured: list[Point], breaches: dict[str, list[Breach]], promise: Promise) -> str:

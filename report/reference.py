@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gristmill.compiler.gate import HeldText
+from gristmill.report.identity import RUNTIME, code_digest, versions
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.evaluation import text_windows, window_logits
 from gristmill.runtime.program import FLOAT_BYTES, Program
@@ -106,7 +107,8 @@ def reference_from_model(
 
         return _Maker(Tokenizer.of_files(made.tokenizer), made.vocabulary, made.max_len, logits)
 
-    asked = _Asked(f"float model {source.name}", source.hashes, text_name, text, tokens, window)
+    identity = {**source.hashes, **made_by()}
+    asked = _Asked(f"float model {source.name}", identity, text_name, text, tokens, window)
     return _cached(Path(cache), asked, make, report)
 
 
@@ -128,9 +130,14 @@ def reference_from_artifact(
         return _Maker(session.tokenizer, session.vocabulary, session.max_len, logits)
 
     name = f"artifact {Path(artifact).name}, {formats_text(program)}"
-    identity = {"content_id": opened.content_id, "device": device}
+    identity = {"content_id": opened.content_id, "device": device, **made_by()}
     asked = _Asked(name, identity, text_name, text, tokens, window)
     return _cached(Path(cache), asked, make, progress or _ignore)
+
+
+def made_by() -> dict[str, str]:
+    """The code that computes a reference: another one may give other logits."""
+    return {**versions(("torch", "transformers")), "code": code_digest(RUNTIME)}
 
 
 def best_reference(artifacts: Sequence[str | Path]) -> tuple[Path, str] | None:

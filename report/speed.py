@@ -129,14 +129,14 @@ def _how(options: SpeedOptions) -> dict[str, Any]:
 def machine_of(result: SpeedResult, device: str = "cpu") -> Machine:
     """What it was measured on, with the roofs of the run."""
     total = _field(Path("/proc/meminfo"), "MemTotal").split()
-    name, memory = _field(Path("/proc/cpuinfo"), "model name"), int(total[0]) * 1024 if total else 0
+    name, memory = machine.processor_name(), int(total[0]) * 1024 if total else 0
     if device == "cuda":
         import torch
 
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         name, memory = properties.name, properties.total_memory
     return Machine(
-        name=name or platform.machine(),
+        name=name,
         cores=machine.usable_cpus(),
         threads=result.threads,
         memory_bytes=memory,

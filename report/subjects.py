@@ -192,7 +192,8 @@ def repeat_command(
         words += [f"--{name.replace('_', '-')}", str(value)] if value is not None else []
     for name in ("tokens", "threads", "samples", "rounds"):
         value = getattr(options, name)
-        if value is not None and value != getattr(SweepOptions, name):
+        of_cpu = name == "threads" and device != "cpu"  # where it would be refused
+        if value is not None and value != getattr(SweepOptions, name) and not of_cpu:
             words += [f"--{name}", str(value)]
     words += peer.words if peer else []
     return shlex.join([*words, "-o", str(options.out)])

@@ -196,6 +196,8 @@ class _Sweep:
     def _reference(self, worker: Worker) -> str | None:
         """The folder of the float model's logits. Raises GristmillError where there can be none: no point
         could be compared, and a model that cannot be read compiles to nothing either."""
+        from gristmill.report.reference import made_by
+
         o = self.options
         if not self._is_compared():
             return None
@@ -205,7 +207,7 @@ class _Sweep:
             else {"content": content_of(o.reference or Path())}
         )
         text = file_digest(o.text) if o.text else "built in"
-        key = {**subject, "text": text, "tokens": o.tokens, "code": code_digest(RUNTIME)}
+        key = {**subject, "text": text, "tokens": o.tokens, **made_by()}
         arguments = {
             "cache": str(o.out / WORK / REFERENCES), "text": str(o.text) if o.text else None,
             "tokens": o.tokens, "model": o.model, "artifact": str(o.reference) if o.reference else None,
@@ -225,6 +227,8 @@ class _Sweep:
             reason = self._without_accuracy(subject, reference)
             if reason:
                 subject.reasons.append(reason)
+            if subject.failed and not reason:
+                self.watcher.drop("peer_accuracy" if subject.peer else "accuracy")
             if subject.failed or reason:
                 continue
             assert reference is not None, "there are reasons for all others"
@@ -270,7 +274,8 @@ class _Sweep:
             for subject in peers:
                 assert subject.peer is not None
                 arguments = {"peer": asdict(subject.peer), "shapes": shapes}
-                self._round(subject, "peer_speed", number, shapes, arguments)
+                options = {**shapes, "threads": subject.peer.threads}
+                self._round(subject, "peer_speed", number, options, arguments)
 
     def _round(
         self, subject: Subject, kind: str, number: int, options: dict[str, Any], arguments: dict[str, Any]

@@ -121,8 +121,10 @@ def _check_files(options: SweepOptions) -> None:
         open_artifact(options.reference)
     for artifact in options.artifacts:
         open_artifact(artifact)
-    if options.model is not None:
-        model_directory(options.model)
+    if options.model is not None and model_directory(options.model).resolve() == options.out.resolve():
+        raise GristmillError(  # its report.json would count as a file of the model
+            f"{options.out} is the model's own directory; give -o another one"
+        )
 
 
 def refuse_full_disk(options: SweepOptions, directory: Path, missing: Iterable[Configuration]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -15,6 +16,13 @@ def usable_cpus() -> int:
     if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit():
         cpus = min(cpus, max(1, int(quota[0]) // int(quota[1])))
     return cpus
+
+
+def processor_name() -> str:
+    """As the system calls it, else its architecture."""
+    lines = _read(Path("/proc/cpuinfo")).splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 def available_memory_bytes() -> int | None:

@@ -18,7 +18,7 @@ MAY_IMPORT = {  # folder -> prefixes of gristmill.* it may import, besides itsel
     "quant": ("kernels.ops", "runtime.artifact"),
     "kernels": (),
     "runtime": ("kernels",),
-    "report": ("compiler", "quant", "runtime", ""),
+    "report": ("compiler", "quant.scheme", "quant.tensor", "runtime", ""),  # of quant the formats alone
     "export": ("runtime", "quant", "kernels.reference", ""),
     "integrations": ("runtime", "quant.formats"),
 }

@@ -132,7 +132,8 @@ class Peer:
 
     def close(self) -> None:
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):  # it has ended already, with a request unread
+            self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
         self.errors.close()

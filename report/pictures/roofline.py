@@ -86,8 +86,9 @@ def _dots(point: Point) -> Iterator[Dot]:
             share = floor / why.seconds
             rate = operations / why.seconds
             yield Dot(point, why.name, _kind(why), operations / read, rate, share, why.verdict)
-        for kind in kinds:
-            if kind.kind == "attention" and kind.operations and kind.bytes and _is_positive(kind.seconds):
+        for kind in kinds:  # of attention, one for each type and window of cache
+            attends = kind.kind.startswith("attention") and kind.operations and kind.bytes
+            if attends and _is_positive(kind.seconds):
                 rate = kind.operations / kind.seconds
                 yield Dot(point, why.name, "attention", kind.intensity, rate, kind.roof_share, kind.verdict)
 

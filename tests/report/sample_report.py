@@ -298,7 +298,7 @@ def _why(made: Made, name: str, rows: int, context: int, sequences: int) -> Phas
     span = context + rows / 2
     kinds = (
         _kind(made, "linear", 4 * LAYERS + 1, made.bytes, int(2 * PARAMETERS * every)),
-        _kind(made, "attention", LAYERS, int(cache * span), int(4 * 2048 * LAYERS * span * every)),
+        _kind(made, f"attention {made.kv}", LAYERS, int(cache * span), int(4 * 2048 * LAYERS * span * every)),
         _kind(made, "rms_norm", 2 * LAYERS + 1, int(45 * 2048 * 8 * every), 45 * 2048 * 4 * every),
         _kind(made, "embedding", 1, 4096 * every, 0),
     )

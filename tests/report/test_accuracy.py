@@ -165,6 +165,9 @@ def test_a_reference_is_computed_once(
     reference_from_artifact(artifacts[0], cache, "clocks.txt", TEXT, tokens=149, window=50)
     reference_from_artifact(artifacts[1], cache, "clocks.txt", TEXT, tokens=150, window=50)
     assert len(list(cache.iterdir())) == 3
+    monkeypatch.setattr(references, "code_digest", lambda folders: "other code")
+    reference_from_artifact(artifacts[0], cache, "clocks.txt", TEXT, tokens=150, window=50)
+    assert len(list(cache.iterdir())) == 4, "other code may give other logits"
 
 
 def test_an_interrupted_reference_leaves_nothing(

@@ -47,6 +47,8 @@ def test_a_promise_is_kept_with_the_whole_interval() -> None:
     assert point.accuracy and choose.keeps_promise(point)
     unsure = replace(point.accuracy, ppl_increase=replace(point.accuracy.ppl_increase, high=0.0101))
     assert not choose.keeps_promise(replace(point, accuracy=unsure))
+    short = replace(point.accuracy, tokens=224)
+    assert not choose.keeps_promise(replace(point, accuracy=short)), "too few tokens for an interval"
 
 
 def test_the_reference_is_the_float_point_of_the_device() -> None:

@@ -322,6 +322,14 @@ def test_odd_measurements_do_not_lose_the_page(number: float, tmp_path: Path) ->
     assert roofline.sketches(replace(sample, machines=with_floats(sample.machines, number))) == []
 
 
+def test_the_roofline_has_the_attention_of_every_phase() -> None:
+    """By the names that a profile gives the kinds: with the cache's type, and a window where it has one."""
+    pytest.importorskip("matplotlib")
+    sketch = roofline.sketches(sample_report())[0]
+    parts = [str(row.cells[2]) for row in sketch.data.rows]
+    assert parts.count("attention") == parts.count("all") > 0
+
+
 def test_without_matplotlib_it_is_said_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

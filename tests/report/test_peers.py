@@ -49,6 +49,11 @@ def test_a_peer_that_stops_says_so() -> None:
         Peer([sys.executable, "-c", "raise ValueError('no such model')"])
     with pytest.raises(PeerStopped, match="cannot be started"):
         Peer(["/no/such/python"])
+    begun = Peer([sys.executable, "-c", "print('{}', flush=True); raise SystemExit(3)"])
+    begun.process.wait()
+    with pytest.raises(PeerStopped, match="stopped with exit code 3"):
+        begun.measure(1, 1, 1)
+    begun.close()
 
 
 def test_the_folder_runs_by_a_python_without_gristmill(tmp_path: Path) -> None:

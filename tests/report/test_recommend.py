@@ -103,3 +103,8 @@ def test_few_tokens_decide_nothing() -> None:
     with pytest.raises(GristmillError, match="255 tokens are too few.*at least 256"):
         refuse_few_tokens(255)
     refuse_few_tokens(256)
+    short = point("int4", 40, 25, 0.1)
+    assert short.accuracy
+    short = replace(short, accuracy=replace(short.accuracy, tokens=224))
+    with pytest.raises(GristmillError, match="224 tokens are too few.*at least 256"):
+        recommend(report(short), Promise(0.01))

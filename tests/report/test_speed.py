@@ -201,9 +201,10 @@ def domain(root: Path, name: str, energy_uj: int) -> Path:
 
 
 def test_joules_of_all_packages(tmp_path: Path) -> None:
-    """One counter begins again at 0 meanwhile; parts of a package are not counted twice."""
+    """One counter begins again at 0 meanwhile; neither parts of a package nor its other interface count."""
     packages = [domain(tmp_path, "package-0", 1_000_000), domain(tmp_path, "package-1", 9_000_000)]
     domain(tmp_path, "core", 5)
+    (domain(tmp_path, "package-0-again", 1_000_000) / "name").write_text("package-0\n")
     meter = rapl_meter(tmp_path)
     assert isinstance(meter, Rapl)
     meter.begin()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import fake_tasks
@@ -17,6 +18,7 @@ from tiny import tiny_artifact
 from gristmill.report.identity import digest
 from gristmill.report.peer_measures import Peer
 from gristmill.report.pieces import Pieces
+from gristmill.report.subjects import repeat_command
 from gristmill.report.sweep import run_sweep
 from gristmill.report.sweep_options import SweepOptions
 from gristmill.report.watch import Lines
@@ -157,6 +159,15 @@ def test_peers_are_measured_in_the_same_rounds(tmp_path: Path, monkeypatch: pyte
     assert point.runtime == "openvino (engine 1.0)" and point.accuracy is None and point.status == "ok"
     assert "no logits" in point.reason and report.versions["engine"] == "1.0"
     assert f"--peer openvino:{tmp_path / 'model'}" in point.command
+    (tmp_path / "log").unlink()
+    fake_tasks.run(tmp_path, peers=(replace(peer, threads=1),), reuse_speed=True)
+    assert [line.split()[0] for line in fake_tasks.log_of(tmp_path)] == ["peer_speed"] * 2, "other threads"
+
+
+def test_the_command_of_a_gpu_point_can_be_run(tmp_path: Path) -> None:
+    options = SweepOptions(tmp_path / "out", str(tmp_path), devices=("cpu", "cuda"), threads=3)
+    assert "--threads 3" in repeat_command(options, ["model"], [], "cpu")
+    assert "--threads" not in repeat_command(options, ["model"], [], "cuda"), "refused there"
 
 
 def test_a_full_disk_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +262,7 @@ def test_runs_go_on_or_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (["a"], {"reference": Path("model")}, "model has no manifest.json"),
         (["empty"], {}, "neither config.json nor manifest.json"),
         (["words.jsonl"], {}, "is a file"),
+        (["model"], {"out": Path("model")}, "model is the model's own directory"),
     ],
 )
 def test_mistakes_are_refused_before_any_work(
@@ -268,7 +280,7 @@ def test_mistakes_are_refused_before_any_work(
     (tmp_path / "empty").mkdir()
     (tmp_path / "words.jsonl").write_text("no json")
     with pytest.raises(GristmillError, match=message):
-        SweepOptions.of(subjects, "out", **given)  # type: ignore[arg-type]
+        SweepOptions.of(subjects, **{"out": "out", **given})  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
