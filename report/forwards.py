@@ -11,11 +11,11 @@ import numpy as np
 
 from gristmill.runtime.decoding.next_tokens import most_likely_tokens
 from gristmill.runtime.errors import GristmillError
-from gristmill.runtime.profile import Forward, Kind, Roofs, collect, random_ids, take_in
+from gristmill.runtime.profile import PROBE_BYTES, Forward, Kind, Roofs, collect, random_ids, take_in
 from gristmill.runtime.program import Program
 from gristmill.runtime.session import Session
 
-STREAM_BYTES = 512 << 20  # of the probe that finds the memory's own speed
+STREAM_BYTES = PROBE_BYTES  # more than caches hold: the memory's own speed
 ROOM = 64  # positions left behind the longest context
 LEAST_STREAM_BYTES = 1 << 20  # with fewer the probe would time its threads' meetings
 
