@@ -289,12 +289,35 @@ def test_too_little_memory_names_what_fits() -> None:
     program = Program.from_json(llama(CASES["f32"]).json)
     fixed = cuda_device.RESERVE_BYTES + 1000 + program.arena_bytes + 4 * 8 * 40
     fixed += cuda_device.graph_bytes(program, 3) + cuda_drawing.drawing_bytes(8, 40, 0, 3)
+    fixed += cuda_device.product_bytes(program, 8)
     row = 16 * 4 * 2 + 4  # of one position in one slot: key, value, token
     cuda_device.refuse_too_large(program, 100, 3, 1000, fixed + 4 * 100 * row)
     with pytest.raises(GristmillError, match="load with max_len=99 or max_slots=2, which fits"):
         cuda_device.refuse_too_large(program, 100, 3, 1000, fixed + 4 * 100 * row - 1)
     with pytest.raises(GristmillError, match="load with max_len=25 or max_slots=2, which fits"):
         cuda_device.refuse_too_large(program, 100, 3, 1000, fixed + 100 * row)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_products_keep_in_between_is_counted(case: str, tmp_path: Path) -> None:
+    made = llama(CASES[case])
+    executor, program = make(made, tmp_path), Program.from_json(made.json)
+    counted = cuda_device.product_bytes(program, cuda_device.few_rows(3, program.limits.max_tokens))
+    assert executor._launcher._workspace.nbytes == max(1, counted)  # a tensor has a byte at least
+
+
+def test_dense_products_of_many_rows_are_counted() -> None:
+    program = Program.from_json(llama(CASES["int4_int8"]).json)
+    program.limits = dataclasses.replace(program.limits, max_tokens=2048)
+    key = next(i.weight for i in program.instructions if i.op == "linear")
+    assert key is not None
+    segments = [dataclasses.replace(s, n=28672, k=4096) for s in program.weights[key][:1]]
+    program.weights[key] = segments
+    wanted = 28672 * 4096 * 2 + 2048 * (4096 * 2 + 28672 * 4)  # weights, activations, sums
+    assert cuda_device.product_bytes(program, 64) == wanted
+    program.weights[key] = [dataclasses.replace(segments[0], format="f16")]
+    with pytest.raises(GristmillError, match="is f16 .* beside int8 activations in groups of 32"):
+        cuda_device.product_bytes(program, 64)
 
 
 def test_graphs_and_logits_are_for_as_many_rows_as_slots_can_fill() -> None:
@@ -308,6 +331,6 @@ def test_graphs_and_logits_are_for_as_many_rows_as_slots_can_fill() -> None:
 
 
 def test_buckets_are_powers_of_two_and_the_most() -> None:
-    assert cuda_executor.buckets(8) == [1, 2, 4, 8]
-    assert cuda_executor.buckets(12) == [1, 2, 4, 8, 12]
-    assert cuda_executor.buckets(1) == [1]
+    assert cuda_device.buckets(8) == [1, 2, 4, 8]
+    assert cuda_device.buckets(12) == [1, 2, 4, 8, 12]
+    assert cuda_device.buckets(1) == [1]

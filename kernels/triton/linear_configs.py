@@ -99,9 +99,9 @@ def choose(
     """
     if act_group and tokens <= INTEGER_TOKENS:
         return _choose_integer(matrix, tokens, act_group)
-    if is_dense(matrix, tokens, multiply):
-        return Config(64, 8, 64, dense=True)
     config = TABLE[FAMILIES.get(matrix.format, matrix.format)][bucket(tokens)]
+    if is_dense(matrix, tokens, multiply):
+        return replace(config, dense=True)
     while not config.tokens and config.rows > 2 and _programs(matrix, tokens, config) < 2 * MULTIPROCESSORS:
         config = replace(config, rows=config.rows // 2)
     return replace(config, splits=_splits(matrix, tokens, config))
@@ -172,8 +172,6 @@ def candidates(matrix: Matrix, tokens: int, glu: bool = False, act_group: int = 
         found += [replace(base, splits=splits) for splits in (1, 2, 4, 8)]
     if base.tokens and not (base.integer and base.chunks):
         found += [replace(base, stages=stages) for stages in (2, 3, 4, 5)]
-    if tokens >= 64:
-        found.append(replace(base, splits=1, dense=True, integer=False))
     tiled = base.tokens and (not base.integer or not base.chunks)
     least = 16 if tiled else 2 if glu else 1  # rows of a tile that tensor cores take
     return list(dict.fromkeys(c for c in found if c.rows >= least and (c.chunks or not base.chunks)))

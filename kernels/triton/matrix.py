@@ -100,6 +100,22 @@ class Matrix:
         return -(-self.data.shape[1] // (12 if self.format == "int3" else self.width))
 
 
+def meta_matrix(fmt: str, n: int, k: int, group: int = 0, symmetric: bool = True) -> Matrix:
+    """A matrix on the device "meta", to plan with before its weights are read."""
+    groups = -(-k // group) if group else 1
+
+    def empty(width: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(n, width, dtype=dtype, device="meta")
+
+    if fmt in FLOATS:
+        return Matrix(fmt, n, k, 0, True, empty(k, FLOATS[fmt]))
+    data = empty(-(-k // 64) * 8 * BITS[fmt], torch.int8 if fmt == "int8" else torch.uint8)
+    zero = None
+    if not symmetric:
+        zero = empty(groups, torch.int8) if fmt == "int8" else empty(-(-groups // 2), torch.uint8)
+    return Matrix(fmt, n, k, group, symmetric, data, empty(groups, torch.float16), zero)
+
+
 def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
     assert tensor is not None, f"a matrix of this format needs {name}"
     assert tuple(tensor.shape) == shape, f"{name}: expected {shape}, got {tuple(tensor.shape)}"

@@ -11,14 +11,16 @@ from contextlib import contextmanager
 import torch
 
 from gristmill.kernels.triton.cache import layer_bytes
+from gristmill.kernels.triton.linear import plan, workspace_bytes
+from gristmill.kernels.triton.matrix import BITS, WORDS, merge, meta_matrix
 from gristmill.runtime.cuda.buffers import LOGIT_ROWS
 from gristmill.runtime.cuda.drawing import drawing_bytes
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.footprint import kv_rows
-from gristmill.runtime.program import Program
+from gristmill.runtime.program import LOGITS, Program, Segment
 
 CAPABILITY = (8, 0)  # Ampere: the first with bf16 on tensor cores
-RESERVE_BYTES = 512 << 20  # for kernels and what products and attention keep in between
+RESERVE_BYTES = 512 << 20  # for kernels, cuBLAS and what attention keeps in between
 MOST_CAPTURED = 256  # rows; a batch of more is long enough that launching it hides behind running it
 GRAPH_NODE_BYTES = 16 << 10  # of a kernel in a graph: its parameters and the driver's own; not measured
 DRAWING_LAUNCHES = 21  # of both ways to draw
@@ -69,9 +71,49 @@ def graph_bytes(program: Program, max_slots: int) -> int:
     return graphs * kernels * GRAPH_NODE_BYTES
 
 
+def buckets(max_tokens: int) -> list[int]:
+    """Numbers of rows that are run: powers of two, and max_tokens."""
+    powers = [1 << n for n in range(max_tokens.bit_length()) if 1 << n < max_tokens]
+    return [*powers, max_tokens]
+
+
+def product_bytes(program: Program, logit_rows: int) -> int:
+    """What products keep in between: dequantized weights, partial sums and rounded activations of the largest
+    one, by the plans of the table; logit_rows: of which the logits are computed at once.
+    """
+    shapes = set()
+    for i in program.instructions:
+        if i.op == "linear" and i.weight is not None:
+            segments = program.weights[i.weight]
+            act_group = i.attribute("act_group")
+            forms = tuple(_form(segment, act_group) for segment in segments)
+            most = logit_rows if i.out.value == LOGITS else program.limits.max_tokens
+            shapes.add((forms, most, i.attribute("glu"), act_group, "order" in i.vectors))
+    size = 0
+    for forms, most, glu, act_group, order in shapes:
+        matrices = merge([meta_matrix(*form) for form in forms])
+        for rows in buckets(most):
+            planned = plan(matrices, rows, glu, act_group=act_group)
+            size = max(size, workspace_bytes(matrices, planned, order, torch.float32))
+    return size
+
+
+def _form(segment: Segment, act_group: int) -> tuple[str, int, int, int, bool]:
+    """What a plan depends on. Raises GristmillError for what no compiler writes."""
+    sizes = (segment.n, segment.k, segment.group)
+    known = segment.format in (WORDS if act_group else BITS)
+    if not known or any(type(size) is not int for size in sizes) or min(sizes[:2]) < 1 or segment.group < 0:
+        beside = f" beside int8 activations in groups of {act_group}" if act_group else ""
+        raise GristmillError(
+            f"program.json: {segment.name} is {segment.format} {segment.n}x{segment.k} in groups of "
+            f"{segment.group}{beside}, which no product takes; compile the model again"
+        )
+    return segment.format, segment.n, segment.k, segment.group, segment.symmetric
+
+
 def needed_bytes(program: Program, max_len: int, max_slots: int, weight_bytes: int) -> int:
-    """Bytes on the device that an executor takes: weights, caches, values, logits, draws, graphs, and a
-    reserve.
+    """Bytes on the device that an executor takes: weights, caches, values, logits, draws, graphs, what
+    products keep in between, and a reserve.
 
     One slot more than max_slots is counted, which takes the rows that fill up a bucket.
     """
@@ -82,6 +124,7 @@ def needed_bytes(program: Program, max_len: int, max_slots: int, weight_bytes: i
         + 4 * rows * program.vocabulary
         + drawing_bytes(rows, program.vocabulary, max_len, max_slots)
         + graph_bytes(program, max_slots)
+        + product_bytes(program, rows)
         + kv_bytes(program, max_len, max_slots + 1)
         + RESERVE_BYTES
     )

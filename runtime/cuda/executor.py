@@ -16,7 +16,13 @@ from gristmill.kernels.triton.attention import blocks_of
 from gristmill.kernels.triton.cache import allocate, copy_slot
 from gristmill.kernels.triton.linear_configs import Config
 from gristmill.runtime.cuda.buffers import Batch, Values
-from gristmill.runtime.cuda.device import captured_rows, few_rows, kv_bytes, refuse_out_of_memory
+from gristmill.runtime.cuda.device import (
+    buckets,
+    captured_rows,
+    few_rows,
+    kv_bytes,
+    refuse_out_of_memory,
+)
 from gristmill.runtime.cuda.drawing import MAX_VOCABULARY, Drawing, drawing_bytes
 from gristmill.runtime.cuda.graphs import captured
 from gristmill.runtime.cuda.launch import Launcher, Taken
@@ -32,12 +38,6 @@ if TYPE_CHECKING:
     from gristmill.runtime.session import Session
 
 PROCESSORS_OF_CPU = 4  # what the interpreter pretends to have; kept small, for it runs one after the other
-
-
-def buckets(max_tokens: int) -> list[int]:
-    """Numbers of rows that are run: powers of two, and max_tokens."""
-    powers = [1 << n for n in range(max_tokens.bit_length()) if 1 << n < max_tokens]
-    return [*powers, max_tokens]
 
 
 class CudaExecutor:

@@ -93,8 +93,8 @@ class CudaProbe:
         return memory.nbytes / seconds / 1e9
 
     def roofs(self, stream_gb_s: float) -> Roofs:
-        """With the peak of products of bf16 matrices; activations are floats on a GPU whatever the weights
-        are, so there is no other."""
+        """With the peak of products of bf16 matrices for all products: beside int8 activations too, which are
+        multiplied where there are few rows and memory is what bounds them."""
         width = self._sizes.matrix
         x, y, out = (
             torch.zeros(width, width, dtype=torch.bfloat16, device=self._executor.device) for _ in range(3)

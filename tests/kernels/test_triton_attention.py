@@ -9,14 +9,22 @@ from compile_sm90 import compile_launches
 from triton_caches import Case, Context
 from triton_device import DEVICE, ahead_of_time, generator, on_device  # noqa: F401  (the fixture is for all)
 
-from gristmill.kernels.triton.attention import Tiling, allocate_partials, attend, blocks_of, tiling
+from gristmill.kernels.triton.attention import (
+    Tiling,
+    allocate_partials,
+    attend,
+    blocks_of,
+    can_quantize,
+    tiling,
+)
+from gristmill.kernels.triton.quantize import Quantized, quantize, room
 from gristmill.runtime.program import CACHE_TYPES
 
 TOLERANCE = {"f32": 2e-5, "f16": 2e-3}  # of f32 products, and of queries and probabilities rounded to f16
 DECODE, BLOCKS = Tiling(1, 64, 1, 4, 2), Tiling(8, 32, 1, 4, 2)
 
 
-def run(context, q, positions, slots, tiles, blocks=True):
+def run(context, q, positions, slots, tiles, blocks=True, quantized=None):
     case = context.case
     out = torch.full((len(q), case.heads * case.v_dim + 2), torch.nan)[:, 1:-1]
     table = blocks_of(positions, slots, tiles.rows) if blocks else None
@@ -25,7 +33,7 @@ def run(context, q, positions, slots, tiles, blocks=True):
     partials = allocate_partials(len(q), case.heads, tiles.splits, case.v_dim, DEVICE)
     for tensor in (partials.m, partials.l, partials.acc):
         tensor.fill_(torch.nan)
-    rest = (case.softcap, context.sinks, table, partials)
+    rest = (case.softcap, context.sinks, table, partials, quantized)
     attend(q, context.cache, positions, slots, case.scale, tiles, out, *rest)
     return out
 
@@ -104,6 +112,22 @@ def test_a_row_has_the_same_bits_in_any_company(case, splits):
     for some in (order, torch.tensor([5]), torch.arange(4, 9)):
         again = run(context, q[some], positions[some], slots[some], tiles)
         assert torch.equal(again, got[some])
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_combined_splits_are_written_as_int8_too(group):
+    context, tiles = full(Context(Case("int8", "f16", 4, 2, 64, 64), 160)), Tiling(1, 64, 4, 4, 2)
+    assert can_quantize(context.cache, 4, tiles, group)
+    assert not can_quantize(context.cache, 4, tiles, 128)  # two heads in a group
+    assert not can_quantize(context.cache, 4, Tiling(1, 64, 1, 4, 2), group)  # nothing to combine
+    slots, positions = torch.tensor([(0, 149), (1, 3)], dtype=torch.int32).T.contiguous()
+    at_once, later = (
+        Quantized(*(torch.full(s, 7, dtype=d, device=DEVICE) for s, d in room(2, 256, group)), group)
+        for _ in range(2)
+    )
+    out = run(context, context.normal(2, 256), positions, slots, tiles, False, at_once)
+    quantize(out, later)
+    assert torch.equal(at_once.q, later.q) and torch.equal(at_once.scale, later.scale)
 
 
 def test_what_is_no_number_is_not_seen_before_it():

@@ -15,14 +15,22 @@ pytest.importorskip("triton", reason="needs triton, which exists for Linux on x8
 from compile_sm90 import Compiled, compile_launches
 from interpreter import quantize_rows
 from triton_device import DEVICE, ahead_of_time
-from triton_matrices import FORMATS, meta_matrix, random_matrix
+from triton_matrices import FORMATS, random_matrix
 
 from gristmill.kernels.reference import linear as reference
 from gristmill.kernels.triton.dequantize import dequantize
 from gristmill.kernels.triton.embedding import embedding
 from gristmill.kernels.triton.linear import Plan, fastest, linear, plan, workspace_bytes
-from gristmill.kernels.triton.linear_configs import BUCKETS, TABLE, Config, candidates, choose, has_tiles
-from gristmill.kernels.triton.matrix import FLOATS, Matrix, merge
+from gristmill.kernels.triton.linear_configs import (
+    BUCKETS,
+    TABLE,
+    Config,
+    bucket,
+    candidates,
+    choose,
+    has_tiles,
+)
+from gristmill.kernels.triton.matrix import FLOATS, Matrix, merge, meta_matrix
 from gristmill.kernels.triton.quantize import Quantized, quantize
 
 GROUPS = (0, 32, 64, 128)
@@ -301,6 +309,15 @@ def test_the_table_has_a_config_for_everything() -> None:
 def replace_rows(m: Matrix, n: int) -> Matrix:
     assert m.scale is not None
     return replace(m, n=n, data=m.data[:1].repeat(n, 1), scale=m.scale[:1].repeat(n, 1))
+
+
+@pytest.mark.parametrize("tokens", [5, 64, 512])
+def test_candidates_are_dense_where_the_table_may_be(tokens: int) -> None:
+    """Weights in f32 are never rounded, nor a head dequantized whole; the kernel's own table is timed too."""
+    large = meta_matrix("int4", 128256, 4096, 128)
+    assert not any(c.dense for m in (meta_matrix("f32", 64, 64), large) for c in candidates(m, tokens))
+    found = candidates(meta_matrix("bf16", 4096, 4096), tokens)
+    assert found[0].dense and replace(found[0], dense=False) == TABLE["16"][bucket(tokens)] in found
 
 
 def test_tuning_takes_the_fastest_that_runs() -> None:

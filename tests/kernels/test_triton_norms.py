@@ -8,9 +8,10 @@ import torch
 pytest.importorskip("triton", reason="needs triton, which exists for Linux on x86-64")
 
 
-from triton_device import on_device  # noqa: F401  (the fixture is for all)
+from triton_device import DEVICE, on_device  # noqa: F401  (the fixture is for all)
 
 from gristmill.kernels.triton.norms import layer_norm, rms_norm
+from gristmill.kernels.triton.quantize import Quantized, quantize, room
 
 TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
@@ -49,6 +50,20 @@ def test_norms_are_their_formulas(width, options):
     rms_norm(x, weight, residual, EPS, out)
     wanted = normed(x, weight, None, residual, centred=False)
     torch.testing.assert_close(out.double(), wanted, **TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize(("width", "group"), [(20, 64), (100, 32), (136, 128), (256, 64)])
+def test_a_norm_writes_int8_as_it_would_be_quantized_later(width: int, group: int) -> None:
+    torch.manual_seed(2)
+    x, weight, out = columns(3, width, torch.float32), torch.randn(width), torch.empty(3, width)
+    at_once, later = (
+        Quantized(*(torch.full(s, 7, dtype=d, device=DEVICE) for s, d in room(3, width, group)), group)
+        for _ in range(2)
+    )
+    rms_norm(x, weight, x, EPS, out, at_once)
+    quantize(out, later)
+    assert torch.equal(at_once.q, later.q) and torch.equal(at_once.scale, later.scale)
+    assert at_once.q[:, width:].eq(0).all() and at_once.q[:, :width].abs().amax() == 127
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -8,12 +8,11 @@ from functools import partial
 
 import torch
 from compile_sm90 import Launch
-from triton_matrices import meta_matrix
 
 from gristmill.kernels.triton.embedding import embedding
 from gristmill.kernels.triton.linear import linear, plan, workspace_bytes
 from gristmill.kernels.triton.linear_configs import BUCKETS, FAMILIES, TABLE, bucket, choose
-from gristmill.kernels.triton.matrix import Matrix
+from gristmill.kernels.triton.matrix import Matrix, meta_matrix
 
 # format -> group, symmetric
 CASES = {

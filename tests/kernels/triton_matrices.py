@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gristmill.kernels.triton.matrix import BITS, FLOATS, Matrix
+from gristmill.kernels.triton.matrix import FLOATS, Matrix
 from gristmill.quant.pack import stored_arrays
 from gristmill.quant.rtn import Quantized
 from gristmill.quant.scheme import Scheme
@@ -40,19 +40,3 @@ def random_matrix(
     weights = (values.double() - zeros[:, column]) * stored.double()[:, column]
     packed = None if zero is None else torch.from_numpy(arrays["zero"])
     return Matrix(fmt, n, k, group, symmetric, torch.from_numpy(arrays["weight"]), stored, packed), weights
-
-
-def meta_matrix(fmt: str, n: int, k: int, group: int = 0, symmetric: bool = True) -> Matrix:
-    """A matrix on the device "meta", which has no numbers."""
-
-    def empty(width: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(n, width, dtype=dtype, device="meta")
-
-    if fmt in FLOATS:
-        return Matrix(fmt, n, k, 0, True, empty(k, FLOATS[fmt]))
-    groups = -(-k // group) if group else 1
-    data = empty(-(-k // 64) * 8 * BITS[fmt], torch.int8 if fmt == "int8" else torch.uint8)
-    zero = None
-    if not symmetric:
-        zero = empty(groups, torch.int8) if fmt == "int8" else empty(-(-groups // 2), torch.uint8)
-    return Matrix(fmt, n, k, group, symmetric, data, empty(groups, torch.float16), zero)
