@@ -124,8 +124,8 @@ def _device(found: Any, where: str) -> DeviceSpec:
             raise GristmillError(f"{where}: {name} is {found[name]!r}, expected a text")
     if found["kind"] not in KINDS:
         raise GristmillError(f"{where}: kind is {found['kind']!r}, expected gpu or cpu")
-    needed = ("memory_bytes", "bandwidth", "f32_ops", "processors")
-    needed += ("f16_ops", "clock") if found["kind"] == "gpu" else ()
+    needed = ["memory_bytes", "bandwidth", "f32_ops", "processors"]
+    needed += ["f16_ops", "clock"] if found["kind"] == "gpu" else []
     for name in (f.name for f in fields(DeviceSpec) if f.type in ("int", "float")):
         if name in found or name in needed:
             _number(found.get(name, 0), f"{where}: {name}", name in needed, name in _COUNTS)
