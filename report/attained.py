@@ -3,9 +3,10 @@
 A device measured by a probe brings its own (`report.cpu_probe`); the tables here serve all others, and are
 the one place where they are assumed. For a product of n * k weights with m rows of activations
 
-    memory   bytes / (reached * bandwidth) + n * row
-    compute  n k / one * (1 + more * (m - 1))      for few rows, which have kernels of their own
-             2 n k * (m + unpack) / rate           for more: to unpack a weight costs as much as some rows
+    memory   bytes / (reached * bandwidth) + n * fetch
+    compute  (n k / one + n * finish) * (1 + more * (m - 1))   for few rows, which have kernels of their own
+             2 n k * (m + unpack) / rate                       for more
+             (to unpack a weight costs as much as multiplying it by some rows)
 
 and attention over a cache has the second form, with the queries that share a head of it as rows. What is
 written for GPUs agrees within 9 % with one run of benchmarks/bench_gpu.py on an H200 (2026-11-27, the
@@ -68,8 +69,9 @@ CPU_STEP_SECONDS = 3e-6  # a barrier
 class Product:
     """Products of one weight format; see the module's docstring.
 
-    reached: share of the bandwidth; row: seconds; one: weights per second; more: share of a row's time;
-    rate: operations per second; unpack: rows.
+    reached: share of the bandwidth, above 1 where the stream that was measured is slower; fetch, finish:
+    seconds for each row of weights, for the wait until its first bytes come from memory and for adding up
+    its sums; one: weights per second; more: share of a row's time; rate: operations per second; unpack: rows.
     """
 
     reached: float
@@ -77,12 +79,14 @@ class Product:
     unpack: float
     one: float = math.inf
     more: float = 1.0
-    row: float = 0.0
+    fetch: float = 0.0
+    finish: float = 0.0
 
-    def compute_seconds(self, weights: int, rows: int) -> float:
+    def compute_seconds(self, n: int, k: int, rows: int) -> float:
+        """Seconds of arithmetic with weights [n, k] and so many rows of activations."""
         if rows <= FEW_ROWS and math.isfinite(self.one):
-            return weights / self.one * (1 + self.more * (rows - 1))
-        return 2.0 * weights * (rows + self.unpack) / self.rate
+            return n * (k / self.one + self.finish) * (1 + self.more * (rows - 1))
+        return 2.0 * n * k * (rows + self.unpack) / self.rate
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Attention:
     rate: float
     unpack: float = 0.0
 
-    def compute_seconds(self, operations: int, queries: int) -> float:
+    def compute_seconds(self, operations: float, queries: int) -> float:
         """queries: heads of a query for each head of the cache, times rows of a sequence."""
         return operations / self.rate * (1 + self.unpack / max(queries, 1))
 

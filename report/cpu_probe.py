@@ -34,7 +34,8 @@ CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 ASSUMED_CACHE = 32 << 20  # where the system does not say
 LEAST_STREAM, MOST_STREAM = 64 << 20, 512 << 20  # bytes of all weights that are streamed
 SHORT, LONG = 2048, 8192  # columns of the rows that are streamed
-SMALL, LARGE = (256, 256), (1024, 1024)  # weights that a cache holds
+SMALL, TALL, LARGE = (256, 256), (2048, 256), (1024, 1024)  # weights that a cache holds
+MOST_REACHED = 1.25  # of the stream: it has a kernel of its own, which others may outdo a little
 PART = (512, 1024)  # weights in f32 that working sets are made of: 2 MiB, nothing but reading
 PARTS_OF_CACHE = (0.125, 0.25, 0.5, 1.0, 2.0)  # working sets, in sizes of the last cache
 TILE, MANY = 16, 64  # rows beyond FEW_ROWS
@@ -142,7 +143,7 @@ class _Probe:
         made = ProbeProgram(2 * LARGE[1], MANY, MANY)
         self.norm = made.norm()
         self.cached = {
-            name: (made.linear(scheme_of(name), *SMALL), made.linear(scheme_of(name), *LARGE))
+            name: tuple(made.linear(scheme_of(name), *shape) for shape in (SMALL, TALL, LARGE))
             for name in self.options.weights
         }
         self.arithmetic = _Timed(made.executor(folder, self.threads), made)
@@ -203,12 +204,13 @@ class _Probe:
         self.hosts.append((whole - sum(taken for _, taken, _ in parts) / 1e9) / count)
 
     def attained(self) -> Attained:
-        launch = median(self._launch(name) for name in self.options.weights)
-        attends = [self.attention.seconds(i) for pair in self.attended.values() for i in pair]
+        fits = {name: self._small(name) for name in self.options.weights}
+        launch = median(fit[0] for fit in fits.values())
+        attend = median(self.attention.seconds(i) for pair in self.attended.values() for i in pair)
         return Attained(
-            {name: self._product(name, launch) for name in self.options.weights},
-            {name: self._attention(name, median(attends)) for name in self.options.caches},
-            launch, median(attends), self.arithmetic.seconds(self.norm), max(0.0, median(self.hosts)),
+            {name: self._product(name, launch, *fits[name][1:]) for name in self.options.weights},
+            {name: self._attention(name, attend) for name in self.options.caches},
+            launch, attend, self.arithmetic.seconds(self.norm), max(0.0, median(self.hosts)),
             "measured: this project's kernels on this machine", self._misses(),
         )  # fmt: skip
 
@@ -222,27 +224,27 @@ class _Probe:
         shares = [(t - times[0]) / (times[-1] - times[0]) for t in times]
         return tuple((size, float(np.clip(share, 0, 1))) for size, share in zip(sizes, shares, strict=True))
 
-    def _launch(self, name: str) -> float:
-        """Seconds of a product without weights, from one small and one larger."""
-        small, large = (self.arithmetic.seconds(i) for i in self.cached[name])
-        few, many = (n * k for n, k in (SMALL, LARGE))
-        return max(0.0, small - (large - small) * few / (many - few))
+    def _small(self, name: str) -> tuple[float, float, float]:
+        """Seconds of a product without weights, of a row of weights without columns, and of a weight."""
+        shapes = (SMALL, TALL, LARGE)
+        return fit_shapes(shapes, [self.arithmetic.seconds(i) for i in self.cached[name]])
 
-    def _product(self, name: str, launch: float) -> Product:
-        weights = LARGE[0] * LARGE[1]
-        one, few, tile, many = (
-            max(self.arithmetic.seconds(self.cached[name][1], rows) - launch, 1e-9)
-            for rows in (1, FEW_ROWS, TILE, MANY)
+    def _product(self, name: str, launch: float, finish: float, weight: float) -> Product:
+        few, tile, many = (
+            max(self.arithmetic.seconds(self.cached[name][-1], rows) - launch, 1e-9)
+            for rows in (FEW_ROWS, TILE, MANY)
         )
+        n, k = LARGE
+        one = n * (finish + k * weight)
         slope = max(many - tile, 0.05 * many) / (MANY - TILE)  # seconds for each further row
-        reached, row = self._reached(name, launch)
+        reached, fetch = self._reached(name, launch)
         return Product(
-            reached, 2.0 * weights / slope, max(0.0, many / slope - MANY), weights / one,
-            max(0.0, few / one - 1) / (FEW_ROWS - 1), row,
+            reached, 2.0 * n * k / slope, max(0.0, many / slope - MANY), 1 / weight,
+            max(0.0, few / one - 1) / (FEW_ROWS - 1), fetch, finish,
         )  # fmt: skip
 
     def _reached(self, name: str, launch: float) -> tuple[float, float]:
-        """Share of the stream, and seconds for each row, from rows of two lengths; the stream is the most."""
+        """Share of the stream, and seconds for each row, from rows of two lengths."""
         stream = median(self.streams)
         sizes, rows, times = [], [], []
         for index in self.streamed[name]:
@@ -266,7 +268,7 @@ def fit_rows(
     sizes: Sequence[int], rows: Sequence[int], times: Sequence[float], stream: float
 ) -> tuple[float, float]:
     """The share of a stream and the seconds for each row that explain two times: t = bytes / (share * stream)
-    + rows * row, with a share of at most 1 and no row below 0.
+    + rows * row, with a share of at most MOST_REACHED and no row below 0.
 
     >>> fit_rows((1000, 1000), (10, 2), (30.0, 14.0), stream=100.0)
     (1.0, 2.0)
@@ -276,10 +278,27 @@ def fit_rows(
     row = (sizes[0] * times[1] - sizes[1] * times[0]) / determinant
     if row < 0:
         per_byte, row = sum(times) / sum(sizes), 0.0
-    if per_byte * stream < 1:
-        per_byte = 1 / stream
+    if per_byte * stream * MOST_REACHED < 1:
+        per_byte = 1 / (stream * MOST_REACHED)
         row = max(0.0, (sum(times) - sum(sizes) * per_byte) / sum(rows))
-    return min(1.0, 1 / (per_byte * stream)), row
+    return min(MOST_REACHED, 1 / (per_byte * stream)), row
+
+
+def fit_shapes(shapes: Sequence[tuple[int, int]], times: Sequence[float]) -> tuple[float, float, float]:
+    """(launch, row, weight) of three times: t = launch + n * row + n * k * weight, the first two shapes with
+    the same k. None is below 0: what a time cannot be explained by is left out, a weight never.
+
+    >>> fit_shapes(((2, 4), (4, 4), (2, 8)), (1 + 2 * 3 + 8, 1 + 4 * 3 + 16, 1 + 2 * 3 + 16))
+    (1.0, 3.0, 1.0)
+    """
+    (n0, k0), (n1, _), (n2, k2) = shapes
+    each = (times[1] - times[0]) / (n1 - n0)  # of a row with its k0 weights
+    launch = min(max(0.0, times[0] - n0 * each), 0.9 * min(times))
+    longer = (times[2] - launch) / n2
+    weight = max(longer - each, 0.0) / (k2 - k0)
+    if weight * k2 < 0.5 * longer or weight * k0 > each:  # rows that cost nothing, or nearly everything
+        return launch, 0.0, longer / k2
+    return launch, each - k0 * weight, weight
 
 
 def scheme_of(name: str) -> Scheme:

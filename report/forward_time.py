@@ -102,7 +102,7 @@ def _attention(
     """Keys and values, which may be of two types, each with half of the columns' operations."""
     cache = program.caches[instruction.attribute("cache")]
     read, operations, _ = work(program, instruction, forward)
-    queries = instruction.attribute("heads") // cache.kv_heads * forward.rows
+    queries = int(instruction.attribute("heads")) // cache.kv_heads * forward.rows
     sides = [kernels.attention[name] for name in (cache.k_dtype, cache.v_dtype)]
     memory = sum(memory_seconds(read / 2, side.reached * spec.bandwidth) for side in sides)
     return memory, sum(side.compute_seconds(operations // 2, queries) for side in sides)

@@ -8,6 +8,7 @@ pytest.importorskip("triton", reason="needs triton, which exists for Linux on x8
 from compile_sm90 import compile_launches
 from triton_caches import Case, Context
 from triton_device import DEVICE, ahead_of_time, generator, on_device  # noqa: F401  (the fixture is for all)
+from triton_matrices import int8_room
 
 from gristmill.kernels.triton.attention import (
     Tiling,
@@ -17,7 +18,7 @@ from gristmill.kernels.triton.attention import (
     can_quantize,
     tiling,
 )
-from gristmill.kernels.triton.quantize import Quantized, quantize, room
+from gristmill.kernels.triton.quantize import quantize
 from gristmill.runtime.program import CACHE_TYPES
 
 TOLERANCE = {"f32": 2e-5, "f16": 2e-3}  # of f32 products, and of queries and probabilities rounded to f16
@@ -121,10 +122,7 @@ def test_combined_splits_are_written_as_int8_too(group):
     assert not can_quantize(context.cache, 4, tiles, 128)  # two heads in a group
     assert not can_quantize(context.cache, 4, Tiling(1, 64, 1, 4, 2), group)  # nothing to combine
     slots, positions = torch.tensor([(0, 149), (1, 3)], dtype=torch.int32).T.contiguous()
-    at_once, later = (
-        Quantized(*(torch.full(s, 7, dtype=d, device=DEVICE) for s, d in room(2, 256, group)), group)
-        for _ in range(2)
-    )
+    at_once, later = int8_room(2, 256, group), int8_room(2, 256, group)
     out = run(context, context.normal(2, 256), positions, slots, tiles, False, at_once)
     quantize(out, later)
     assert torch.equal(at_once.q, later.q) and torch.equal(at_once.scale, later.scale)

@@ -9,9 +9,10 @@ pytest.importorskip("triton", reason="needs triton, which exists for Linux on x8
 
 
 from triton_device import DEVICE, on_device  # noqa: F401  (the fixture is for all)
+from triton_matrices import int8_room
 
 from gristmill.kernels.triton.norms import layer_norm, rms_norm
-from gristmill.kernels.triton.quantize import Quantized, quantize, room
+from gristmill.kernels.triton.quantize import quantize
 
 TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
@@ -56,10 +57,7 @@ def test_norms_are_their_formulas(width, options):
 def test_a_norm_writes_int8_as_it_would_be_quantized_later(width: int, group: int) -> None:
     torch.manual_seed(2)
     x, weight, out = columns(3, width, torch.float32), torch.randn(width), torch.empty(3, width)
-    at_once, later = (
-        Quantized(*(torch.full(s, 7, dtype=d, device=DEVICE) for s, d in room(3, width, group)), group)
-        for _ in range(2)
-    )
+    at_once, later = int8_room(3, width, group), int8_room(3, width, group)
     rms_norm(x, weight, x, EPS, out, at_once)
     quantize(out, later)
     assert torch.equal(at_once.q, later.q) and torch.equal(at_once.scale, later.scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from triton_device import DEVICE
 
 from gristmill.kernels.triton.matrix import FLOATS, Matrix
 from gristmill.quant.pack import stored_arrays
@@ -40,3 +41,9 @@ def random_matrix(
     weights = (values.double() - zeros[:, column]) * stored.double()[:, column]
     packed = None if zero is None else torch.from_numpy(arrays["zero"])
     return Matrix(fmt, n, k, group, symmetric, torch.from_numpy(arrays["weight"]), stored, packed), weights
+
+
+def int8_room(rows: int, k: int, group: int) -> Quantized:
+    """For activations, with numbers in it that must all be overwritten."""
+    q, scale = (torch.full(shape, 7, dtype=dtype, device=DEVICE) for shape, dtype in room(rows, k, group))
+    return Quantized(q, scale, group)

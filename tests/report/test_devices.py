@@ -120,10 +120,11 @@ def test_every_format_is_assumed(tmp_path: Path, name: str) -> None:
 
 
 def test_products_by_hand() -> None:
-    product = Product(1.0, rate=1000.0, unpack=6.0, one=50.0, more=0.5)
-    assert product.compute_seconds(100, 1) == 2.0  # 100 weights at 50 a second
-    assert product.compute_seconds(100, FEW_ROWS) == 2.0 * (1 + 0.5 * (FEW_ROWS - 1))
-    assert product.compute_seconds(100, 14) == 2 * 100 * (14 + 6) / 1000
+    product = Product(1.0, rate=1000.0, unpack=6.0, one=50.0, more=0.5, finish=0.25)
+    one = 100 / 50 + 4 * 0.25  # 100 weights at 50 a second, four rows
+    assert product.compute_seconds(4, 25, 1) == one
+    assert product.compute_seconds(4, 25, FEW_ROWS) == one * (1 + 0.5 * (FEW_ROWS - 1))
+    assert product.compute_seconds(4, 25, 14) == 2 * 100 * (14 + 6) / 1000
     plain = Product(1.0, rate=1000.0, unpack=6.0)
-    assert plain.compute_seconds(100, 1) == 2 * 100 * (1 + 6) / 1000
+    assert plain.compute_seconds(4, 25, 1) == 2 * 100 * (1 + 6) / 1000
     assert Attention(1.0, 100.0, unpack=3.0).compute_seconds(800, 4) == 8.0 * (1 + 3 / 4)

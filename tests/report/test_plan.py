@@ -17,7 +17,7 @@ import gristmill
 from gristmill.cli import run_command
 from gristmill.report import plan_source
 from gristmill.report.attained import Attained, Attention, Product
-from gristmill.report.cpu_probe import ProbeOptions, fit_rows, measure_cpu
+from gristmill.report.cpu_probe import MOST_REACHED, ProbeOptions, fit_rows, fit_shapes, measure_cpu
 from gristmill.report.devices import DEVICES, DeviceSpec
 from gristmill.report.forward_time import forward_times
 from gristmill.report.plan import Plan, PlanOptions, needed_bytes, plan
@@ -193,8 +193,21 @@ def test_rows_are_fitted() -> None:
     assert fit_rows((1000, 1000), (10, 2), (30.0, 14.0), 100.0) == pytest.approx((1.0, 2.0))
     assert fit_rows((1000, 1000), (10, 2), (40.0, 24.0), 100.0) == pytest.approx((0.5, 2.0))
     assert fit_rows((1000, 1000), (10, 2), (20.0, 22.0), 100.0) == pytest.approx((20 / 42, 0.0))
-    share, row = fit_rows((1000, 1000), (10, 2), (30.0, 8.0), 100.0)  # faster than the stream: it is the most
-    assert share == pytest.approx(1.0) and row == pytest.approx((38 - 20) / 12)
+    share, row = fit_rows((1000, 1000), (10, 2), (30.0, 8.0), 100.0)  # much faster than the stream
+    assert share == pytest.approx(MOST_REACHED) and row == pytest.approx((38 - 16) / 12)
+
+
+def test_small_products_are_fitted() -> None:
+    shapes = ((256, 256), (2048, 256), (1024, 1024))
+
+    def times(launch: float, row: float, weight: float) -> list[float]:
+        return [launch + n * row + n * k * weight for n, k in shapes]
+
+    assert fit_shapes(shapes, times(3000, 2, 0.01)) == pytest.approx((3000, 2, 0.01))
+    assert fit_shapes(shapes, times(0, 0, 0.01)) == pytest.approx((0, 0, 0.01))
+    launch, row, weight = fit_shapes(shapes, [1000, 1200, 800])  # noise: larger is faster
+    assert launch >= 0 and row == 0 and weight > 0
+    assert launch + 1024 * 1024 * weight == pytest.approx(800), "what counts most is kept"
 
 
 def test_this_machine_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +221,8 @@ def test_this_machine_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     attained = spec.kernels
     assert set(attained.products) == {"int4", "f16"} and set(attained.attention) == {"int8"}
     for product in attained.products.values():
-        assert 0 < product.reached <= 1 and product.one > 1e6 and product.rate > 1e6 and product.row >= 0
+        assert 0 < product.reached <= MOST_REACHED and product.one > 1e6 and product.rate > 1e6
+        assert product.fetch >= 0 and product.finish >= 0
     assert 0 < attained.attend < 0.1 and attained.forward >= 0
 
 
