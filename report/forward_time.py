@@ -91,8 +91,8 @@ def _linear(
         attained = kernels.product(segment.format, segment.group)
         read = segment.n * segment_row_bytes(segment)
         memory += memory_seconds(read, attained.reached * spec.bandwidth)
-        memory += segment.n * attained.row
-        compute += attained.compute_seconds(segment.n * segment.k, rows)
+        memory += segment.n * attained.fetch
+        compute += attained.compute_seconds(segment.n, segment.k, rows)
     return memory, compute
 
 
@@ -104,8 +104,11 @@ def _attention(
     read, operations, _ = work(program, instruction, forward)
     queries = int(instruction.attribute("heads")) // cache.kv_heads * forward.rows
     sides = [kernels.attention[name] for name in (cache.k_dtype, cache.v_dtype)]
-    memory = sum(memory_seconds(read / 2, side.reached * spec.bandwidth) for side in sides)
-    return memory, sum(side.compute_seconds(operations // 2, queries) for side in sides)
+    memory, compute = 0.0, 0.0
+    for side in sides:
+        memory += memory_seconds(read / 2, side.reached * spec.bandwidth)
+        compute += side.compute_seconds(operations / 2, queries)
+    return memory, compute
 
 
 def _peak(program: Program, instruction: Instruction, spec: DeviceSpec, integer: bool) -> float:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from triton_device import DEVICE
 
+from gristmill.kernels.triton import quantize as activations
 from gristmill.kernels.triton.matrix import FLOATS, Matrix
 from gristmill.quant.pack import stored_arrays
 from gristmill.quant.rtn import Quantized
@@ -43,7 +44,8 @@ def random_matrix(
     return Matrix(fmt, n, k, group, symmetric, torch.from_numpy(arrays["weight"]), stored, packed), weights
 
 
-def int8_room(rows: int, k: int, group: int) -> Quantized:
+def int8_room(rows: int, k: int, group: int) -> activations.Quantized:
     """For activations, with numbers in it that must all be overwritten."""
-    q, scale = (torch.full(shape, 7, dtype=dtype, device=DEVICE) for shape, dtype in room(rows, k, group))
-    return Quantized(q, scale, group)
+    parts = activations.room(rows, k, group)
+    q, scale = (torch.full(shape, 7, dtype=dtype, device=DEVICE) for shape, dtype in parts)
+    return activations.Quantized(q, scale, group)
