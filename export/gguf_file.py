@@ -22,7 +22,7 @@ from gristmill.export import gguf_tensors
 from gristmill.export.gguf_tensors import TYPES, Tensor
 from gristmill.export.gguf_tokenizer import Vocabulary, vocabulary
 from gristmill.export.llama_shape import Layer, LlamaShape, Rows, llama_shape
-from gristmill.export.weights import StoredWeights
+from gristmill.export.stored import StoredWeights
 from gristmill.quant.formats.gguf_names import INTERLEAVED, ROPE_FACTORS, interleaved_rows
 from gristmill.runtime.artifact import (
     CHAT_TEMPLATE,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gristmill.export.llama_shape import Rows
-from gristmill.export.weights import StoredWeights, scheme_of
+from gristmill.export.stored import StoredWeights, scheme_of
 from gristmill.quant import pack, rtn
 from gristmill.quant.formats import gguf_blocks
 from gristmill.quant.formats.gguf_blocks import BLOCKS, COLUMNS, Levels

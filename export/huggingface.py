@@ -7,35 +7,20 @@ hold its values exactly. The directory is written beside its place and renamed w
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gristmill.export.folder import COPIED, Progress, new_folder
 from gristmill.export.safetensors import TensorFile, smallest_float
 from gristmill.export.targets import PLANNERS, Facts, Plan, plan_gptq
 from gristmill.export.weights import Contents
 from gristmill.quant.formats import gptq
-from gristmill.runtime.artifact import (
-    CHAT_TEMPLATE,
-    GENERATION_CONFIG,
-    MODEL_CONFIG,
-    SPECIAL_TOKENS_MAP,
-    TOKENIZER,
-    TOKENIZER_CONFIG,
-    Artifact,
-    open_artifact,
-)
+from gristmill.runtime.artifact import MODEL_CONFIG, Artifact, open_artifact
 from gristmill.runtime.errors import GristmillError
 
-COPIED = (
-    TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, "added_tokens.json", CHAT_TEMPLATE, GENERATION_CONFIG,
-)  # fmt: skip
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MOST_PARTS = 5  # tensors of a quantized layer
-Progress = Callable[[str, float], None]
 
 
 def export_checkpoint(
@@ -60,25 +45,15 @@ def export_checkpoint(
     if not layers:
         raise GristmillError(f"{opened.path} has no integer linears that {to} could hold; compile with int4")
     plan = planner(layers, _float_linears(contents))
-    target = Path(out).resolve()
-    _check_target(target, force)
-    staging = target.parent / f".{target.name}.tmp-{os.getpid()}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging.mkdir()
-    try:
+    with new_folder(out, force, _is_export) as staging:
         _write(staging, opened, contents, layers, plan, progress or (lambda stage, fraction: None))
-        if target.exists():
-            shutil.rmtree(target)
-        staging.rename(target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    return target
+    return Path(out).resolve()
 
 
 def _planner(to: str, checkpoint_format: str | None) -> Any:
     if to not in PLANNERS:
-        raise GristmillError(f"export to {to!r} is not supported; expected one of {', '.join(PLANNERS)}")
+        known = ", ".join([*PLANNERS, "onnx", "torchscript"])
+        raise GristmillError(f"export to {to!r} is not supported; expected {known}")
     if checkpoint_format is None:
         return PLANNERS[to]
     if to != "gptq" or checkpoint_format not in gptq.CHECKPOINT_FORMATS:
@@ -133,14 +108,5 @@ def _write(
             (folder / name).write_bytes(opened.read(name))
 
 
-def _check_target(target: Path, force: bool) -> None:
-    """Only an empty place, or with force an earlier export, is written to."""
-    if not os.path.lexists(target):
-        return
-    if not target.is_dir():
-        raise GristmillError(f"{target} is a file; give the name of a directory to be made")
-    names = {path.name for path in target.iterdir()}
-    if names and not force:
-        raise GristmillError(f"{target} exists; use --force (force=True) to replace it")
-    if names and not ({CONFIG, WEIGHTS} <= names <= {CONFIG, WEIGHTS, *COPIED}):
-        raise GristmillError(f"{target} exists and is not an export; remove it or give another name")
+def _is_export(names: set[str]) -> bool:
+    return {CONFIG, WEIGHTS} <= names <= {CONFIG, WEIGHTS, *COPIED}

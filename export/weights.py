@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,16 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gristmill.quant import pack, rtn
-from gristmill.quant.rtn import Quantized
+from gristmill.export.stored import StoredWeights, scheme_of, segments_of
 from gristmill.quant.scheme import Scheme
-from gristmill.runtime.artifact import PROGRAM, Artifact
+from gristmill.runtime.artifact import Artifact
 from gristmill.runtime.errors import GristmillError
-from gristmill.runtime.program import LOGITS, Program, Segment
-from gristmill.runtime.weights_file import read_header_bytes
+from gristmill.runtime.program import LOGITS, Segment
 
 Array = NDArray[Any]
-DTYPES = {"F32": "f4", "F16": "f2", "BF16": "u2", "I32": "i4", "I8": "i1", "U8": "u1"}
 
 
 @dataclass(frozen=True)
@@ -40,42 +35,6 @@ class Layer:
         return scheme_of(self.segment)
 
 
-class StoredWeights:
-    """The tensors of an artifact by their own names, mapped and not copied."""
-
-    def __init__(self, artifact: Artifact) -> None:
-        self.artifact = artifact
-        self.program = Program.from_json(artifact.json(PROGRAM))
-        with artifact.weights_path.open("rb") as file:
-            self._pages = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE)
-        self._map = np.frombuffer(self._pages, np.uint8)
-        self._header, self._begin = _header(artifact)
-
-    def tensor(self, name: str) -> Array:
-        """A tensor of the weights file; bf16 as its bits."""
-        if name not in self._header:
-            raise GristmillError(f"{self.artifact.path} has no tensor {name!r}; compile the model again")
-        entry = self._header[name]
-        begin, end = (self._begin + at for at in entry["data_offsets"])
-        return self._map[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-
-    def give_back(self) -> None:
-        """Let go of the pages that were read: they come from the file again where they are asked for."""
-        self._pages.madvise(mmap.MADV_DONTNEED)
-
-    def quantized(self, segment: Segment, rows: Any = slice(None)) -> Quantized:
-        """Integers, scales and zero points of a matrix with scales, or of some of its rows."""
-        suffixes = ("weight", "scale") if segment.symmetric else ("weight", "scale", "zero")
-        arrays = {suffix: self.tensor(f"{segment.name}.{suffix}")[rows] for suffix in suffixes}
-        return pack.unpack(arrays, scheme_of(segment), segment.k)
-
-    def values(self, segment: Segment, rows: Any = slice(None)) -> Array:
-        """The weights f32 of a matrix, or of some of its rows, with columns as stored."""
-        if scheme_of(segment).numbers.scaled:
-            return rtn.dequantize(self.quantized(segment, rows), scheme_of(segment))
-        return pack.decode_float(self.tensor(f"{segment.name}.weight")[rows])
-
-
 class Contents(StoredWeights):
     """What an artifact's weights are in its source's terms.
 
@@ -91,7 +50,7 @@ class Contents(StoredWeights):
                 f"{artifact.path} does not say where its tensors come from; compile it again"
             )
         self.origins: dict[str, list[list[Any]]] = origins
-        self.segments = {s.name: s for parts in self.program.weights.values() for s in parts}
+        self.segments = segments_of(self.program)
         self._refuse_computed()
         self.layers = self._layers()
         taken = {layer.segment.name for layer in self.layers}
@@ -161,16 +120,6 @@ class Contents(StoredWeights):
                         f"{tensor!r} was computed from several tensors while compiling and cannot be put "
                         "back; models of this family cannot be exported"
                     )
-
-
-def scheme_of(segment: Segment) -> Scheme:
-    return Scheme(segment.format, segment.group, segment.symmetric)
-
-
-def _header(artifact: Artifact) -> tuple[dict[str, Any], int]:
-    """The weights' entries, and where their data begin."""
-    data = read_header_bytes(artifact.weights_path)
-    return json.loads(data[8:]), len(data)
 
 
 def _put_back(rows: Array, order: Array) -> Array:

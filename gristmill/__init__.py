@@ -60,11 +60,14 @@ def export_checkpoint(
     artifact: str | PathLike[str], out: str | PathLike[str], to: str, **options: Any
 ) -> Path:
     """Writes an artifact to `out`: a Hugging Face directory in the format `gptq`, `awq` or
-    `compressed-tensors`, in which nothing is rounded again, or a `gguf` file for llama.cpp.
+    `compressed-tensors`, in which nothing is rounded again; a `gguf` file for llama.cpp; as `onnx` a
+    directory that ONNX Runtime, ONNX Runtime GenAI and `load(out, device="onnx:cpu")` run; or as
+    `torchscript` (legacy) one for libtorch and `load(out, device="torchscript")`.
 
     options: checkpoint_format ("gptq" or "gptq_v2"); for gguf type (of gristmill.export.gguf_tensors.TYPES,
-    such as "q4_0") and note, called with what is worth telling; force. Needs the extra [compile], or [gguf].
-    Raises GristmillError for what the format cannot express.
+    such as "q4_0") and note, called with what is worth telling; for onnx plain (True: standard operators
+    alone), kv ("f32"), activations ("int8" or "f32") and max_len; force. Needs the extra [compile], [gguf] or
+    [onnx]. Raises GristmillError for what the format cannot express.
     """
     from gristmill.runtime.errors import GristmillError
 
@@ -73,11 +76,19 @@ def export_checkpoint(
             from gristmill.export.gguf_file import export_gguf
 
             return export_gguf(str(artifact), str(out), **options)
+        if to == "onnx":
+            from gristmill.export.onnx_folder import export_onnx
+
+            return export_onnx(str(artifact), str(out), **options)
+        if to == "torchscript":
+            from gristmill.export.torchscript_folder import export_torchscript
+
+            return export_torchscript(str(artifact), str(out), **options)
         from gristmill.export.huggingface import export_checkpoint as export
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "gguf"):
+        if error.name not in ("torch", "gguf", "onnx"):
             raise
-        extra = "gguf" if error.name == "gguf" else "compile"
+        extra = "compile" if error.name == "torch" else error.name
         raise GristmillError(
             f"exporting needs {error.name}; install it with `pip install 'gristmill[{extra}]'`"
         ) from error

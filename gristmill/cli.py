@@ -19,6 +19,7 @@ from gristmill.cli_compile import compile_command
 from gristmill.cli_export import export_command
 from gristmill.cli_options import ARTIFACT, DEVICE, HUGEPAGES, JSON, MAX_LEN, PIN, THREADS
 from gristmill.cli_output import Rows, echo_json, note, show_profile, show_table
+from gristmill.cli_plan import plan_command
 from gristmill.cli_report import report_command
 from gristmill.cli_run import run_command as run
 from gristmill.runtime.errors import GristmillError
@@ -50,6 +51,7 @@ def cli(traceback: bool) -> None:
 cli.add_command(compile_command)
 cli.add_command(export_command)
 cli.add_command(report_command)
+cli.add_command(plan_command)
 cli.add_command(run)
 
 

@@ -1,4 +1,4 @@
-"""`gristmill export`: an artifact as a quantized Hugging Face directory, or as a GGUF file."""
+"""`gristmill export`: an artifact in the formats of other programs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import click
 
 from gristmill.cli_output import echo_json, note, progress_bar
 
-TARGETS = ("gptq", "awq", "compressed-tensors", "gguf")
+TARGETS = ("gptq", "awq", "compressed-tensors", "gguf", "onnx", "torchscript")
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_1", "q4_0")
-OWN_OPTIONS = {"checkpoint_format": "gptq", "type": "gguf"}  # option → the only target that has it
+OWN_OPTIONS = {
+    "checkpoint_format": "gptq", "type": "gguf", "plain": "onnx", "kv": "onnx", "activations": "onnx",
+    "max_len": "onnx",
+}  # fmt: skip  # option → the only target that has it
 
 
 @click.command("export", no_args_is_help=True)
@@ -24,24 +27,37 @@ OWN_OPTIONS = {"checkpoint_format": "gptq", "type": "gguf"}  # option → the on
 )
 @click.option(
     "--type", type=click.Choice(GGUF_TYPES),
-    help="Type of the linears in a GGUF.  [default: the smallest that holds each exactly]",
+    help="gguf: type of the linears.  [default: the smallest that holds each exactly]",
 )  # fmt: skip
+@click.option("--plain", is_flag=True, help="onnx: standard operators alone, for any runtime; slower.")
+@click.option("--kv", type=click.Choice(["f32"]), help="onnx: the KV cache, where the artifact's cannot be.")
+@click.option(
+    "--activations",
+    type=click.Choice(["int8", "f32"]),
+    help="onnx: what integer weights are multiplied by.  [default: as compiled]",
+)
+@click.option("--max-len", type=int, help="onnx: positions of a sequence.  [default: as compiled]")
 @click.option("--force", is_flag=True, help="Replace an export that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def export_command(artifact: str, out: str, to: str, as_json: bool, **options: Any) -> None:
-    """Write ARTIFACT for other programs: as a Hugging Face directory that transformers or vLLM load, rounding
-    nothing again, or as a GGUF file for llama.cpp.
+    """Write ARTIFACT for other programs, rounding nothing again but where a GGUF type asks for it.
+
+    gptq, awq and compressed-tensors are Hugging Face directories that transformers or vLLM load; gguf is a
+    file for llama.cpp; onnx is a directory for ONNX Runtime, ONNX Runtime GenAI and `--device onnx:cpu`;
+    torchscript is legacy: a directory for libtorch programs that still need it, and for `--device
+    torchscript`.
 
     \b
     gristmill export model.grist --to gptq -o model-gptq
     gristmill export model.grist --to compressed-tensors -o model-w4a16
     gristmill export model.grist --to gguf -o model.gguf
     gristmill export model.grist --to gguf --type q4_0 -o model-q4_0.gguf
+    gristmill export model.grist --to onnx -o model-onnx
     """
     import gristmill
 
     for name, target in OWN_OPTIONS.items():
-        if to != target and options.pop(name) is not None:
+        if to != target and options.pop(name) not in (None, False):
             raise click.UsageError(f"--{name.replace('_', '-')} is for --to {target}, got --to {to}")
     notes: list[str] = []
     if to == "gguf":

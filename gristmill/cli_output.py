@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,20 @@ def show_table(rows: Rows, stderr: bool, title: str | None = None) -> None:
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(Text(name), Text(value))
+    _console(stderr).print(table)
+
+
+def show_columns(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[str], stderr: bool = False
+) -> None:
+    """A table with a head; the columns named in ``left`` hold words, the others numbers."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right")
+    for row in rows:
+        table.add_row(*row)
     _console(stderr).print(table)
 
 

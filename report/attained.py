@@ -8,7 +8,7 @@ the one place where they are assumed. For a product of n * k weights with m rows
              2 n k * (m + unpack) / rate           for more: to unpack a weight costs as much as some rows
 
 and attention over a cache has the second form, with the queries that share a head of it as rows. What is
-written for GPUs agrees within 7 % with one run of benchmarks/bench_gpu.py on an H200 (2026-11-27, the
+written for GPUs agrees within 9 % with one run of benchmarks/bench_gpu.py on an H200 (2026-11-27, the
 Llama-3.1-8B shape in int4, int8, fp8 and bf16: one sequence, 16 sequences of int4, prompts of 2048 in
 forwards of 512 and 2048); other GPUs, long contexts and the other formats are extrapolated.
 """
@@ -18,6 +18,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     from gristmill.report.devices import DeviceSpec
@@ -35,15 +37,17 @@ INSTRUCTIONS = {
     ("int8", False): 6.66, ("int8", True): 7.94, ("int4", True): 6.13, ("int3", True): 9.19,
     ("int2", True): 5.29,
 }  # fmt: skip
+# The same of kernels/triton/linear_integer.py, where activations are int8.
+INTEGER_INSTRUCTIONS = {"int8": 1.28, "int4": 1.62, "int3": 2.58, "int2": 1.42}
 LANES = 128  # that a multiprocessor issues for in a cycle: four schedulers of 32
 MORE_INSTRUCTIONS = 2.0  # for each further row: a load and a multiply-add; not measured
 REACHED = 0.92  # of the data sheet's bandwidth, by a kernel that only reads
 ISSUED = 0.6  # of the instructions that schedulers could issue
 KERNEL_SECONDS = 2.7e-6  # between the kernels of a graph, each of which waits for the one before
 ATTENTION_KERNELS = 3  # append, attend, combine
-PEAK_SHARE = 0.15  # of dense bf16 products, with many rows
+PEAK_SHARE = 0.44  # of dense bf16 products, with many rows and all that is beside them
 F32_PEAK_SHARE = 0.5  # of f32 products, which are not on tensor cores; not measured
-UNPACK_ROWS = 96.0
+UNPACK_ROWS = 32.0  # that dequantizing takes as long as
 ATTENTION_REACHED = 0.6  # the target of the kernel; not measured
 
 # ---- CPUs that no probe has measured
@@ -99,7 +103,8 @@ class Attention:
 class Attained:
     """products by weight format ("int8-row": with one scale for a row, where that differs), attention by type
     of cache; linear, attend, other: seconds that an instruction takes besides its work; forward: seconds of a
-    forward besides its instructions; source: where all of it comes from."""
+    forward besides its instructions; source: where all of it comes from. misses: of forwards that read so
+    many bytes over and over, the share that comes from memory and not from a cache, sizes ascending."""
 
     products: dict[str, Product]
     attention: dict[str, Attention]
@@ -108,6 +113,18 @@ class Attained:
     other: float
     forward: float
     source: str
+    misses: tuple[tuple[int, float], ...] = ()
+
+    def missing(self, read_bytes: int, cache_bytes: int) -> float:
+        """The share of what forwards read that no cache keeps for the next: between the sizes that were
+        measured by the logarithm. Else none up to half of the last cache, which others use as well, and all
+        beyond twice its size."""
+        if self.misses:
+            sizes, shares = zip(*self.misses, strict=True)
+            return float(np.interp(np.log(max(read_bytes, 1)), np.log(sizes), shares))
+        if not cache_bytes:
+            return 1.0
+        return min(1.0, max(0.0, (read_bytes - cache_bytes / 2) / (1.5 * cache_bytes)))
 
     def product(self, name: str, group: int) -> Product:
         """Of weights in a format, with ``group`` columns to a scale (0: the row)."""
@@ -123,7 +140,8 @@ def assumed(spec: DeviceSpec) -> Attained:
 def _gpu(spec: DeviceSpec) -> Attained:
     issue = ISSUED * spec.processors * LANES * spec.clock
     products = {}
-    for (name, grouped), count in INSTRUCTIONS.items():
+    for (name, grouped), of_floats in INSTRUCTIONS.items():
+        count = INTEGER_INSTRUCTIONS.get(name, of_floats)
         key = name if grouped or (name, True) not in INSTRUCTIONS else f"{name}-row"
         rate = F32_PEAK_SHARE * spec.f32_ops if name == "f32" else PEAK_SHARE * spec.f16_ops
         products[key] = Product(

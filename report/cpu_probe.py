@@ -35,9 +35,12 @@ ASSUMED_CACHE = 32 << 20  # where the system does not say
 LEAST_STREAM, MOST_STREAM = 64 << 20, 512 << 20  # bytes of all weights that are streamed
 SHORT, LONG = 2048, 8192  # columns of the rows that are streamed
 SMALL, LARGE = (256, 256), (1024, 1024)  # weights that a cache holds
+PART = (512, 1024)  # weights in f32 that working sets are made of: 2 MiB, nothing but reading
+PARTS_OF_CACHE = (0.125, 0.25, 0.5, 1.0, 2.0)  # working sets, in sizes of the last cache
 TILE, MANY = 16, 64  # rows beyond FEW_ROWS
 GROUPS = (1, 8)  # query heads for each head of a cache
 CONTEXT = 1024
+DIFFERENCE = 1.1  # of times for a byte: less says nothing of caches
 ROUNDS = 5
 
 
@@ -95,6 +98,11 @@ class _Timed:
         self.executor.profile(False)
         self.times.setdefault((rows, context), []).append(np.array(nanoseconds) / count / 1e9)
 
+    def each(self) -> list[float]:
+        """`seconds` of every product of a decoded row but the last, which is the head."""
+        instructions = enumerate(self.program.program.instructions)
+        return [self.seconds(i) for i, instruction in instructions if instruction.op == "linear"][:-1]
+
     def seconds(self, instruction: int, rows: int = 1, context: int = 0) -> float:
         """The median over the rounds."""
         return float(median(times[instruction] for times in self.times[rows, context]))
@@ -116,6 +124,7 @@ class _Probe:
         self._streamed(folder)
         self._cached(folder)
         self._attended(folder)
+        self._held(folder)
 
     def _streamed(self, folder: Path) -> None:
         """Two products for each format, of equally many weights in short and in long rows."""
@@ -151,12 +160,24 @@ class _Probe:
         for start in range(0, CONTEXT, MANY):
             self.attention.executor.forward(*_rows(start, MANY))
 
+    def _held(self, folder: Path) -> None:
+        """Working sets of several sizes."""
+        self.held: dict[int, _Timed] = {}
+        for share in PARTS_OF_CACHE:
+            made = ProbeProgram(PART[1], FEW_ROWS, FEW_ROWS)
+            count = max(1, int(share * cache_bytes()) // (4 * PART[0] * PART[1]))
+            for _ in range(count):
+                made.linear(Scheme("f32"), *PART)
+            self.held[4 * PART[0] * PART[1] * count] = _Timed(made.executor(folder, self.threads), made)
+
     def round(self) -> None:
         """Everything once; the stream before and after what depends on it."""
         seconds = self.options.seconds
         before = self._stream()
         self.memory.run(1, 0, 2 * seconds)
         self.streams.append((before + self._stream()) / 2)
+        for timed in self.held.values():
+            timed.run(1, 0, seconds / 2)
         for rows in (1, FEW_ROWS, TILE, MANY):
             self.arithmetic.run(rows, 0, seconds)
         self._host(seconds)
@@ -188,8 +209,18 @@ class _Probe:
             {name: self._product(name, launch) for name in self.options.weights},
             {name: self._attention(name, median(attends)) for name in self.options.caches},
             launch, median(attends), self.arithmetic.seconds(self.norm), max(0.0, median(self.hosts)),
-            "measured: this project's kernels on this machine",
+            "measured: this project's kernels on this machine", self._misses(),
         )  # fmt: skip
+
+    def _misses(self) -> tuple[tuple[int, float], ...]:
+        """Of each working set: how far its time for a byte is from the smallest one's to the largest one's.
+        None where caches make no difference."""
+        sizes = sorted(self.held)
+        times = [sum(self.held[size].each()) / size for size in sizes]
+        if times[-1] < DIFFERENCE * times[0]:
+            return ()
+        shares = [(t - times[0]) / (times[-1] - times[0]) for t in times]
+        return tuple((size, float(np.clip(share, 0, 1))) for size, share in zip(sizes, shares, strict=True))
 
     def _launch(self, name: str) -> float:
         """Seconds of a product without weights, from one small and one larger."""
@@ -248,7 +279,7 @@ def fit_rows(
     if per_byte * stream < 1:
         per_byte = 1 / stream
         row = max(0.0, (sum(times) - sum(sizes) * per_byte) / sum(rows))
-    return 1 / (per_byte * stream), row
+    return min(1.0, 1 / (per_byte * stream)), row
 
 
 def scheme_of(name: str) -> Scheme:

@@ -140,7 +140,7 @@ _COUNTS = ("memory_bytes", "processors", "cache_bytes")
 
 def _attained(found: Any, where: str) -> Attained:
     names = [f.name for f in fields(Attained)]
-    _refuse_strange(found, names, names, where)
+    _refuse_strange(found, names, names[:-1], where)
     for name in ("linear", "attend", "other", "forward"):
         _number(found[name], f"{where}.{name}", False, False)
     tables = {"products": Product, "attention": Attention}
@@ -151,7 +151,20 @@ def _attained(found: Any, where: str) -> Attained:
         table: {name: _row(kind, row, f"{where}.{table}.{name}") for name, row in found[table].items()}
         for table, kind in tables.items()
     }
-    return Attained(**{**found, **rows})
+    return Attained(**{**found, **rows, "misses": _misses(found.get("misses", []), f"{where}.misses")})
+
+
+def _misses(found: Any, where: str) -> tuple[tuple[int, float], ...]:
+    pairs = isinstance(found, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in found)
+    if not pairs:
+        raise GristmillError(f"{where} is {found!r}, expected a list of [bytes, share]")
+    for size, share in found:
+        _number(size, f"{where}: a size", True, True)
+        _number(share, f"{where}: a share", False, False)
+    sizes = [size for size, _ in found]
+    if sizes != sorted(set(sizes)) or any(share > 1 for _, share in found):
+        raise GristmillError(f"{where}: expected sizes that ascend and shares of at most 1, got {found!r}")
+    return tuple((size, float(share)) for size, share in found)
 
 
 def _row(kind: type[Kind], found: Any, where: str) -> Kind:

@@ -58,7 +58,7 @@ def _instructions(
     program: Program, spec: DeviceSpec, kernels: Attained, forward: Forward, op: str | None
 ) -> Iterator[Times]:
     read_all = sum(work(program, instruction, forward)[0] for instruction in program.instructions)
-    missing = missing_share(read_all, spec.cache_bytes)
+    missing = kernels.missing(read_all, spec.cache_bytes)
     for instruction in (i for i in program.instructions if op in (None, i.op)):
         read, operations, integer = work(program, instruction, forward)
         if instruction.op == "linear":
@@ -112,14 +112,3 @@ def _peak(program: Program, instruction: Instruction, spec: DeviceSpec, integer:
     name = program.weights[instruction.weight][0].format if instruction.weight else "f16"
     return spec.peak(name, integer)[0]
 
-
-def missing_share(read_bytes: int, cache_bytes: int) -> float:
-    """The share of what a forward reads, over and over, that does not stay in a cache: none up to half of
-    the cache, which others use as well, and all beyond twice its size.
-
-    >>> [missing_share(size, 32) for size in (16, 40, 64)]
-    [0.0, 0.5, 1.0]
-    """
-    if not cache_bytes:
-        return 1.0
-    return min(1.0, max(0.0, (read_bytes - cache_bytes / 2) / (1.5 * cache_bytes)))

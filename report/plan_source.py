@@ -152,11 +152,20 @@ def _label(weights: str, program: Program) -> str:
 def _kept_programs(directory: Path, weights: Sequence[str]) -> dict[str, Program]:
     """By format: from the cache directory, or traced and kept there for all formats."""
     path = cache_file(directory / CONFIG)
-    found = _read_kept(path)
+    found: dict[str, Program] = {}
+    with suppress(OSError, ValueError, GristmillError, AttributeError):  # damaged counts as missing
+        found = _parsed(path.read_text("utf-8"))
     if not all(name in found for name in weights):
-        found = _traced_programs(directory)
-        _keep(path, found)
+        programs = _traced_programs(directory)
+        text = json.dumps({name: program.to_json() for name, program in programs.items()})
+        _keep(path, text)
+        found = _parsed(text)
     return found
+
+
+def _parsed(text: str) -> dict[str, Program]:
+    kept: dict[str, Any] = json.loads(text)
+    return {name: Program.from_json(document) for name, document in kept.items()}
 
 
 def _traced_programs(directory: Path) -> dict[str, Program]:
@@ -186,19 +195,10 @@ def cache_file(config: Path) -> Path:
     return home / "gristmill" / f"programs-{digest.hexdigest()[:16]}.json"
 
 
-def _read_kept(path: Path) -> dict[str, Program]:
-    """What was kept; a file that is damaged counts as none."""
-    with suppress(OSError, ValueError, GristmillError, AttributeError):
-        kept: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        return {name: Program.from_json(document) for name, document in kept.items()}
-    return {}
-
-
-def _keep(path: Path, programs: dict[str, Program]) -> None:
+def _keep(path: Path, text: str) -> None:
     """Written beside and renamed; where that is not possible, the next plan traces again."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({name: program.to_json() for name, program in programs.items()})
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             file.write(text)
         os.replace(file.name, path)

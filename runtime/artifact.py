@@ -24,6 +24,7 @@ MANIFEST, PROGRAM, WEIGHTS = "manifest.json", "program.json", "weights.safetenso
 TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 GENERATION_CONFIG, SELFTEST, EVALUATION = "generation_config.json", "selftest.json", "evaluation.json"
 MODEL_CONFIG = "model_config.json"  # the source's config.json: nothing here reads it, exports need it
+EXPORT = "export.json"  # what a folder of `gristmill export` has instead of a manifest
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"  # older models name their special tokens here
 IDENTITY_FILES = (
     PROGRAM,
@@ -115,6 +116,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
         )
     file = root / MANIFEST
     if not file.is_file():
+        _refuse_export(root)
         raise GristmillError(
             f"{root} has no {MANIFEST}: not a gristmill artifact; write one with `gristmill compile`"
         )
@@ -163,6 +165,14 @@ def content_id(files: dict[str, FileEntry], quantization: Any) -> str:
 def is_plain_name(name: object) -> bool:
     """A file name that cannot leave the directory."""
     return isinstance(name, str) and len(name) < 200 and _PLAIN_NAME.fullmatch(name) is not None
+
+
+def _refuse_export(root: Path) -> None:
+    """Names the device for a folder that `gristmill export` wrote."""
+    if (root / EXPORT).is_file():
+        to = parse_json(_read_bytes(root / EXPORT), root / EXPORT).get("to")
+        device = {"onnx": "onnx:cpu"}.get(str(to), to)
+        raise GristmillError(f"{root} is an export to {to}: load it with device={device!r}")
 
 
 def _check_version(version: object, file: Path) -> None:

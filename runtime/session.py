@@ -37,6 +37,7 @@ from gristmill.runtime.decoding.sampling import Workspace
 from gristmill.runtime.decoding.scheduler import Scheduler, Statistics
 from gristmill.runtime.decoding.sequence import Generation, Prompt
 from gristmill.runtime.errors import GristmillError
+from gristmill.runtime.exported import EXPORTS, open_executor_of, open_export
 from gristmill.runtime.footprint import refuse_malformed, refuse_too_large, smallest_ring
 from gristmill.runtime.hidden import run_hidden
 from gristmill.runtime.program import Program
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from gristmill.runtime.decoding.generate_beams import BeamText
 
 MAX_WAITING = 4096
+DEVICES = ("cpu", "cuda", *EXPORTS)
 Result = TypeVar("Result")
 
 
@@ -94,7 +96,8 @@ def load(
 ) -> Session:
     """Opens the artifact in directory `path`.
 
-    device: "cpu", or "cuda" for the current NVIDIA GPU, for which threads, hugepages and pin are not.
+    device: "cpu", "cuda" for the current NVIDIA GPU, for which threads, hugepages and pin are not, or
+    "onnx:cpu" or "torchscript" for a folder that was exported to ONNX or TorchScript.
     threads: default one for each physical core this process may use. max_len: positions per slot, default
     what the artifact was compiled for, at most what its model can address. max_slots: sequences at once,
     default 8 unless compiled otherwise. hugepages: copy the weights into huge pages instead of mapping the
@@ -106,17 +109,15 @@ def load(
     """
     known = ("device", "threads", "max_len", "max_slots", "hugepages", "pin", "max_waiting", "draft")
     refuse_unknown(unknown, known, "load")
-    if device not in ("cpu", "cuda"):
-        raise GristmillError(f"device {device!r} is not supported, expected 'cpu' or 'cuda'")
+    if device not in DEVICES:
+        raise GristmillError(f"device {device!r} is not supported, expected one of {', '.join(DEVICES)}")
     if device == "cuda" and (threads is not None or hugepages or pin):
         raise GristmillError("threads, hugepages and pin are for device 'cpu'; leave them out with 'cuda'")
+    if device in EXPORTS and (hugepages or pin):
+        raise GristmillError(f"hugepages and pin are for device 'cpu'; leave them out with {device!r}")
     how: dict[str, Any] = {
-        "threads": threads,
-        "max_len": max_len,
-        "max_slots": max_slots,
-        "hugepages": hugepages,
-        "pin": pin,
-    }
+        "threads": threads, "max_len": max_len, "max_slots": max_slots, "hugepages": hugepages, "pin": pin,
+    }  # fmt: skip
     session = _open(path, device, max_waiting, **how)
     if draft is not None:
         how.update(max_len=session.max_len, max_slots=session.max_slots)
@@ -134,7 +135,7 @@ def _open(
     hugepages: bool,
     pin: bool,
 ) -> Session:
-    artifact = open_artifact(path)
+    artifact = open_export(path, EXPORTS[device]) if device in EXPORTS else open_artifact(path)
     program_json = artifact.read(PROGRAM)
     program = Program.from_json(parse_json(program_json, PROGRAM))
     refuse_malformed(program)
@@ -151,15 +152,13 @@ def _open(
     threads = within("threads", threads, cores, 1024)
     weights = artifact.weights_path
     refuse_too_large(program, max_len, max_slots, weights.stat().st_size if hugepages else 0)
+    if device in EXPORTS:
+        other = open_executor_of(device, artifact, program, threads, max_len, max_slots)
+        return Session(artifact, program, other, max_waiting=max_waiting)
     executor = native().Executor(
-        program_json,
-        str(weights),
-        threads=threads,
-        max_len=max_len,
-        max_slots=max_slots,
-        huge_pages=hugepages,
-        pinned=pin,
-    )
+        program_json, str(weights), threads=threads, max_len=max_len, max_slots=max_slots,
+        huge_pages=hugepages, pinned=pin,
+    )  # fmt: skip
     return Session(artifact, program, executor, max_waiting=max_waiting)
 
 

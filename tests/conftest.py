@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,26 @@ def py7m() -> Path:
 
 
 @pytest.fixture(scope="session")
+def py7m_f32(py7m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example model as an artifact in f32."""
+    return artifact_of(py7m, tmp_path_factory, weights="f32")
+
+
+@pytest.fixture(scope="session")
+def py7m_int4(py7m: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example model in int4 with an int8 cache, which is what activations and caches round most."""
+    return artifact_of(py7m, tmp_path_factory, weights="int4", kv="int8")
+
+
+def artifact_of(model: Path, folders: pytest.TempPathFactory, **options: Any) -> Path:
+    import gristmill
+
+    out = folders.mktemp("artifact") / "a"
+    gristmill.compile(model, out, gate=False, **options)
+    return out
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """Models and texts that do not belong into the repository."""
     folder = ROOT.parent / "shared"
@@ -56,11 +77,7 @@ def stories260k(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def stories_f32(stories260k: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """stories260k as an artifact in f32."""
-    import gristmill
-
-    out = tmp_path_factory.mktemp("stories") / "f32"
-    gristmill.compile(stories260k, out, weights="f32", gate=False)
-    return out
+    return artifact_of(stories260k, tmp_path_factory, weights="f32")
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from families import FAMILIES, VARIANTS, VOCABULARY, save_tiny
 from transformers.pytorch_utils import Conv1D
 
 import gristmill
+from gristmill.export.program_module import ProgramModule, module_of
 from gristmill.quant.scheme import Scheme, parse
 from gristmill.quant.tensor import dequantize_tensor, quantize_tensor
 
@@ -133,6 +134,36 @@ def test_hidden_states_equal_transformers(compiled: tuple[Any, Path]) -> None:
     rows = [session.forward_hidden([token], [n], [1]) for n, token in enumerate(ids)]
     np.testing.assert_array_equal(np.concatenate([row[0] for row in rows]), logits)
     np.testing.assert_array_equal(np.concatenate([row[1] for row in rows]), whole)
+
+
+def test_the_torch_module_agrees(compiled: tuple[Any, Path]) -> None:
+    """Chunks and single steps over its own caches."""
+    session, model = gristmill.load(compiled[1], threads=2, max_slots=3), module_of(compiled[1])
+    for got, want in zip(run(ModuleSession(model), chunked()), run(session, whole())):
+        assert np.abs(got - want).max() < TOLERANCE * np.abs(want).max()
+
+
+class ModuleSession:
+    """`forward` over the module, whose rows are of one slot, as all batches of `chunked` are."""
+
+    def __init__(self, model: ProgramModule) -> None:
+        self.model, self.vocabulary = model, model.program.vocabulary
+        self.caches: dict[int, list[torch.Tensor]] = {}
+
+    def forward(self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray) -> Any:
+        caches = self.caches.setdefault(int(slots[0]), self.model.empty_caches(64))
+        with torch.inference_mode():
+            ids = (torch.from_numpy(array.astype(np.int64)) for array in (tokens, positions, rows))
+            return self.model(*ids, caches).numpy()
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["runtime", "plain"])
+def test_exports_to_onnx_agree(compiled: tuple[Any, Path], plain: bool, tmp_path: Path) -> None:
+    out = gristmill.export_checkpoint(compiled[1], tmp_path / "o", "onnx", plain=plain)
+    session = gristmill.load(compiled[1], threads=2, max_slots=3)
+    theirs = gristmill.load(out, device="onnx:cpu", threads=1, max_slots=3)
+    for got, want in zip(run(theirs, mixed()), run(session, mixed())):
+        assert np.abs(got - want).max() < TOLERANCE * np.abs(want).max()
 
 
 def test_bits_do_not_depend_on_batches_or_threads(compiled: tuple[Any, Path]) -> None:

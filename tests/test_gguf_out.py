@@ -19,7 +19,7 @@ from gristmill.cli_export import GGUF_TYPES
 from gristmill.export.gguf_tensors import TYPES
 from gristmill.export.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, vocabulary
 from gristmill.export.llama_shape import llama_shape
-from gristmill.export.weights import StoredWeights
+from gristmill.export.stored import StoredWeights
 from gristmill.quant.formats.gguf_names import interleaved_rows, transformers_name
 from gristmill.runtime.artifact import open_artifact
 from gristmill.runtime.errors import GristmillError

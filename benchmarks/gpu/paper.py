@@ -2,10 +2,12 @@
 
     time of an instruction = max(bytes / read stream, weights * instructions per weight / issue rate) + a gap
 
-Figures of devices are NVIDIA's: the data sheets of the H100 and H200 (memory bandwidth; 67 TFLOP/s of f32 are
-132 multiprocessors * 128 lanes * 2 * 1.98 GHz; 989 TFLOP/s of dense bf16), the CUDA C++ programming guide,
-table of technical specifications by compute capability (registers, shared memory, warps), and for the issue
-rate the Hopper white paper (four schedulers in a multiprocessor, an instruction for 32 lanes each per cycle).
+Figures of devices are NVIDIA's: bandwidth, multiprocessors, clock and peak those of gristmill.report.devices,
+registers, shared memory and warps those of the CUDA C++ programming guide (table of technical specifications
+by compute capability), and for the issue rate the Hopper white paper (four schedulers in a multiprocessor, an
+instruction for 32 lanes each per cycle). Instructions per weight and the share of the data sheet's bandwidth
+that a kernel reaches are those of gristmill.report.attained, which plans use as well; the gap is this file's
+own, for it is about kernels as they could be.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from gristmill.report import devices
+from gristmill.report.attained import INSTRUCTIONS, INTEGER_INSTRUCTIONS, LANES, REACHED
+from gristmill.report.devices import DeviceSpec
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.profile import Forward, kind_of, work
 from gristmill.runtime.program import Program, Segment
@@ -40,12 +45,16 @@ class Device:
     processors: int
     clock: float
     matmul: float
-    lanes: int = 128  # that a multiprocessor issues for in a cycle
+    lanes: int = LANES  # that a multiprocessor issues for in a cycle
     registers: int = 65536
     warps: int = 64
     blocks: int = 32
     shared_bytes: int = 228 << 10
     reserved_bytes: int = 1 << 10  # of shared memory, for every block
+
+    @staticmethod
+    def of(spec: DeviceSpec) -> Device:
+        return Device(spec.name, spec.bandwidth, spec.processors, spec.clock, spec.f16_ops)
 
     @property
     def issue_rate(self) -> float:
@@ -53,24 +62,7 @@ class Device:
         return self.processors * self.lanes * self.clock
 
 
-DEVICES = {
-    "h100": Device("H100 SXM", 3.35e12, 132, 1.98e9, 989e12),
-    "h200": Device("H200", 4.8e12, 132, 1.98e9, 989e12),
-}
-
-# Instructions of a lane for each weight of a product with one row of f32 activations: those of the loop that
-# ptxas makes for sm_90a of kernels/triton/linear_decode.py (Triton 3.6, the table's configs), divided by the
-# weights that a lane takes in a turn. By format, and whether a row has several scales. "bench_gpu.py --paper
-# --compile" counts them again.
-INSTRUCTIONS = {
-    ("f32", False): 3.81, ("bf16", False): 5.63, ("f16", False): 5.09, ("fp8", False): 5.14,
-    ("int8", False): 6.66, ("int8", True): 7.94, ("int4", True): 6.13, ("int3", True): 9.19,
-    ("int2", True): 5.29,
-}  # fmt: skip
-# The same of kernels/triton/linear_integer.py, where activations are int8.
-INTEGER_INSTRUCTIONS = {"int8": 1.28, "int4": 1.62, "int3": 2.58, "int2": 1.42}
-# Of the read stream that a kernel which only reads reaches: an assumption until a run has measured it.
-REACHED = 0.92
+DEVICES = {name: Device.of(devices.DEVICES[name]) for name in ("h100", "h200")}
 # Between two kernels of a graph that depend on each other, seconds: an assumption as well.
 GAP = 1.0e-6
 

@@ -18,6 +18,7 @@ from gpu.adapter import Decoder, Launches, LongAttention, counted, random_ids
 from gpu.bench import BENCHMARKS, Bench, options_of
 from gpu.results import ATTENTION, BATCH, FASTER, FIRST, PEER, SHARE, TOKENS
 from gpu.roofs import Run
+from gristmill.report.attained import REACHED
 from gristmill.report.peers.peer_process import Peer
 from gristmill.runtime.profile import Forward, work
 
@@ -114,7 +115,7 @@ def predicted(bench: Bench, decoder: Decoder, name: str) -> None:
     counts = {kind: launches.count for kind, launches in by_kind.items()}
     costs = paper.costs(decoder.program, bench.sizes.context, counts)
     p = paper.predict(name, costs, device)
-    note = f"{p.share:.0%} of {paper.REACHED:.0%} of the data sheet of {device.name}"
+    note = f"{p.share:.0%} of {REACHED:.0%} of the data sheet of {device.name}"
     bench.results.add(name, name, "decode, predicted on paper", 1 / p.seconds, "tok/s", note)
     if bench.clock.on_gpu:
         occupancy(bench, by_kind, name)

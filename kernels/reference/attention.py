@@ -30,15 +30,26 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float, sinks: Tensor | None
 ) -> Tensor:
     """Causal attention of one whole sequence. q [H, T, D]; k, v [KV, T, D]; result [H, T, V]."""
+    return attend_at(q, k, v, torch.arange(q.shape[1]), scale, window, softcap, sinks)
+
+
+def attend_at(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int, softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Attention of rows at `positions` [T] to the positions 0, 1, 2 ... of one sequence that they may see.
+
+    q [H, T, D]; k, v [KV, L, D]; result [H, T, V].
+    """
     groups = q.shape[0] // k.shape[0]
     k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
     scores = (q @ k.transpose(-1, -2)) * scale
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
-    t = torch.arange(q.shape[1])
-    hidden = t[None, :] > t[:, None]
+    t = torch.arange(k.shape[1])
+    hidden = t[None, :] > positions[:, None]
     if window:
-        hidden = hidden | (t[None, :] <= t[:, None] - window)
+        hidden = hidden | (t[None, :] <= positions[:, None] - window)
     scores = scores.masked_fill(hidden, float("-inf"))
     if sinks is not None:
         scores = torch.cat([scores, sinks[:, None, None].expand(-1, q.shape[1], 1)], -1)

@@ -50,3 +50,12 @@ def embedding(
     y = functional.embedding(ids + offset, weight)
     y = y * scale if scale != 1 else y
     return y if residual is None else residual + y
+
+
+def round_activations(x: Tensor, group: int) -> Tensor:
+    """x [..., K] as integer products see it: int8 per row and `group` columns, symmetric, and back."""
+    k = x.shape[-1]
+    groups = functional.pad(x, (0, -k % group)).unflatten(-1, (-1, group))
+    largest = groups.abs().amax(-1, keepdim=True)
+    q = (groups * (127 / torch.where(largest > 0, largest, 1.0))).round()
+    return (q * (largest / 127)).flatten(-2)[..., :k]
