@@ -94,7 +94,7 @@ def _show_devices(as_json: bool) -> None:
         return
     rows = [
         (
-            name, spec.name, f"{spec.memory_bytes / 2**30:.0f}", f"{spec.bandwidth / 1e9:.0f}",
+            name, spec.name, f"{spec.memory_bytes / 2**30:g}", f"{spec.bandwidth / 1e9:.0f}",
             *(_tera(ops) for ops in (spec.f32_ops, spec.f16_ops, spec.fp8_ops, spec.int8_ops)),
             str(spec.processors), f"{spec.pcie_bandwidth / 1e9:.0f}", spec.source,
         )

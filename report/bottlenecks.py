@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gristmill.report.roof_model import compute_seconds, memory_seconds
 from gristmill.report.schema import KindVerdict
 from gristmill.runtime.profile import Forward, Kind, Roofs, kind_of, work
 from gristmill.runtime.program import Instruction, Program, Value
@@ -46,10 +47,11 @@ class Work:
         return self.floats + self.integers
 
     def memory_floor(self, roofs: Roofs) -> float:
-        return self.bytes / roofs.stream
+        return memory_seconds(self.bytes, roofs.stream)
 
     def compute_floor(self, roofs: Roofs) -> float:
-        return self.floats / roofs.floats + self.integers / roofs.integers
+        floats = compute_seconds(self.floats, roofs.floats)
+        return floats + compute_seconds(self.integers, roofs.integers)
 
     def floor(self, roofs: Roofs) -> float:
         return max(self.memory_floor(roofs), self.compute_floor(roofs))

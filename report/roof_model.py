@@ -9,7 +9,6 @@ sheet, a probe, a profile) is the caller's business.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 
@@ -21,31 +20,6 @@ def memory_seconds(read_bytes: float, bandwidth: float) -> float:
 def compute_seconds(operations: float, peak: float) -> float:
     """Seconds for so many operations at ``peak`` operations per second."""
     return operations / peak
-
-
-def least_seconds(read_bytes: float, operations: float, bandwidth: float, peak: float) -> float:
-    """The least time that reading and computing allow where they overlap wholly.
-
-    >>> least_seconds(100, 300, bandwidth=100, peak=100)
-    3.0
-    """
-    return max(memory_seconds(read_bytes, bandwidth), compute_seconds(operations, peak))
-
-
-def modelled_seconds(
-    read_bytes: float, operations: float, bandwidth: float, peak: float, overhead: float = 0.0
-) -> float:
-    """`least_seconds` and what does not grow with the work.
-
-    >>> modelled_seconds(100, 300, bandwidth=100, peak=100, overhead=0.5)
-    3.5
-    """
-    return least_seconds(read_bytes, operations, bandwidth, peak) + overhead
-
-
-def intensity(read_bytes: float, operations: float) -> float:
-    """Operations per byte; infinite where nothing is read."""
-    return operations / read_bytes if read_bytes else math.inf
 
 
 def ridge(bandwidth: float, peak: float) -> float:

@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from gristmill.compiler.statistics import are_enough
 from gristmill.report.assemble import assemble
 from gristmill.report.identity import (
     RUNTIME,
@@ -98,7 +99,7 @@ class _Sweep:
         self._speeds(own, peers)
         if self.options.explain:
             self._reasons(own)
-        self._remark()
+        self._remark([*own, *peers])
         return assemble(self.options, [*own, *peers], self.remarks, time.monotonic() - self.began)
 
     def _choose_reference(self) -> None:
@@ -375,8 +376,14 @@ class _Sweep:
                 "it goes on"
             ) from None
 
-    def _remark(self) -> None:
+    def _remark(self, subjects: list[Subject]) -> None:
         rounds = self.options.rounds
+        found = (subject.results.get("accuracy") for subject in subjects)
+        tokens = min((accuracy["tokens"] for accuracy in found if accuracy), default=None)
+        if tokens is not None and not are_enough(tokens):
+            self.remarks.append(
+                f"{tokens} tokens are too few for the intervals of perplexity and KL to say anything."
+            )
         self.remarks.append(
             f"Speeds are medians of {rounds} round{'s' * (rounds > 1)} that go through all points and peers "
             "in turn; every measurement has a process of its own."

@@ -22,7 +22,7 @@ from gristmill.report.devices import DEVICES, DeviceSpec
 from gristmill.report.forward_time import forward_times
 from gristmill.report.plan import Plan, PlanOptions, needed_bytes, plan
 from gristmill.report.plan_text import lines
-from gristmill.report.roof_model import break_even, intensity, least_seconds, modelled_seconds, ridge
+from gristmill.report.roof_model import break_even, compute_seconds, memory_seconds, ridge
 from gristmill.runtime.artifact import open_artifact
 from gristmill.runtime.bench import decode_read_bytes
 from gristmill.runtime.profile import Forward
@@ -177,10 +177,8 @@ def test_ridges_and_break_even(model: str) -> None:
 
 
 def test_roof_model() -> None:
-    assert least_seconds(100, 300, bandwidth=100, peak=100) == 3.0
-    assert least_seconds(500, 300, bandwidth=100, peak=100) == 5.0
-    assert modelled_seconds(100, 300, bandwidth=100, peak=100, overhead=0.5) == 3.5
-    assert ridge(bandwidth=100, peak=20000) == 200 and intensity(0, 5) == float("inf")
+    assert memory_seconds(500, bandwidth=100) == 5.0 and compute_seconds(300, peak=100) == 3.0
+    assert ridge(bandwidth=100, peak=20000) == 200
     assert break_even(lambda n: 100, lambda n: 7 * n, 1000) == 15
     assert break_even(lambda n: 100, lambda n: 7 * n, 14) is None
     assert break_even(lambda n: 1, lambda n: n, 1000) == 1
