@@ -105,10 +105,14 @@ class Attention:
 
 @dataclass(frozen=True)
 class Attained:
-    """products by weight format ("int8-row": with one scale for a row, where that differs), attention by type
-    of cache; linear, attend, other: seconds that an instruction takes besides its work; forward: seconds of a
-    forward besides its instructions; source: where all of it comes from. misses: of forwards that read so
-    many bytes over and over, the share that comes from memory and not from a cache, sizes ascending."""
+    """What kernels attain of one device.
+
+    products: by weight format ("int8-row": with one scale for a row, where that differs); attention: by type
+    of cache. linear, attend, other: seconds that an instruction takes besides its work; forward: seconds of a
+    forward besides its instructions; gate: seconds for each column that a gated linear writes. misses: of
+    forwards that read so many bytes over and over, the share that comes from memory and not from a cache,
+    sizes ascending. source: where all of it comes from.
+    """
 
     products: dict[str, Product]
     attention: dict[str, Attention]
@@ -117,6 +121,7 @@ class Attained:
     other: float
     forward: float
     source: str
+    gate: float = 0.0
     misses: tuple[tuple[int, float], ...] = ()
 
     def missing(self, read_bytes: int, cache_bytes: int) -> float:

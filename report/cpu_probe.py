@@ -23,11 +23,12 @@ from gristmill.compiler.options import CompileOptions
 from gristmill.quant.scheme import FORMATS, Scheme
 from gristmill.report.attained import FEW_ROWS, Attained, Attention, Product
 from gristmill.report.devices import DeviceSpec
+from gristmill.report.probe_fits import MOST_REACHED, fit_rows, fit_shapes
 from gristmill.report.probe_program import DIM, ProbeProgram
 from gristmill.runtime.decoding.next_tokens import most_likely_token
 from gristmill.runtime.machine import available_memory_bytes, processor_name
 from gristmill.runtime.profile import PEAK_SECONDS, PROBE_BYTES
-from gristmill.runtime.program import segment_row_bytes
+from gristmill.runtime.program import CacheSpec, segment_row_bytes
 from gristmill.runtime.session import Session, native
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -35,12 +36,12 @@ ASSUMED_CACHE = 32 << 20  # where the system does not say
 LEAST_STREAM, MOST_STREAM = 64 << 20, 512 << 20  # bytes of all weights that are streamed
 SHORT, LONG = 2048, 8192  # columns of the rows that are streamed
 SMALL, TALL, LARGE = (256, 256), (2048, 256), (1024, 1024)  # weights that a cache holds
-MOST_REACHED = 1.25  # of the stream: it has a kernel of its own, which others may outdo a little
 PART = (512, 1024)  # weights in f32 that working sets are made of: 2 MiB, nothing but reading
 PARTS_OF_CACHE = (0.125, 0.25, 0.5, 1.0, 2.0)  # working sets, in sizes of the last cache
 TILE, MANY = 16, 64  # rows beyond FEW_ROWS
 GROUPS = (1, 8)  # query heads for each head of a cache
 CONTEXT = 1024
+HELD_CONTEXTS = 4 << 20  # bytes of all contexts that the last cache holds, and more than others do
 DIFFERENCE = 1.1  # of times for a byte: less says nothing of caches
 ROUNDS = 5
 
@@ -124,7 +125,9 @@ class _Probe:
         self.hosts: list[float] = []
         self._streamed(folder)
         self._cached(folder)
+        self.kv_heads = max(2, self.threads)
         self._attended(folder)
+        self._remembered(folder)
         self._held(folder)
 
     def _streamed(self, folder: Path) -> None:
@@ -146,20 +149,42 @@ class _Probe:
             name: tuple(made.linear(scheme_of(name), *shape) for shape in (SMALL, TALL, LARGE))
             for name in self.options.weights
         }
+        self.gated = made.linear(scheme_of(self.options.weights[0]), *TALL, gated=True)
         self.arithmetic = _Timed(made.executor(folder, self.threads), made)
         self.session = Session(None, made.program, self.arithmetic.executor)
 
     def _attended(self, folder: Path) -> None:
-        self.kv_heads = max(2, self.threads)
-        width = (max(GROUPS) + 2) * self.kv_heads * DIM
-        made = ProbeProgram(width, MANY, CONTEXT + MANY)
-        self.attended = {
-            name: tuple(made.attention(name, group * self.kv_heads, self.kv_heads) for group in GROUPS)
-            for name in self.options.caches
+        """For each type of cache, some attentions with one and with several queries for each head."""
+        types = self.options.caches
+        most = sum(len(GROUPS) * self._context_bytes(name) for name in types)
+        copies = max(1, round(HELD_CONTEXTS / most))
+        self.attended, self.attention = self._contexts(folder, dict.fromkeys(types, copies), GROUPS)
+
+    def _remembered(self, folder: Path) -> None:
+        """Contexts that no cache holds, with one query for each head."""
+        size = min(max(2 * cache_bytes(), LEAST_STREAM), MOST_STREAM) / len(self.options.caches)
+        copies = {name: max(1, round(size / self._context_bytes(name))) for name in self.options.caches}
+        self.remembered, self.recall = self._contexts(folder, copies, GROUPS[:1])
+
+    def _context_bytes(self, name: str) -> int:
+        return CONTEXT * CacheSpec(self.kv_heads, DIM, DIM, name, name).row_bytes()
+
+    def _contexts(
+        self, folder: Path, copies: dict[str, int], groups: Sequence[int]
+    ) -> tuple[dict[str, list[list[int]]], _Timed]:
+        """Attentions over contexts that are there, by type of cache and by group. copies: of each."""
+        made = ProbeProgram((max(groups) + 2) * self.kv_heads * DIM, MANY, CONTEXT + MANY)
+        found = {
+            name: [
+                [made.attention(name, group * self.kv_heads, self.kv_heads) for _ in range(count)]
+                for group in groups
+            ]
+            for name, count in copies.items()
         }
-        self.attention = _Timed(made.executor(folder, self.threads), made)
+        timed = _Timed(made.executor(folder, self.threads), made)
         for start in range(0, CONTEXT, MANY):
-            self.attention.executor.forward(*_rows(start, MANY))
+            timed.executor.forward(*_rows(start, MANY))
+        return found, timed
 
     def _held(self, folder: Path) -> None:
         """Working sets of several sizes."""
@@ -182,9 +207,9 @@ class _Probe:
         for rows in (1, FEW_ROWS, TILE, MANY):
             self.arithmetic.run(rows, 0, seconds)
         self._host(seconds)
-        self.attention.run(1, CONTEXT, seconds)  # first: a forward forgets what is beyond its positions
+        self.attention.run(1, CONTEXT, seconds)
         self.attention.run(1, 0, seconds / 2)
-        self.attention.executor.forward(*_rows(0, MANY))
+        self.recall.run(1, CONTEXT, seconds)
 
     def _stream(self) -> float:
         return 1e9 * float(native().read_bandwidth(PROBE_BYTES // 2, self.threads, self.options.seconds))
@@ -206,13 +231,23 @@ class _Probe:
     def attained(self) -> Attained:
         fits = {name: self._small(name) for name in self.options.weights}
         launch = median(fit[0] for fit in fits.values())
-        attend = median(self.attention.seconds(i) for pair in self.attended.values() for i in pair)
+        attend = median(self._attend(ids, 0) for groups in self.attended.values() for ids in groups)
         return Attained(
             {name: self._product(name, launch, *fits[name][1:]) for name in self.options.weights},
             {name: self._attention(name, attend) for name in self.options.caches},
             launch, attend, self.arithmetic.seconds(self.norm), max(0.0, median(self.hosts)),
-            "measured: this project's kernels on this machine", self._misses(),
+            "measured: this project's kernels on this machine", self._gate(), self._misses(),
         )  # fmt: skip
+
+    def _gate(self) -> float:
+        """Seconds for each column of a gated product, beyond one that is not."""
+        plain = self.arithmetic.seconds(self.cached[self.options.weights[0]][1])
+        return max(0.0, self.arithmetic.seconds(self.gated) - plain) / (TALL[0] // 2)
+
+    def _attend(self, instructions: Sequence[int], context: int) -> float:
+        """Of one of several attentions that are alike."""
+        times = [self.attention.seconds(i, 1, context) for i in instructions]
+        return sum(times) / len(times)
 
     def _misses(self) -> tuple[tuple[int, float], ...]:
         """Of each working set: how far its time for a byte is from the smallest one's to the largest one's.
@@ -255,50 +290,16 @@ class _Probe:
         return fit_rows(sizes, rows, times, stream)
 
     def _attention(self, name: str, launch: float) -> Attention:
-        """From one and from several queries for each head of the cache."""
+        """From one and from several queries for each head, and from contexts that come from memory."""
         one, several = (
-            max(self.attention.seconds(i, 1, CONTEXT) - launch, 1e-9) for i in self.attended[name]
+            max(self._attend(ids, CONTEXT) - launch, 1e-9) for ids in self.attended[name]
         )
         operations = 4 * DIM * self.kv_heads * (CONTEXT + 1)  # of one query for each head
         slope = max(several - one, 0.05 * several) / (GROUPS[1] - GROUPS[0])
-        return Attention(1.0, operations / slope, max(0.0, one / slope - 1))
-
-
-def fit_rows(
-    sizes: Sequence[int], rows: Sequence[int], times: Sequence[float], stream: float
-) -> tuple[float, float]:
-    """The share of a stream and the seconds for each row that explain two times: t = bytes / (share * stream)
-    + rows * row, with a share of at most MOST_REACHED and no row below 0.
-
-    >>> fit_rows((1000, 1000), (10, 2), (30.0, 14.0), stream=100.0)
-    (1.0, 2.0)
-    """
-    determinant = sizes[0] * rows[1] - sizes[1] * rows[0]
-    per_byte = (times[0] * rows[1] - times[1] * rows[0]) / determinant
-    row = (sizes[0] * times[1] - sizes[1] * times[0]) / determinant
-    if row < 0:
-        per_byte, row = sum(times) / sum(sizes), 0.0
-    if per_byte * stream * MOST_REACHED < 1:
-        per_byte = 1 / (stream * MOST_REACHED)
-        row = max(0.0, (sum(times) - sum(sizes) * per_byte) / sum(rows))
-    return min(MOST_REACHED, 1 / (per_byte * stream)), row
-
-
-def fit_shapes(shapes: Sequence[tuple[int, int]], times: Sequence[float]) -> tuple[float, float, float]:
-    """(launch, row, weight) of three times: t = launch + n * row + n * k * weight, the first two shapes with
-    the same k. None is below 0: what a time cannot be explained by is left out, a weight never.
-
-    >>> fit_shapes(((2, 4), (4, 4), (2, 8)), (1 + 2 * 3 + 8, 1 + 4 * 3 + 16, 1 + 2 * 3 + 16))
-    (1.0, 3.0, 1.0)
-    """
-    (n0, k0), (n1, _), (n2, k2) = shapes
-    each = (times[1] - times[0]) / (n1 - n0)  # of a row with its k0 weights
-    launch = min(max(0.0, times[0] - n0 * each), 0.9 * min(times))
-    longer = (times[2] - launch) / n2
-    weight = max(longer - each, 0.0) / (k2 - k0)
-    if weight * k2 < 0.5 * longer or weight * k0 > each:  # rows that cost nothing, or nearly everything
-        return launch, 0.0, longer / k2
-    return launch, each - k0 * weight, weight
+        recalled = [self.recall.seconds(i, 1, CONTEXT) for i in self.remembered[name][0]]
+        stream = self._context_bytes(name) / max(sum(recalled) / len(recalled) - launch, 1e-9)
+        reached = min(MOST_REACHED, stream / median(self.streams))
+        return Attention(reached, operations / slope, max(0.0, one / slope - 1))
 
 
 def scheme_of(name: str) -> Scheme:

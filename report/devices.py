@@ -139,9 +139,9 @@ _COUNTS = ("memory_bytes", "processors", "cache_bytes")
 
 def _attained(found: Any, where: str) -> Attained:
     names = [f.name for f in fields(Attained)]
-    _refuse_strange(found, names, names[:-1], where)
-    for name in ("linear", "attend", "other", "forward"):
-        _number(found[name], f"{where}.{name}", False, False)
+    _refuse_strange(found, names, [name for name in names if name not in ("gate", "misses")], where)
+    for name in ("linear", "attend", "other", "forward", "gate"):
+        _number(found.get(name, 0.0), f"{where}.{name}", False, False)
     tables = {"products": Product, "attention": Attention}
     for table in tables:
         if not isinstance(found[table], dict) or not found[table]:

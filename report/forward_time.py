@@ -62,8 +62,9 @@ def _instructions(
     for instruction in (i for i in program.instructions if op in (None, i.op)):
         read, operations, integer = work(program, instruction, forward)
         if instruction.op == "linear":
-            memory, compute = _linear(program, instruction, spec, kernels, forward, operations)
-            overhead = kernels.linear
+            memory, compute = _linear(program, instruction, spec, kernels, forward)
+            gates = rows_of(program, instruction, forward) if instruction.attribute("glu") else 0
+            overhead = kernels.linear + kernels.gate * instruction.out.width * gates
         elif instruction.op == "attention":
             memory, compute = _attention(program, instruction, spec, kernels, forward)
             overhead = kernels.attend
@@ -79,13 +80,10 @@ def _instructions(
 
 
 def _linear(
-    program: Program, instruction: Instruction, spec: DeviceSpec, kernels: Attained, forward: Forward,
-    operations: int,
-) -> tuple[float, float]:  # fmt: skip
+    program: Program, instruction: Instruction, spec: DeviceSpec, kernels: Attained, forward: Forward
+) -> tuple[float, float]:
     """Seconds of memory and of compute, segment by segment: each has its format."""
-    segments = program.weights[instruction.weight or ""]
-    weights = sum(segment.n * segment.k for segment in segments)
-    rows = operations // (2 * weights)
+    segments, rows = program.weights[instruction.weight or ""], rows_of(program, instruction, forward)
     memory = compute = 0.0
     for segment in segments:
         attained = kernels.product(segment.format, segment.group)
@@ -94,6 +92,12 @@ def _linear(
         memory += segment.n * attained.fetch
         compute += attained.compute_seconds(segment.n, segment.k, rows)
     return memory, compute
+
+
+def rows_of(program: Program, instruction: Instruction, forward: Forward) -> int:
+    """Rows of activations that a linear multiplies."""
+    weights = sum(segment.n * segment.k for segment in program.weights[instruction.weight or ""])
+    return work(program, instruction, forward)[1] // (2 * weights)
 
 
 def _attention(

@@ -55,14 +55,16 @@ class ProbeProgram:
                         {}, {"eps": 1e-5})
         )  # fmt: skip
 
-    def linear(self, scheme: Scheme, n: int, k: int) -> int:
-        """A product with weights [n, k]; its index."""
+    def linear(self, scheme: Scheme, n: int, k: int, gated: bool = False) -> int:
+        """A product with weights [n, k], of which half are gates where ``gated``; its index."""
         scheme, name = scheme.normalize(k), f"w{len(self.program.instructions)}"
         self.program.weights[name] = [Segment(name, scheme.format, n, k, scheme.group_size)]
         self.outputs = max(self.outputs, n)
-        attributes = {"act_group": activation_group([scheme], k)}
+        attributes: dict[str, Any] = {"act_group": activation_group([scheme], k)}
+        attributes |= {"activation": "silu", "glu": True} if gated else {}
         views: dict[str, Any] = {"in": self._input(0, k)}
-        return self._add(Instruction("linear", View(OUTPUT, 0, n), views, {}, attributes, name))
+        out = View(OUTPUT, 0, n // 2 if gated else n)
+        return self._add(Instruction("linear", out, views, {}, attributes, name))
 
     def attention(self, dtype: str, heads: int, kv_heads: int) -> int:
         """Attention over a cache of its own; its index."""

@@ -17,11 +17,12 @@ import gristmill
 from gristmill.cli import run_command
 from gristmill.report import plan_source
 from gristmill.report.attained import Attained, Attention, Product
-from gristmill.report.cpu_probe import MOST_REACHED, ProbeOptions, fit_rows, fit_shapes, measure_cpu
+from gristmill.report.cpu_probe import ProbeOptions, measure_cpu
 from gristmill.report.devices import DEVICES, DeviceSpec
 from gristmill.report.forward_time import forward_times
 from gristmill.report.plan import Plan, PlanOptions, needed_bytes, plan
 from gristmill.report.plan_text import lines
+from gristmill.report.probe_fits import MOST_REACHED, fit_rows, fit_shapes
 from gristmill.report.roof_model import break_even, compute_seconds, memory_seconds, ridge
 from gristmill.runtime.artifact import open_artifact
 from gristmill.runtime.bench import decode_read_bytes
