@@ -1,8 +1,9 @@
 """Devices by their data sheets, and where each figure comes from.
 
 Peaks are dense: a data sheet's figure "with sparsity" is halved. Memory is in binary gigabytes, as the driver
-counts what a sheet calls GB. PCIe is one direction of the sheet's bidirectional figure. Clocks are boost
-clocks, of which the sheet's f32 peak is processors * lanes * 2 * clock.
+counts what a sheet calls GB; where GDDR6 keeps ECC in itself (A10, A40, L4, L40S), a sixteenth less. PCIe is
+one direction of the sheet's bidirectional figure. Clocks are boost clocks, of which the sheet's f32 peak is
+processors * lanes * 2 * clock.
 """
 
 from __future__ import annotations
@@ -59,13 +60,13 @@ class DeviceSpec:
 
 
 def _gpu(
-    name: str, gib: int, gb_s: float, tera: tuple[float, float, float, float], processors: int, ghz: float,
+    name: str, gib: float, gb_s: float, tera: tuple[float, float, float, float], processors: int, ghz: float,
     pcie: float, source: str,
 ) -> DeviceSpec:  # fmt: skip
     """tera: 10^12 dense operations per second in f32, f16, fp8, int8."""
     f32, f16, fp8, int8 = (1e12 * figure for figure in tera)
     return DeviceSpec(
-        name, "gpu", gib * GIB, gb_s * 1e9, f32, processors, source, f16, fp8, int8, ghz * 1e9, pcie
+        name, "gpu", int(gib * GIB), gb_s * 1e9, f32, processors, source, f16, fp8, int8, ghz * 1e9, pcie
     )
 
 
@@ -85,13 +86,13 @@ DEVICES: dict[str, DeviceSpec] = {
     "a100-40gb": _gpu("A100 SXM 40 GB", 40, 1555, (19.5, 312, 0, 624), 108, 1.41, GEN4,
                       f"{_SHEET} A100 40GB; A100 white paper"),
     "a30": _gpu("A30", 24, 933, (10.3, 165, 0, 330), 56, 1.44, GEN4, f"{_SHEET} A30"),
-    "a10": _gpu("A10", 24, 600, (31.2, 125, 0, 250), 72, 1.695, GEN4,
+    "a10": _gpu("A10", 22.5, 600, (31.2, 125, 0, 250), 72, 1.695, GEN4,
                 f"{_SHEET} A10; multiprocessors, clock: GA102 white paper"),
-    "a40": _gpu("A40", 48, 696, (37.4, 149.7, 0, 299.3), 84, 1.74, GEN4,
+    "a40": _gpu("A40", 45, 696, (37.4, 149.7, 0, 299.3), 84, 1.74, GEN4,
                 f"{_SHEET} A40; multiprocessors, clock: GA102 white paper"),
-    "l4": _gpu("L4", 24, 300, (30.3, 121, 242, 242), 58, 2.04, GEN4,
+    "l4": _gpu("L4", 22.5, 300, (30.3, 121, 242, 242), 58, 2.04, GEN4,
                f"{_SHEET} L4; multiprocessors, clock: Ada white paper"),
-    "l40s": _gpu("L40S", 48, 864, (91.6, 362, 733, 733), 142, 2.52, GEN4,
+    "l40s": _gpu("L40S", 45, 864, (91.6, 362, 733, 733), 142, 2.52, GEN4,
                  f"{_SHEET} L40S; multiprocessors, clock: Ada white paper"),
     "rtx-3090": _gpu("GeForce RTX 3090", 24, 936, (35.6, 71, 0, 284), 82, 1.695, GEN4,
                      "NVIDIA GA102 white paper, appendix; bf16 with f32 sums"),

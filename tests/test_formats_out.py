@@ -132,7 +132,7 @@ def test_merged_biases_come_apart(tmp_path: Path) -> None:
         ("awq", INT4 | {"group_size": 64}, "groups of 64; expected groups that divide it"),
         ("compressed-tensors", INT4 | {"group_size": 64}, "224 columns, which groups of 64 do not divide"),
         ("gptq", INT4 | {"weights": "f16", "group_size": None}, "has no integer linears"),
-        ("exl2", INT4, "'exl2' is not supported; expected one of gptq"),
+        ("exl2", INT4, "'exl2' is not supported; expected gptq, awq"),
     ],
 )
 def test_what_a_format_cannot_express(to: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:

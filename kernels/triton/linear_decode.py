@@ -114,9 +114,8 @@ def decode_kernel(
     total = tl.zeros([CHUNKS, TOKENS, ROWS, 1], tl.float32)
     for at in range(first, end, CHUNKS):
         chunk = (at + tl.arange(0, CHUNKS))[:, None, None, None]
-        following = chunk
-        if ahead:
-            following = tl.minimum(chunk + CHUNKS, end - 1)  # the last chunk again at the end, from a cache
+        following = chunk + CHUNKS if ahead else chunk
+        following = tl.minimum(following, end - 1)  # the last chunk again at the end, from a cache
         next_raw = load_chunks(data, stride, rows4, following, inside, k, FORMAT, RAGGED)
         if FORMAT == "int3":
             next_third = load_third_bits(data, stride, rows4, following)

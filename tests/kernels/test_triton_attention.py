@@ -18,6 +18,7 @@ from gristmill.kernels.triton.attention import (
     can_quantize,
     tiling,
 )
+from gristmill.kernels.triton.cache import allocate
 from gristmill.kernels.triton.quantize import quantize
 from gristmill.runtime.program import CACHE_TYPES
 
@@ -149,8 +150,10 @@ def test_blocks_are_consecutive_rows_of_a_slot():
 
 
 def test_tilings_fill_the_device():
-    cache = Context(Case("int8", "int8", 32, 8, 16, 16), 64).cache
+    cache = allocate("int8", "int8", 16, 16, 8, 1, 1 << 15, device="meta")
     assert tiling(cache, 32, 1, 1) == Tiling(1, 64, 64, 8, 3)
+    short = allocate("int8", "int8", 16, 16, 8, 1, 2176, device="meta")
+    assert tiling(short, 32, 1, 1).splits == 16, "the shortest splits of 256 positions, of which 9 hold some"
     assert tiling(cache, 32, 4, 4).rows == 4
     assert tiling(cache, 32, 512, 17).rows == 32 and tiling(cache, 32, 2048, 65).splits == 2
     assert tiling(cache, 32, 1, 64).splits == 2
