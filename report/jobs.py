@@ -23,6 +23,8 @@ from gristmill.runtime.errors import GristmillError
 # The folder that Python was started in must not be searched: in the repository its folders shadow packages.
 BOOT = "import sys; sys.path[:] = [p for p in sys.path if p]; from gristmill.report.tasks import main; main()"
 PATIENCE = 8.0  # seconds that a child has to tidy up when it is told to end
+# torch's threads wait asleep: where something else runs as well, spinning ones take a calibration minutes.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 Progress = Callable[[str, float], None]
 
 
@@ -80,7 +82,7 @@ class Worker:
         self._child = subprocess.Popen(
             [sys.executable, "-c", BOOT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
             text=True, start_new_session=True, close_fds=False,
-            env={**os.environ, "PYTHONPATH": _python_path()},
+            env={**ENVIRONMENT, **os.environ, "PYTHONPATH": _python_path()},
         )  # fmt: skip
         return self._child
 
