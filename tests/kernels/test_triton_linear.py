@@ -164,7 +164,7 @@ def test_products_of_integers(fmt: str, act_group: int) -> None:
     fmt, *tiles = fmt.split()
     if tiles and not has_tiles(meta_matrix(fmt, 2, 64, act_group), act_group):
         pytest.skip("halves of what is stored together")
-    for tokens, k in ((1, 31), (1, 300), (2, 257), (3, 192), (4, 65), (9, 130), (16, 64), (33, 100)):
+    for tokens, k in ((1, 300), (2, 257), (4, 31), (9, 130), (33, 100)):
         group = r.choice([g for g in GROUPS if g % act_group == 0])
         glu, symmetric = r.random() < 0.5, r.random() < 0.5
         n = 2 * r.randint(1, 9)
