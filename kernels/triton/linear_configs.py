@@ -73,7 +73,6 @@ TABLE: dict[str, dict[int, Config]] = {
 INTEGER_TABLE: dict[int, Config] = {
     1: Config(4, 64, 1, warps=2, integer=True), 2: Config(4, 64, 2, warps=2, integer=True),
     4: Config(4, 64, 4, warps=2, integer=True), 8: Config(2, 32, 8, warps=1, integer=True),
-    16: Config(2, 32, 16, warps=1, integer=True),
 }  # fmt: skip
 INTEGER_TILE = Config(64, 0, 16, warps=4, stages=4, integer=True)
 INTEGER_WIDE = 16384  # rows from which a program of one token takes 8
@@ -121,7 +120,7 @@ def _choose_integer(matrix: Matrix, tokens: int, act_group: int) -> Config:
         while splits < 8 and programs * splits < 2 * MULTIPROCESSORS and matrix.k >= 8 * splits * act_group:
             splits *= 2
         return replace(INTEGER_TILE, splits=splits)
-    config = INTEGER_TABLE[min(16, 1 << (tokens - 1).bit_length())]
+    config = INTEGER_TABLE[min(8, 1 << (tokens - 1).bit_length())]
     if tokens == 1 and quads(matrix) > INTEGER_LONG:
         config = Config(8, 256, 1, warps=8, integer=True)
     elif tokens == 1 and matrix.format == "int8":

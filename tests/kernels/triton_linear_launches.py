@@ -57,7 +57,7 @@ def launches() -> Iterator[Launch]:
             m = meta_matrix(fmt, 4096, 14336, group, symmetric)
             name = f"{fmt} {tokens} rows" if tokens > 1 else f"{fmt} one row"
             yield name, partial(call, m, tokens)
-        for tokens in ((1, 4, 16) if fmt in ("int4", "int8") else (1,)) if fmt in INTEGERS else ():
+        for tokens in ((1, 4, 16) if fmt in ("int4", "int8") else (1, 16)) if fmt in INTEGERS else ():
             m = meta_matrix(fmt, 4096, 14336, group, symmetric)
             yield f"{fmt} by int8, {tokens} rows", partial(call, m, tokens, act_group=INTEGERS[fmt])
     wide = meta_matrix("int4", 28672, 4096, 128)
