@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gristmill.runtime.decoding.next_tokens import most_likely_token
+from gristmill.runtime.devices import DEVICES
 from gristmill.runtime.errors import GristmillError
-from gristmill.runtime.exported import EXPORTS
 from gristmill.runtime.profile import Forward, Probe, probe_of, random_ids, take_in
 from gristmill.runtime.program import CacheSpec
 from gristmill.runtime.session import Session, load
@@ -50,7 +50,7 @@ def bench(path: str | Path, options: BenchOptions) -> dict[str, Any]:
     needed = max(options.prompt, options.context + options.tokens)
     started = time.perf_counter()
     how = {name: getattr(options, name) for name in ("device", "threads", "hugepages", "pin")}
-    if options.profile and options.device in EXPORTS:
+    if options.profile and options.device in DEVICES and not DEVICES[options.device].profile:
         raise GristmillError(
             f"a profile of instructions is not for device {options.device!r}, whose runtime has its own"
         )
