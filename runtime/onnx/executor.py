@@ -16,7 +16,7 @@ import onnxruntime
 
 from gristmill.runtime.artifact import Artifact
 from gristmill.runtime.errors import GristmillError
-from gristmill.runtime.onnx.providers import open_session
+from gristmill.runtime.onnx.providers import open_session, require_cuda
 from gristmill.runtime.program import CacheSpec, Program
 from gristmill.runtime.slotwise import Array, SlotwiseExecutor
 
@@ -45,8 +45,9 @@ class OnnxExecutor(SlotwiseExecutor):
         weight_bytes = sum(e.size for name, e in folder.files.items() if name.endswith(".data"))
         super().__init__(program, weight_bytes, threads, max_len, max_slots)
         shares = bool(folder.manifest["settings"]["shared_buffer"])
-        if place == "cuda" and shares:
-            _refuse_wide(program)
+        if place == "cuda":
+            require_cuda()
+            _refuse_wide(program, shares)
         session = open_session(folder.path / GRAPH, threads, place)
         self._inputs = {i.name for i in session.get_inputs()}
         histories: Callable[..., Histories] = SharedBuffers if shares else Appended
@@ -67,9 +68,10 @@ class OnnxExecutor(SlotwiseExecutor):
         self._histories.copy(source, target, length, start)
 
 
-def _refuse_wide(program: Program) -> None:
-    """The attention operator has no f32 on CUDA; ONNX Runtime would run it on the CPU without a word."""
-    if any({c.k_dtype, c.v_dtype} != {"f16"} for c in program.caches):
+def _refuse_wide(program: Program, shares: bool) -> None:
+    """The attention operator, which alone shares buffers, has no f32 on CUDA: ONNX Runtime would run it on the
+    CPU without a word."""
+    if shares and any({c.k_dtype, c.v_dtype} != {"f16"} for c in program.caches):
         raise GristmillError(
             "this folder's attention computes in f32, which ONNX Runtime's GroupQueryAttention on CUDA lacks; "
             "export again with --activations f16 (activations='f16') or with --plain"

@@ -16,9 +16,7 @@ FUSED_ACTIVATIONS = "session.qdq_matmulnbits_accuracy_level"
 
 
 def open_session(file: Path, threads: int, place: str) -> Any:
-    """The graph in `file`. Raises GristmillError where onnxruntime cannot load it, or has no CUDA or device."""
-    if place == "cuda":
-        _require_cuda()
+    """The graph in `file`. Raises GristmillError where onnxruntime cannot load it or finds no CUDA device."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry(FUSED_ACTIVATIONS, "1")
@@ -38,7 +36,8 @@ def open_session(file: Path, threads: int, place: str) -> Any:
     return session
 
 
-def _require_cuda() -> None:
+def require_cuda() -> None:
+    """Raises GristmillError where onnxruntime was built without CUDA."""
     if CUDA not in onnxruntime.get_available_providers():
         raise GristmillError(
             f"device 'onnx:cuda' needs onnxruntime's {CUDA}, which this onnxruntime {onnxruntime.__version__} "
