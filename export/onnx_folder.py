@@ -88,7 +88,7 @@ def _program(opened: Artifact, options: OnnxOptions) -> Program:
     max_len = within("max_len", options.max_len, limits.max_len, limits.max_position)
     program.limits = replace(limits, max_len=max_len, max_position=max_len)
     _refuse_choices(options)
-    program.caches = _caches(program.caches, options)
+    program.caches = caches(program.caches, options)
     _refuse_shared(program)
     for i in program.instructions:
         if i.op == "linear" and options.activations is not None:
@@ -102,23 +102,24 @@ def _refuse_choices(options: OnnxOptions) -> None:
     if options.activations not in (None, *ACTIVATIONS):
         raise GristmillError(f"activations are {options.activations!r}, expected one of {ACTIVATIONS}")
     if options.plain and options.activations == "f16":
-        raise GristmillError("activations f16 are for ONNX Runtime's operators; leave out --plain (plain=True)")
+        raise GristmillError("activations f16 are for ONNX Runtime's operators; leave out --plain (plain)")
 
 
-def _caches(caches: list[CacheSpec], options: OnnxOptions) -> list[CacheSpec]:
-    """With the types that the graphs have: f32, int8 where plain graphs round as the artifact does, and f16 of
-    f16 activations."""
-    rounded = {t for c in caches for t in (c.k_dtype, c.v_dtype)} - set(FLOAT_CACHES)
+def caches(given: list[CacheSpec], options: OnnxOptions) -> list[CacheSpec]:
+    """With the types that the graphs have: f32, int8 where plain graphs round as the artifact does, and f16
+    of f16 activations."""
+    rounded = {t for c in given for t in (c.k_dtype, c.v_dtype)} - set(FLOAT_CACHES)
     kept = set(PLAIN_CACHES) if options.plain and options.kv is None else set()
     if rounded - kept and options.kv is None:
         plain = "" if rounded - set(PLAIN_CACHES) else " or with --plain, which has int8"
         raise GristmillError(
             f"the artifact's KV cache is {' and '.join(sorted(rounded - kept))} with a scale per position, "
-            f"which ONNX Runtime's attention lacks; export with --kv f32 (kv='f32'), which rounds nothing{plain}"
+            "which ONNX Runtime's attention lacks; export with --kv f32 (kv='f32'), which rounds "
+            f"nothing{plain}"
         )
     floats = "f16" if options.activations == "f16" else "f32"
     types = {t: t if t in kept else floats for t in CACHE_TYPES}
-    return [replace(c, k_dtype=types[c.k_dtype], v_dtype=types[c.v_dtype]) for c in caches]
+    return [replace(c, k_dtype=types[c.k_dtype], v_dtype=types[c.v_dtype]) for c in given]
 
 
 def _act_group(program: Program, i: Instruction) -> int:

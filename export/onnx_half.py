@@ -1,5 +1,5 @@
-"""The flavour for CUDA, whose attention operator takes 16 bits: products and attention in f16, all between them
-in f32 (norms, residual sums, logits), so that no sum of a residual stream leaves f16's range."""
+"""The flavour for CUDA, whose attention operator takes 16 bits: products and attention in f16, all between
+them in f32 (norms, residual sums, logits), so that no sum of a residual stream leaves f16's range."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ from gristmill.runtime.program import Program, Segment
 CUDA_BITS = (4, 8)  # of MatMulNBits on CUDA; others are dequantized
 
 
+def takes_half(kind: onnx_weights.Kind) -> bool:
+    """Whether there is a product in f16 with these weights as they are (scales that f16 holds)."""
+    return kind.format == "f16" or (kind.integer and kind.bits in CUDA_BITS)
+
+
 class HalfLowering(RuntimeLowering):
-    """See Lowering. Weights that f16 does not hold as they are (f32, bf16, scales beyond f16) are multiplied in
-    f32."""
+    """See Lowering. Weights that f16 does not hold as they are (f32, bf16, scales beyond f16) are multiplied
+    in f32."""
 
     attention_type = np.float16
 
@@ -39,11 +44,11 @@ class HalfLowering(RuntimeLowering):
 
     def product(self, x: str, segments: list[Segment], rounds: bool) -> str:
         g, kind = self.graph, onnx_weights.Kind.of(segments[0])
+        if not takes_half(kind):
+            return Lowering.product(self, x, segments, rounds)
         if kind.format == "f16":
             weight = onnx_weights.float_columns(g, self.stored, segments)
             return self.wide(g.op("MatMul", self.narrow(x), weight))
-        if not kind.integer or kind.bits not in CUDA_BITS:
-            return Lowering.product(self, x, segments, rounds)
         if any(self.stored.tensor(f"{s.name}.scale").dtype != np.float16 for s in segments):
             return super().product(x, segments, rounds=False)
         matrix = onnx_weights.blocks(g, self.stored, segments, half=True)

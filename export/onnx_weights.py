@@ -24,6 +24,7 @@ Array = NDArray[Any]
 ROW_BLOCK = 128  # columns of a block where the artifact has one scale for the whole row
 SHIFTS = {"int8": 128, "int4": 0, "int3": 4, "int2": 0}  # what makes MatMulNBits' zero point the format's own
 BITS = {"int8": 8, "int4": 4, "int3": 4, "int2": 2}
+PLAIN_BITS = 4  # the fewest of a standard type
 FLOATS = {"f32": TensorProto.FLOAT, "f16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
 

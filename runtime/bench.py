@@ -52,7 +52,7 @@ def bench(path: str | Path, options: BenchOptions) -> dict[str, Any]:
     how = {name: getattr(options, name) for name in ("device", "threads", "hugepages", "pin")}
     if options.profile and options.device in DEVICES and not DEVICES[options.device].profile:
         raise GristmillError(
-            f"a profile of instructions is not for device {options.device!r}, whose runtime has its own"
+            f"a profile of instructions is not for device {options.device!r}: its runtime has its own"
         )
     session = load(path, max_slots=1, **how)
     load_s = time.perf_counter() - started

@@ -1,5 +1,5 @@
-"""The devices of `load`: the one place that says what each can do, which `load`, `bench`, the commands and the
-table of docs/targets.md go by."""
+"""The devices of `load`: the one place that says what each can do, which `load`, `bench`, the commands and
+the table of docs/targets.md go by."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """exported: what the folders it runs were exported to, which names a package of the runtime; None: it runs
-    artifacts. threads: whether `threads` is for it. pages: `hugepages` and `pin`. profile: instructions are
-    timed one by one. tune: products are. batched: rows of many sequences are multiplied together. alike: a
-    row's bits do not depend on the rows beside it."""
+    """exported: what the folders it runs were exported to, which names a package of the runtime; None: it
+    runs artifacts. threads: whether `threads` is for it. pages: `hugepages` and `pin`. profile: instructions
+    are timed one by one. tune: products are. batched: rows of many sequences are multiplied together. alike:
+    a row's bits do not depend on the rows beside it."""
 
     name: str
     exported: str | None = None

@@ -111,8 +111,9 @@ def load(
     refuse_unknown(unknown, known, "load")
     if device not in DEVICES:
         raise GristmillError(f"device {device!r} is not supported, expected one of {', '.join(DEVICES)}")
-    if threads is not None and not DEVICES[device].threads or (hugepages or pin) and not DEVICES[device].pages:
-        what = "hugepages and pin" if DEVICES[device].threads else "threads, hugepages and pin"
+    found = DEVICES[device]
+    if (threads is not None and not found.threads) or ((hugepages or pin) and not found.pages):
+        what = "hugepages and pin" if found.threads else "threads, hugepages and pin"
         raise GristmillError(f"{what} are for device 'cpu'; leave them out with {device!r}")
     how: dict[str, Any] = {
         "threads": threads, "max_len": max_len, "max_slots": max_slots, "hugepages": hugepages, "pin": pin,
@@ -304,12 +305,12 @@ class Session:
 
     def tune(self, max_rows: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Times how products of up to `max_rows` rows are cut best on this device, and keeps that for the
-        user's sessions that are opened later; yields each product and its config. Raises GristmillError on a
-        CPU, whose kernels need none.
+        user's sessions that are opened later; yields each product and its config. Raises GristmillError on
+        devices whose kernels need none.
         """
         own = getattr(self.executor, "tune", None)
         if own is None:
-            raise GristmillError("a session on the CPU has nothing to tune; load with device='cuda'")
+            raise GristmillError("this session's device has nothing to tune; load with device='cuda'")
         steps = own(max_rows)
         while True:
             with self._lock:

@@ -40,7 +40,9 @@ INT8 = {
 HEADS: dict[str, Any] = {"k_dim": 32, "v_dim": 32, "rope_dims": 32}
 HALF = {
     "f16": Llama(**HEADS, form=Format("f16"), embedding=Format("f16"), softcap=3.0, bias=True),
-    "int4": Llama(**HEADS, form=Format("int4", 32, False), embedding=Format("int4", 32), sinks=True, window=7),
+    "int4": Llama(
+        **HEADS, form=Format("int4", 32, False), embedding=Format("int4", 32), sinks=True, window=7
+    ),
     "int8_row": Llama(**HEADS, form=Format("int8"), embedding=Format("int8"), qk_norm=True),
     "int2": Llama(**HEADS, form=Format("int2", 32), hidden=136, order=True),
     "int3_wide": Llama(k_dim=24, v_dim=24, rope_dims=8, form=Format("int3", 32, True, "float32")),
@@ -67,7 +69,9 @@ def evaluated(folder: Path, shapes: dict[str, Array], build: Any) -> list[Array]
 def test_int8_rows_are_the_references(tmp_path: Path) -> None:
     """Odd scales and constant rows among them."""
     random = np.random.default_rng(3)
-    x = random.standard_normal((2, 3, 5, 40)).astype(np.float32) * 10.0 ** random.integers(-30, 30, (2, 3, 5, 1))
+    x = random.standard_normal((2, 3, 5, 40)).astype(np.float32) * 10.0 ** random.integers(
+        -30, 30, (2, 3, 5, 1)
+    )
     x = x.astype(np.float32)
     x[0, 0, 0], x[0, 0, 1], x[1, 2, 4, 7] = 0.0, -2.5, 1e30
 
@@ -136,7 +140,9 @@ def test_a_session_keeps_its_cache_in_int8(plain: Path, py7m_int4: Path) -> None
     want, got = (s.forward(ids, range(len(ids)), [0] * len(ids)) for s in (ours, theirs))
     assert relative(got, want) < 3e-2, "the artifact rounds activations as well"
     tokens = np.array(ids, np.int32)
-    np.testing.assert_allclose(of_slot(theirs, tokens, 3, len(ids), slot=0), got[3:], atol=1e-3)  # rolled back
+    np.testing.assert_allclose(
+        of_slot(theirs, tokens, 3, len(ids), slot=0), got[3:], atol=1e-3
+    )  # rolled back
     beams = theirs.beam_search(PROMPT, num_beams=2, max_new_tokens=4)  # which copies slots
     assert len(beams[0].token_ids) == 4
     assert not (plain / "genai_config.json").exists(), "GenAI has no steps and offsets"
@@ -172,7 +178,9 @@ def test_half_precision_behind_a_session_and_in_genai(half: Path, py7m_int4: Pat
 def test_cuda_without_the_provider_is_refused(half: Path) -> None:
     if providers.CUDA in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
-    with pytest.raises(GristmillError, match="CUDAExecutionProvider.*lacks; install onnxruntime-gpu") as caught:
+    with pytest.raises(
+        GristmillError, match="CUDAExecutionProvider.*lacks; install onnxruntime-gpu"
+    ) as caught:
         gristmill.load(half, "onnx:cuda")
     assert "\n" not in str(caught.value)
 
@@ -220,17 +228,17 @@ def test_what_is_refused(kv: str, how: dict[str, Any], message: str) -> None:
     options = OnnxOptions(**how)
     with pytest.raises(GristmillError, match=message):
         onnx_folder._refuse_choices(options)
-        onnx_folder._caches([CacheSpec(1, 8, 8, kv, kv)], options)
+        onnx_folder.caches([CacheSpec(1, 8, 8, kv, kv)], options)
 
 
 def test_what_caches_become() -> None:
     given = [CacheSpec(1, 8, 8, "int8", "f16")]
-    for how, want in [
+    cases: list[tuple[dict[str, Any], tuple[str, str]]] = [
         ({"plain": True}, ("int8", "f32")),
         ({"plain": True, "kv": "f32"}, ("f32", "f32")),
         ({"kv": "f32"}, ("f32", "f32")),
         ({"kv": "f32", "activations": "f16"}, ("f16", "f16")),
-    ]:
-        options: dict[str, Any] = dict(how)
-        (found,) = onnx_folder._caches(given, OnnxOptions(**options))
+    ]
+    for how, want in cases:
+        (found,) = onnx_folder.caches(given, OnnxOptions(**how))
         assert (found.k_dtype, found.v_dtype) == want

@@ -44,8 +44,8 @@ RUNTIME["turned_interleaved"] = Llama(k_dim=16, v_dim=16, rope_dims=16, rope_sty
 def executor_of(
     built: Built, directory: Path, plain: bool, max_slots: int = 2, caches: str = "f32"
 ) -> OnnxExecutor:
-    """The program's integers are multiplied by floats: what the module with `exact` computes. caches: of which
-    type; "": as the program has them."""
+    """The program's integers are multiplied by floats: what the module with `exact` computes. caches: of
+    which type; "": as the program has them."""
     weights = built.write(directory)
     program = Program.from_json(json.loads(built.text()))
     for i in program.instructions:

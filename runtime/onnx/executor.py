@@ -1,5 +1,5 @@
-"""An executor over ONNX Runtime: the rows of each slot are a run of their own, over its keys and values, which
-stay on the device.
+"""An executor over ONNX Runtime: the rows of each slot are a run of their own, over its keys and values,
+which stay on the device.
 
 Two flavours of graph: those with ONNX Runtime's attention write new rows into one buffer for past and
 present; plain ones give back the past with the new rows behind it, so each step copies it.
@@ -69,12 +69,12 @@ class OnnxExecutor(SlotwiseExecutor):
 
 
 def _refuse_wide(program: Program, shares: bool) -> None:
-    """The attention operator, which alone shares buffers, has no f32 on CUDA: ONNX Runtime would run it on the
-    CPU without a word."""
+    """The attention operator, which alone shares buffers, has no f32 on CUDA: ONNX Runtime would run it on
+    the CPU without a word."""
     if shares and any({c.k_dtype, c.v_dtype} != {"f16"} for c in program.caches):
         raise GristmillError(
-            "this folder's attention computes in f32, which ONNX Runtime's GroupQueryAttention on CUDA lacks; "
-            "export again with --activations f16 (activations='f16') or with --plain"
+            "this folder's attention computes in f32, which ONNX Runtime's GroupQueryAttention on CUDA "
+            "lacks; export again with --activations f16 (activations='f16') or with --plain"
         )
 
 

@@ -28,10 +28,11 @@ def open_session(file: Path, threads: int, place: str) -> Any:
             f"onnxruntime {onnxruntime.__version__} cannot load {file}: {reason}; export again or install a "
             "newer onnxruntime"
         ) from error
-    if place == "cuda" and CUDA not in session.get_providers():  # it goes on with the CPU and a line in its log
+    # Without a device it goes on with the CPU, and a line in its log.
+    if place == "cuda" and CUDA not in session.get_providers():
         raise GristmillError(
-            f"onnxruntime {onnxruntime.__version__} found no CUDA device, or not the CUDA and cuDNN libraries it "
-            "was built for; its log above says which; load with device='onnx:cpu'"
+            f"onnxruntime {onnxruntime.__version__} found no CUDA device, or not the CUDA and cuDNN "
+            "libraries it was built for; its log above says which; load with device='onnx:cpu'"
         )
     return session
 
@@ -40,8 +41,8 @@ def require_cuda() -> None:
     """Raises GristmillError where onnxruntime was built without CUDA."""
     if CUDA not in onnxruntime.get_available_providers():
         raise GristmillError(
-            f"device 'onnx:cuda' needs onnxruntime's {CUDA}, which this onnxruntime {onnxruntime.__version__} "
-            "lacks; install onnxruntime-gpu in its place, or load with device='onnx:cpu'"
+            f"device 'onnx:cuda' needs onnxruntime's {CUDA}, which onnxruntime {onnxruntime.__version__} "
+            "here lacks; install onnxruntime-gpu in its place, or load with device='onnx:cpu'"
         )
     if hasattr(onnxruntime, "preload_dlls"):  # of NVIDIA's own packages, as torch installs them
         onnxruntime.preload_dlls()
