@@ -50,9 +50,15 @@ def bench(path: str | Path, options: BenchOptions) -> dict[str, Any]:
     needed = max(options.prompt, options.context + options.tokens)
     started = time.perf_counter()
     how = {name: getattr(options, name) for name in ("device", "threads", "hugepages", "pin")}
-    if options.profile and options.device in DEVICES and not DEVICES[options.device].profile:
+    device = DEVICES.get(options.device)
+    if options.profile and device is not None and not device.profile:
         raise GristmillError(
             f"a profile of instructions is not for device {options.device!r}: its runtime has its own"
+        )
+    if device is not None and not device.bench:
+        raise GristmillError(
+            f"bench does not measure the memory of device {options.device!r}, which it holds a run against; "
+            "time a generation instead"
         )
     session = load(path, max_slots=1, **how)
     load_s = time.perf_counter() - started

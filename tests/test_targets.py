@@ -23,6 +23,7 @@ from gristmill.export.support import ACTIVATIONS, CACHES, RUNS, SHAPES, TARGETS,
 from gristmill.runtime.bench import BenchOptions, bench
 from gristmill.runtime.devices import DEVICES
 from gristmill.runtime.errors import GristmillError
+from gristmill.runtime.profile import CpuProbe
 from gristmill.runtime.session import Session
 
 TOLERANCE = 2e-5  # of the largest logit: f32
@@ -42,6 +43,7 @@ CUDA_TESTS = {
     "copies": "test_cuda_executor.py::test_a_copied_slot_goes_on_as_its_source",
     "hidden": "test_cuda_executor.py::test_hidden_states_are_what_the_head_multiplies",
     "alike": "test_cuda_executor.py::test_bits_depend_on_the_bucket_not_on_company_or_padding",
+    "bench": "test_cuda_bench.py::test_a_round_is_measured",
     "profile": "test_cuda_bench.py::test_kinds_are_timed_alone_beside_their_roofs",
     "tune": "test_cuda_tuning.py::test_winners_are_kept_and_planned_with",
     **dict.fromkeys(WEIGHTS, "kernels/test_triton_linear.py::test_products_are_exact_but_for_rounding"),
@@ -164,6 +166,20 @@ def _alike(target: Target, session: Session) -> None:
     close(alone, whole, 0.0 if exact else tolerance(target))
 
 
+def _bench(target: Target, session: Session) -> None:
+    del session
+    device = target.device
+    assert device is not None
+    options = BenchOptions(prompt=4, tokens=2, rounds=1, threads=1, device=device.name)
+
+    def measured() -> dict[str, Any]:
+        return bench(cases.exported(target, "f32"), options)
+
+    with pytest.MonkeyPatch.context() as patch:  # which takes longest
+        patch.setattr(CpuProbe, "read_stream", lambda probe: 10.0)
+        assert refused(target, "bench", measured) or measured()["decode_tok_s"] > 0
+
+
 def _profile(target: Target, session: Session) -> None:
     device = target.device
     assert device is not None
@@ -201,7 +217,8 @@ def _pages(target: Target, session: Session) -> None:
 
 RUN_TESTS: dict[str, Callable[[Target, Session], None]] = {
     "batch": _batch, "chunks": _chunks, "speculation": _speculation, "copies": _copies, "hidden": _hidden,
-    "alike": _alike, "profile": _profile, "tune": _tune, "threads": _threads, "pages": _pages,
+    "alike": _alike, "bench": _bench, "profile": _profile, "tune": _tune, "threads": _threads,
+    "pages": _pages,
 }  # fmt: skip
 
 
