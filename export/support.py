@@ -183,7 +183,8 @@ never run on a GPU: its folder is tested on ONNX Runtime's CPU provider, which r
 The first six columns are devices of `load` and `--device`, those of ONNX and TorchScript for exported folders
 (a folder of ONNX also runs in ONNX Runtime GenAI, see [export.md](export.md)); the others are formats of
 `export --to` for other programs. Empty: a matter of that program. `no: ...`: refused, with these words in the
-error. Sampling, constraints and all else that chooses tokens is the same on every device. """
+error. Sampling, constraints and all else that chooses tokens is the same on every device.
+"""
 
 
 def table() -> str:
