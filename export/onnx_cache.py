@@ -1,7 +1,8 @@
 """Keys and values of a cache as ONNX tensors, and the artifact's int8 rows in standard operators.
 
 An int8 row of a head is bytes q, a step and an offset, both f32: step * q + offset. They are the best by
-squared error of 16 grids, as kernels/reference/cache.py has them. """
+squared error of 16 grids, as kernels/reference/cache.py has them.
+"""
 
 from __future__ import annotations
 

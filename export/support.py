@@ -3,7 +3,8 @@ docs/targets.md`.
 
 Cells come from the code that acts on them: runtime/devices.py, the exporters' own formats and checks. A row
 of the table is a feature, a column a target; a new target is one entry of TARGETS. tests/test_targets.py does
-what each cell says. """
+what each cell says.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -48,9 +48,7 @@ MODULES = {
 ENDS = {"embed": "model.embed_tokens", "head": "lm_head", "norm": "model.norm"}
 
 
-@cache
-def folder() -> Path:
-    return Path(mkdtemp(prefix="targets-"))
+ROOM = TemporaryDirectory(prefix="targets-")  # until the process ends
 
 
 @cache
@@ -61,7 +59,7 @@ def program(case: str) -> Built:
 @cache
 def artifact(case: str) -> Path:
     """As the compiler would have written it."""
-    built, out = program(case), folder() / case
+    built, out = program(case), Path(ROOM.name) / case
     codes = {np.dtype(name): code for name, code in DTYPES.items()}
     with ArtifactWriter(out) as writer:
         specs = [TensorSpec(name, codes[a.dtype], a.shape) for name, a in built.tensors.items()]
@@ -110,7 +108,7 @@ def exported(target: Target, case: str) -> Path:
 
 
 def written(target: Target, case: str, more: dict[str, Any]) -> Path:
-    out = folder() / f"{target.name}-{case}".replace(" ", "").replace(":", "-")
+    out = Path(ROOM.name) / f"{target.name}-{case}".replace(" ", "").replace(":", "-")
     assert target.to is not None
     return gristmill.export_checkpoint(artifact(case), out, target.to, force=True, **target.options, **more)
 
