@@ -235,7 +235,7 @@ def test_weights_are_stored_once_and_in_their_own_size(int4: Pair) -> None:
     [
         ({}, "KV cache is int8 .* --kv f32"),
         ({"kv": "int8"}, "kv is 'int8', expected 'f32'"),
-        ({"kv": "f32", "activations": "f16"}, "activations are 'f16'"),
+        ({"kv": "f32", "activations": "f8"}, "activations are 'f8'"),
         ({"kv": "f32", "max_len": 5000}, "max_len is 5000"),
         ({"kv": "f32", "opset": 9}, "no option 'opset'"),
     ],
