@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import click
 
+from gristmill.runtime.devices import DEVICES
+
 ARTIFACT = click.argument("artifact", type=click.Path())
 THREADS = click.option("--threads", type=int, help="Threads; default: one for each physical core.")
 DEVICE = click.option(
     "--device",
-    type=click.Choice(["cpu", "cuda", "onnx:cpu", "torchscript"]),
+    type=click.Choice(list(DEVICES)),
     default="cpu",
     show_default=True,
-    help="Where to run; onnx:cpu and torchscript: folders from `export --to onnx` and `--to torchscript`.",
+    help="Where to run; onnx:cpu, onnx:cuda and torchscript: folders from `export --to onnx` and "
+    "`--to torchscript`.",
 )
 PIN = click.option("--pin", is_flag=True, help="Keep each thread on a processor of its own.")
 HUGEPAGES = click.option(
