@@ -31,15 +31,27 @@ NEEDED = ("fastapi", "uvicorn", "httptools", "prometheus_client", "pydantic", "s
     "--max-body", "max_body_bytes", type=int, default=2**21, show_default=True, help="Bytes of a request."
 )
 @click.option(
-    "--deadline", "deadline_s", type=float, default=600.0, show_default=True,
+    "--deadline",
+    "deadline_s",
+    type=float,
+    default=600.0,
+    show_default=True,
     help="Seconds after which a text ends where it is.",
 )
 @click.option(
-    "--grace", "grace_s", type=float, default=30.0, show_default=True,
+    "--grace",
+    "grace_s",
+    type=float,
+    default=30.0,
+    show_default=True,
     help="Seconds that SIGTERM leaves to requests under way.",
 )
 @click.option(
-    "--stall", "stall_s", type=float, default=30.0, show_default=True,
+    "--stall",
+    "stall_s",
+    type=float,
+    default=30.0,
+    show_default=True,
     help="Seconds a client may take to send a request, or leave an answer unread.",
 )
 @click.option("--log", "log_path", type=click.Path(), help="File for JSON lines; default: stderr.")
@@ -88,7 +100,9 @@ def serve_command(
     if host not in LOOPBACK and not settings.keys:
         note(f"warning: {host} may be reached by others, and no API key is asked for; see --api-key-file")
     where = listening.getsockname()[1]
-    serve(session, settings, listening, log_path, lambda: note(f"serving {name} at http://{_url(host)}:{where}"))
+    serve(
+        session, settings, listening, log_path, lambda: note(f"serving {name} at http://{_url(host)}:{where}")
+    )
 
 
 def _url(host: str) -> str:

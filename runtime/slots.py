@@ -110,7 +110,7 @@ class Slots:
         return self.max_slots - len(self._holders.keys() | self._forwarded)
 
     def rows(self) -> tuple[int, int]:
-        """Rows of the cache that slots in use hold, and those that free ones keep for others to begin with."""
+        """Rows of the cache that slots in use hold, and those that free ones keep for other prompts."""
         with self._freed:
             return int(self.lengths.sum()), sum(len(tokens) for tokens in self._kept.values())
 

@@ -137,7 +137,7 @@ def _add_models(app: FastAPI, server: Server) -> None:
     async def models() -> Response:
         return Json({"object": "list", "data": [server.model]})
 
-    known = {200: {"model": Model}, 401: ERRORS[401], 404: ERRORS[404]}
+    known: dict[int | str, dict[str, Any]] = {200: {"model": Model}, 401: ERRORS[401], 404: ERRORS[404]}
 
     @app.get("/v1/models/{model:path}", responses=known, summary="The model served, by its name")
     async def model(model: str) -> Response:
@@ -149,7 +149,10 @@ def _add_operation(app: FastAPI, engine: Engine, log: Log) -> None:
     registry = CollectorRegistry()
     registry.register(Collector(engine, log))
     ProcessCollector(registry=registry)
-    states = {200: {"description": "Requests are taken."}, 503: {"description": "Not now; see `status`."}}
+    states: dict[int | str, dict[str, Any]] = {
+        200: {"description": "Requests are taken."},
+        503: {"description": "Not now; see `status`."},
+    }
 
     @app.get("/health", responses=states, summary="Whether requests are taken")
     async def health() -> Response:

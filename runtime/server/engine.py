@@ -70,7 +70,10 @@ class Ticket:
     @property
     def cut_short(self) -> bool:
         """Whether any answer was or is about to be ended by `close`."""
-        return any(a.sequence.cancelled and a.sequence.result.finish_reason in (None, "cancelled") for a in self.answers)
+        return any(
+            a.sequence.cancelled and a.sequence.result.finish_reason in (None, "cancelled")
+            for a in self.answers
+        )
 
     @property
     def came_too_late(self) -> bool:
@@ -188,20 +191,20 @@ class Engine:
         if count > self.capacity:
             raise RequestError(
                 400,
-                f"the request asks for {count} texts at once, this server takes {self.capacity}; ask for fewer",
+                f"{count} texts are asked for at once, this server takes {self.capacity}; ask for fewer",
                 "too_many_choices",
                 "n",
             )
         if self.taken + count > self.capacity:
             raise RequestError(
                 429,
-                f"{self.taken} texts are under way or wait, this server takes {self.capacity}; try again later",
+                f"{self.taken} texts are under way or wait, expected {self.capacity} at most; try again later",
                 "queue_full",
                 retry_after=self.retry_after(),
             )
         self.taken += count
 
-    def _retry_after(self) -> int:
+    def retry_after(self) -> int:
         """Seconds until about a slot's turn is over."""
         expected = self.measurements.mean_request_s * self.taken / self.session.max_slots / 2
         return int(min(max(1.0, expected), MOST_RETRY_S))
@@ -247,7 +250,9 @@ class Engine:
             try:
                 self._scheduler.run_until(self._nothing_left, self._after_step)
                 self._hand_over(self._changed)  # where another thread drove meanwhile
-            except Exception as error:  # of the scheduler itself: requests end with it, the next ones are tried
+            except (
+                Exception
+            ) as error:  # of the scheduler itself: requests end with it, the next ones are tried
                 logger.exception("a step failed")
                 self._fail_all(error)
             self._work.wait()

@@ -60,9 +60,6 @@ class Format:
     def _delta(self, index: int, text: str, logprobs: list[Choice]) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _text(self, token: int) -> str:
-        return self._bytes(token).decode("utf-8", "replace")
-
 
 class CompletionFormat(Format):
     """/v1/completions"""
@@ -77,18 +74,27 @@ class CompletionFormat(Format):
     def _logprobs(self, index: int, choices: list[Choice]) -> dict[str, Any] | None:
         if not choices:
             return None
-        tokens = [self._text(choice.token) for choice in choices]
         offsets, at = [], self._offsets.get(index, 0)
-        for token in tokens:
+        for choice in choices:
             offsets.append(at)
-            at += len(token)
+            at += len(self._bytes(choice.token).decode("utf-8", "replace"))
         self._offsets[index] = at
         return {
-            "tokens": tokens,
+            "tokens": [self._text(choice.token) for choice in choices],
             "token_logprobs": [_number(choice.logprob) for choice in choices],
-            "top_logprobs": [{self._text(i): _number(value) for i, value in reversed(c.top)} for c in choices],
+            "top_logprobs": [
+                {self._text(i): _number(value) for i, value in reversed(c.top)} for c in choices
+            ],
             "text_offset": offsets,
         }
+
+    def _text(self, token: int) -> str:
+        """Names differ where tokens do, since `top_logprobs` is a mapping."""
+        data = self._bytes(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 class ChatFormat(Format):

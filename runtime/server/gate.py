@@ -65,7 +65,9 @@ class Gate:
             return
         if not self._keys.accepts(_header(scope, b"authorization")):
             raise RequestError(
-                401, "the API key is missing or wrong; send it as `Authorization: Bearer KEY`", "invalid_api_key"
+                401,
+                "the API key is missing or wrong, expected `Authorization: Bearer KEY`",
+                "invalid_api_key",
             )
 
     async def _with_body(self, scope: Scope, receive: Receive) -> Receive:

@@ -35,7 +35,9 @@ class JsonLines(logging.Formatter):
             "event": record.getMessage(),
             **getattr(record, "fields", {}),
         }
-        if record.exc_info and record.exc_info[1] is not None:  # where, not what: a message may quote a prompt
+        if (
+            record.exc_info and record.exc_info[1] is not None
+        ):  # where, not what: a message may quote a prompt
             error = record.exc_info[1]
             line["exception"] = type(error).__name__
             line["traceback"] = traceback.format_tb(error.__traceback__)
@@ -86,7 +88,7 @@ class _Queue(logging.handlers.QueueHandler):
 
 
 class Log:
-    """Where the server's loggers write while it is open. path: None for stderr. dropped: lines lost so far."""
+    """Where the server's loggers write while it is open. path: None for stderr. dropped: lost lines."""
 
     def __init__(self, path: str | None):
         self.dropped = 0

@@ -107,7 +107,10 @@ class Sampling(Strict):
                 continue
             if name in REFUSED:
                 raise RequestError(
-                    400, f"{name} is not supported by this server; leave it out", "unsupported_parameter", name
+                    400,
+                    f"{name} is not supported by this server; leave it out",
+                    "unsupported_parameter",
+                    name,
                 )
             try:
                 refuse_unknown([name], type(self).model_fields, "the request")
@@ -117,12 +120,14 @@ class Sampling(Strict):
 
     def _refuse_mixed(self) -> None:
         if self.stream_options is not None and not self.stream:
-            raise RequestError(400, "stream_options needs stream to be true", "invalid_value", "stream_options")
+            raise RequestError(
+                400, "stream_options needs stream to be true", "invalid_value", "stream_options"
+            )
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(stops) > MOST_STOPS or any(len(stop) > MOST_STOP_CHARACTERS for stop in stops):
             raise RequestError(
                 400,
-                f"stop holds too much, expected at most {MOST_STOPS} texts of {MOST_STOP_CHARACTERS} characters",
+                f"stop is too much, expected at most {MOST_STOPS} texts of {MOST_STOP_CHARACTERS} characters",
                 "invalid_value",
                 "stop",
             )
@@ -189,7 +194,10 @@ class ChatRequest(Sampling):
         asked = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(asked) > 1:
             raise RequestError(
-                400, "max_tokens and max_completion_tokens differ; give one of them", "invalid_value", "max_tokens"
+                400,
+                "max_tokens and max_completion_tokens differ; give one of them",
+                "invalid_value",
+                "max_tokens",
             )
 
 

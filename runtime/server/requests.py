@@ -48,7 +48,9 @@ def chat_ids(session: Session, request: ChatRequest) -> list[int]:
     """The token ids of the conversation. Raises RequestError where the model has no chat template."""
     if session.tokenizer.chat_template is None:
         raise RequestError(
-            400, "this model has no chat template; use /v1/completions with a plain prompt", "no_chat_template"
+            400,
+            "this model has no chat template; use /v1/completions with a plain prompt",
+            "no_chat_template",
         )
     return session.tokenizer.encode_chat([message.plain() for message in request.messages])
 
@@ -80,7 +82,7 @@ def _sequences(
 
 
 def _limit(session: Session, prompt_tokens: int, settings: Settings, asked: int | None) -> int:
-    """The most new tokens. Raises RequestError where the context or the server does not allow what is asked."""
+    """The most new tokens. Raises RequestError where context or server do not allow what is asked."""
     room = session.max_len - prompt_tokens + 1  # the last token is never read back
     if room < 1 or (asked or 0) > room:
         wants = f" and {asked} new ones were asked for" if asked else ""
@@ -126,7 +128,10 @@ def _bias(given: dict[str, float] | None) -> dict[int, float]:
             )
         if not abs(bias) <= -BANNED:
             raise RequestError(
-                400, f"logit_bias of {name[:40]} is {bias}, expected -100 to 100", "invalid_value", "logit_bias"
+                400,
+                f"logit_bias of {name[:40]} is {bias}, expected -100 to 100",
+                "invalid_value",
+                "logit_bias",
             )
         found[int(name)] = -math.inf if bias == BANNED else bias
     return found

@@ -10,6 +10,7 @@ import asyncio
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,7 +30,7 @@ BACKLOG = 1024
 KEEP_ALIVE_S = 30
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LAST_WORDS_S = 5.0  # for telling those that are cut short
-# Decoding and the event loop take turns at the interpreter: 5 ms, Python's own, is several steps of a small model.
+# Decoding and the event loop take turns at the interpreter: Python's own 5 ms are steps of a small model.
 SWITCH_INTERVAL_S = 0.0005
 
 
@@ -62,43 +63,43 @@ def serve(
     log = Log(log_path)
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    server = make_server(session, settings, log, announce)
     try:
-        asyncio.run(run(session, settings, listening, log, announce))
+        asyncio.run(server.serve(sockets=[listening]))
     finally:
         sys.setswitchinterval(before)
         listening.close()
         log.close()
+    if not server.started:
+        raise GristmillError("the server did not start; its log says why")
 
 
-async def run(
-    session: Session, settings: Settings, listening: socket.socket, log: Log, announce: Callable[[], None]
-) -> None:
-    """`serve` on a loop that runs, with a log that is open."""
+def make_server(session: Session, settings: Settings, log: Log, announce: Callable[[], None]) -> GentleServer:
+    """A server that `serve(sockets=[...])` runs."""
     engine = Engine(session, settings.max_queue, Measurements())
     config = uvicorn.Config(
         create_app(engine, settings, log), http=patient(settings.stall_s), ws="none", lifespan="on",
         log_config=None, access_log=False, server_header=False, proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=int(settings.stall_s) + 1,
     )  # fmt: skip
-    server = GentleServer(config, engine, settings.grace_s, announce)
-    await server.serve(sockets=[listening])
-    if not server.started:
-        raise GristmillError("the server did not start; its log says why")
+    return GentleServer(config, engine, settings.grace_s, announce)
 
 
 class GentleServer(uvicorn.Server):
     """A uvicorn server that refuses and finishes before it closes."""
 
-    def __init__(
-        self, config: uvicorn.Config, engine: Engine, grace_s: float, announce: Callable[[], None]
-    ):
+    def __init__(self, config: uvicorn.Config, engine: Engine, grace_s: float, announce: Callable[[], None]):
         super().__init__(config)
-        self._engine, self._grace_s, self._announce = engine, grace_s, announce
+        self.engine = engine
+        self._grace_s, self._announce = grace_s, announce
         self._hurry = asyncio.Event()
         self._ending: asyncio.Task[None] | None = None
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals are the main thread's
+            return
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
             loop.add_signal_handler(number, self.end)
@@ -119,25 +120,25 @@ class GentleServer(uvicorn.Server):
         if self._ending is not None:
             self._hurry.set()
             return
-        self._engine.draining = True
+        self.engine.draining = True
         self._ending = asyncio.ensure_future(self._end())
 
     async def _end(self) -> None:
-        log_event("stopping", under_way=self._engine.taken)
+        log_event("stopping", under_way=self.engine.taken)
         hurry = asyncio.ensure_future(self._hurry.wait())
-        idle = asyncio.ensure_future(self._engine.idle(self._grace_s))
+        idle = asyncio.ensure_future(self.engine.idle(self._grace_s))
         await asyncio.wait({hurry, idle}, return_when=asyncio.FIRST_COMPLETED)
         hurry.cancel()
         idle.cancel()
-        left = self._engine.taken
-        self._engine.end_all()
-        await self._engine.idle(LAST_WORDS_S)
+        left = self.engine.taken
+        self.engine.end_all()
+        await self.engine.idle(LAST_WORDS_S)
         log_event("stopped", cut_short=left)
         self.should_exit = True
 
 
 def patient(stall_s: float) -> type[HttpToolsProtocol]:
-    """A protocol that gives up a connection whose client sends no request, or reads nothing, for `stall_s`."""
+    """A protocol that gives up a connection whose client sends no request or reads nothing for stall_s."""
 
     class Patient(HttpToolsProtocol):
         _stalled: asyncio.TimerHandle | None = None

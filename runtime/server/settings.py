@@ -22,8 +22,8 @@ class Settings:
     """max_queue: sequences that may wait beside those in a slot. max_new_tokens: the most that a request may
     ask for; None: what the context leaves. max_body_bytes: of a request. deadline_s: from a request's arrival
     to the end of its text. grace_s: what a shutdown leaves to requests under way. stall_s: how long a client
-    may take to send a request, and how long it may leave what was sent to it unread. keys: accepted API keys, none for open
-    access. log_prompts: prompts and texts stand in the log."""
+    may take to send a request, and how long it may leave what was sent to it unread. keys: accepted API keys,
+    none for open access. log_prompts: prompts and texts stand in the log."""
 
     model: str
     max_queue: int = 256
