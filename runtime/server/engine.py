@@ -106,7 +106,8 @@ class Engine:
         self.session, self.measurements = session, measurements
         self.capacity = session.max_slots + max_queue
         self.taken = 0  # of the capacity
-        self.draining = False
+        self.draining = False  # nothing new is taken
+        self._ended = False  # nor is anything gone on with
         self.failure: str | None = None  # of the latest steps
         self._scheduler = session._scheduler
         self._alive: set[Answer] = set()
@@ -153,7 +154,7 @@ class Engine:
         try:
             sequences = await self._loop.run_in_executor(self._pool, make)
             assert len(sequences) == count
-            if self.draining:
+            if self._ended:
                 raise stopping()
         except BaseException:
             self._release(count)
@@ -162,6 +163,7 @@ class Engine:
 
     def end_all(self) -> None:
         """Ends every request under way, in words."""
+        self.draining = self._ended = True
         for answer in list(self._alive):
             answer.ticket.refusal = stopping()
             answer.ticket.close()
@@ -177,7 +179,6 @@ class Engine:
 
     async def stop(self) -> None:
         """Ends the threads; requests under way end first."""
-        self.draining = True
         self.end_all()
         await self.idle(10.0)
         self._closed = True

@@ -40,17 +40,17 @@ class JsonLines(logging.Formatter):
         ):  # where, not what: a message may quote a prompt
             error = record.exc_info[1]
             line["exception"] = type(error).__name__
-            line["traceback"] = traceback.format_tb(error.__traceback__)
+            frames = traceback.extract_tb(error.__traceback__)
+            line["traceback"] = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
         return json.dumps(line)
 
 
-class _File(logging.Handler):
-    """Writes lines to a file descriptor, whole or not at all as far as the disk lets it."""
+class _File:
+    """Writes lines to a file descriptor, whole or not at all as far as the disk lets it. It is no handler:
+    Python waits for those when it exits, and a write may never return."""
 
     def __init__(self, log: Log, path: str | None):
-        super().__init__()
-        self._log = log
-        self.setFormatter(JsonLines())
+        self._log, self._lines = log, JsonLines()
         try:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
             self._descriptor = os.dup(2) if path is None else os.open(path, flags, 0o640)
@@ -58,8 +58,8 @@ class _File(logging.Handler):
             raise GristmillError(f"the log {path} cannot be opened: {error.strerror}") from error
         self._torn = False  # the last line was cut short
 
-    def emit(self, record: logging.LogRecord) -> None:
-        data = (b"\n" if self._torn else b"") + self.format(record).encode() + b"\n"
+    def write(self, record: logging.LogRecord) -> None:
+        data = (b"\n" if self._torn else b"") + self._lines.format(record).encode() + b"\n"
         try:
             written = os.write(self._descriptor, data)
         except OSError:
@@ -69,10 +69,7 @@ class _File(logging.Handler):
         self._log.dropped += self._torn
 
     def close(self) -> None:
-        super().close()
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        os.close(self._descriptor)
 
 
 class _Queue(logging.handlers.QueueHandler):
@@ -92,6 +89,7 @@ class Log:
 
     def __init__(self, path: str | None):
         self.dropped = 0
+        self._closed = False
         self._file = _File(self, path)
         self._waiting: queue.Queue[logging.LogRecord | None] = queue.Queue(MOST_WAITING)
         self._handler = _Queue(self, self._waiting)
@@ -108,15 +106,17 @@ class Log:
         for name in LOGGERS:
             logging.getLogger(name).removeHandler(self._handler)
         self._handler.close()
+        self._closed = True
         with suppress(queue.Full):
             self._waiting.put(None, timeout=CLOSING_S)
         self._thread.join(CLOSING_S)
-        if not self._thread.is_alive():  # else it still writes there
-            self._file.close()
 
     def _write(self) -> None:
-        while (record := self._waiting.get()) is not None:
-            self._file.handle(record)
+        while not (self._closed and self._waiting.empty()):
+            record = self._waiting.get()
+            if record is not None:
+                self._file.write(record)
+        self._file.close()
 
 
 def log_event(event: str, **fields: Any) -> None:

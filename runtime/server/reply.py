@@ -173,7 +173,7 @@ class Reply(Response):
             reused_tokens=sum(r.reused_tokens for r in results[:: self._samples]),
             completion_tokens=sum(len(r.token_ids) for r in results),
             ttft_s=round(min((r.ttft_s for r in results if r.token_ids), default=0.0), 4),
-            finish_reasons=[r.finish_reason for r in results],
+            finish_reasons=[r.finish_reason or "cancelled" for r in results],
         )
         if self._ticket.left:
             self._engine.measurements.disconnects += 1
