@@ -1,8 +1,8 @@
 """Load on `gristmill serve` over loopback: many streams at once from a process of their own.
 
-Every answer is compared with the same prompt's greedy text from the session alone, the server's memory is read
-between rounds, and its throughput stands beside that of the scheduler without HTTP, in the same run. Client
-and server share this machine's processors: leave one to the client (--threads).
+Every answer is compared with the same prompt's greedy text from the session alone, the server's memory is
+read between rounds, and its throughput stands beside that of the scheduler without HTTP, in the same run.
+Client and server share this machine's processors: leave one to the client (--threads).
 
     python benchmarks/serve_load.py ARTIFACT --streams 200 --max-slots 32 --tokens 64 --threads 1
 """
@@ -26,13 +26,13 @@ import numpy as np
 
 import gristmill
 
-WORDS = "def class return import for while if else try with print open read write list dict set".split()
+WORDS = ["def", "class", "return", "import", "for", "while", "if", "try", "with", "print", "open", "list"]
 TIMEOUT_S = 600
 
 
 @dataclass
 class Stream:
-    """What one client saw. gaps: seconds between pieces that it read, each over its tokens."""
+    """What one client saw. gaps: seconds between the pieces that it read."""
 
     text: str = ""
     tokens: int = 0
@@ -52,7 +52,7 @@ async def read_stream(client: httpx.AsyncClient, prompt: str, tokens: int) -> St
     seen = Stream()
     body = {
         "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True,
-        "logprobs": 0,  # tells how many tokens a piece has
+        "stream_options": {"include_usage": True},
     }  # fmt: skip
     while True:
         last = began = time.perf_counter()
@@ -73,21 +73,22 @@ async def read_stream(client: httpx.AsyncClient, prompt: str, tokens: int) -> St
                 if "error" in event:
                     seen.error = event["error"]["message"]
                     return seen
-                last = take_in(seen, event["choices"][0], now, began, last)
+                last = take_in(seen, event, now, began, last)
         return seen
 
 
-def take_in(seen: Stream, choice: dict[str, Any], now: float, began: float, last: float) -> float:
-    """Adds a piece to what was seen; returns when the latest token came."""
-    seen.text += choice["text"]
-    count = len((choice["logprobs"] or {"tokens": []})["tokens"])
-    if not count:
+def take_in(seen: Stream, event: dict[str, Any], now: float, began: float, last: float) -> float:
+    """Adds a piece to what was seen; returns when the latest text came."""
+    if event["usage"]:
+        seen.tokens = event["usage"]["completion_tokens"]
+    text = event["choices"][0]["text"] if event["choices"] else ""
+    if not text:
         return last
-    if not seen.tokens:
+    if not seen.text:
         seen.ttft = now - began
     else:
-        seen.gaps += [(now - last) / count] * count
-    seen.tokens += count
+        seen.gaps.append(now - last)
+    seen.text += text
     return now
 
 
@@ -105,7 +106,10 @@ def server(artifact: str, options: list[str]) -> Iterator[tuple[str, int]]:
     """`gristmill serve`: its address and process id."""
     command = [sys.executable, "-m", "gristmill", "serve", artifact, "--port", "0", *options]
     process = subprocess.Popen(
-        [*command, "--log", os.devnull], stderr=subprocess.PIPE, text=True, cwd=os.path.dirname(artifact) or "/"
+        [*command, "--log", os.devnull],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=os.path.dirname(artifact) or "/",
     )
     assert process.stderr is not None
     try:
@@ -170,7 +174,9 @@ def main(
             spent, before = time.process_time() - spent, processor_s(process)
             round_seen, seconds = asyncio.run(load_round(url, texts, tokens))
             memory.append(resident_mib(process))
-            bad += sum(one.text != text or bool(one.error) for one, text in zip(round_seen, single, strict=True))
+            bad += sum(
+                one.text != text or bool(one.error) for one, text in zip(round_seen, single, strict=True)
+            )
             for one in round_seen:
                 if one.error:
                     click.echo(f"error: {one.error}", err=True)
@@ -200,9 +206,11 @@ def report(
     shares = ", ".join(f"{s / a:.2f}" for s, a in zip(served, alone, strict=True))
     click.echo(f"answers: {len(seen)}, other than alone or failed: {bad}")
     click.echo(f"refused with 429 and tried again: {sum(one.refused for one in seen)}")
-    click.echo(f"throughput: {http:.0f} tok/s served, {direct:.0f} tok/s without HTTP: {http / direct:.2f} ({shares})")
+    click.echo(
+        f"throughput: {http:.0f} tok/s served, {direct:.0f} without HTTP: {http / direct:.2f} ({shares})"
+    )
     click.echo(f"time to first token: {percentiles([one.ttft for one in seen])}")
-    click.echo(f"between tokens: {percentiles([gap for one in seen for gap in one.gaps])}")
+    click.echo(f"between pieces: {percentiles([gap for one in seen for gap in one.gaps])}")
     click.echo("memory after each round: " + ", ".join(f"{mib:.1f}" for mib in memory) + " MiB")
     click.echo(f"open files before and after: {files}, {after}")
 

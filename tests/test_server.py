@@ -8,13 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import MODEL, Running, openai, running
 from tiny import CHAT_TEMPLATE, EOS, byte_tokenizer, fake_session, tiny_artifact
-
-for name in ("fastapi", "uvicorn", "httptools", "prometheus_client", "httpx", "openai"):
-    pytest.importorskip(name, reason="serving needs gristmill[serve], its tests openai and httpx")
-
-import openai
-from serving import MODEL, Running, running
 
 import gristmill
 
@@ -69,9 +64,11 @@ def test_a_chat_goes_through_the_template(client: openai.OpenAI, server: Running
     found = client.chat.completions.create(**asked)
     assert found.choices[0].message.content == expected.text
     assert found.choices[0].message.role == "assistant"
-    parts = [{"role": "system", "content": "be brief"},
-             {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]  # fmt: skip
-    assert client.chat.completions.create(**{**asked, "messages": parts}).choices[0].message == found.choices[0].message
+    parts = [CHAT[0], {"role": "user", "content": [{"type": "text", "text": text} for text in "hi"]}]
+    assert (
+        client.chat.completions.create(**{**asked, "messages": parts}).choices[0].message
+        == found.choices[0].message
+    )
     chunks = list(client.chat.completions.create(**asked, stream=True))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected.text
@@ -145,7 +142,13 @@ def test_stop_strings_are_left_out_even_across_chunks(client: openai.OpenAI, ser
     whole = alone(server, "abc", max_new_tokens=60).text
     stop = whole[20:23]
     expected = whole[: whole.index(stop)]
-    asked: dict[str, Any] = {"model": MODEL, "prompt": "abc", "max_tokens": 60, "temperature": 0, "stop": [stop]}
+    asked: dict[str, Any] = {
+        "model": MODEL,
+        "prompt": "abc",
+        "max_tokens": 60,
+        "temperature": 0,
+        "stop": [stop],
+    }
     found = client.completions.create(**asked)
     assert (found.choices[0].text, found.choices[0].finish_reason) == (expected, "stop")
     chunks = list(client.completions.create(**asked, stream=True))
@@ -289,7 +292,7 @@ def test_a_model_without_a_template_has_no_chats(tmp_path: Path) -> None:
     from gristmill.runtime.tokenizer import Tokenizer
 
     session = fake_session(max_len=200)
-    assert CHAT_TEMPLATE == session.tokenizer.chat_template
+    assert session.tokenizer.chat_template == CHAT_TEMPLATE
     session.__dict__["tokenizer"] = Tokenizer(byte_tokenizer().to_str().encode())
     with running(session, tmp_path / "log") as server:
         found = server.post("/v1/chat/completions", {"messages": CHAT})
@@ -312,10 +315,14 @@ def test_a_log_line_for_each_request_without_its_text(server: Running) -> None:
 def test_metrics_count_what_was_done(server: Running) -> None:
     def value(name: str) -> float:
         text = server.get("/metrics").text
-        return sum(float(line.split()[-1]) for line in text.splitlines() if line.split("{")[0].split()[0] == name)
+        return sum(
+            float(line.split()[-1]) for line in text.splitlines() if line.split("{")[0].split()[0] == name
+        )
 
-    names = ("gristmill_generated_tokens_total", "gristmill_time_to_first_token_seconds_count",
-             "gristmill_prefix_hits_total", "gristmill_batch_rows_sum", "gristmill_inter_token_seconds_count")  # fmt: skip
+    names = (
+        "gristmill_generated_tokens_total", "gristmill_time_to_first_token_seconds_count",
+        "gristmill_prefix_hits_total", "gristmill_batch_rows_sum", "gristmill_inter_token_seconds_count",
+    )  # fmt: skip
     before = {name: value(name) for name in names}
     for _ in range(2):
         server.complete("a prompt of its own", max_tokens=11)

@@ -1,4 +1,4 @@
-"""`gristmill serve` when something goes wrong: clients that leave or stand still, too much, full disks, signals.
+"""`gristmill serve` when something goes wrong: clients that leave or stand still, full disks, signals.
 
 After each of them nothing is held: no slot, no thread, no file.
 """
@@ -22,14 +22,8 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from serving import MODEL, Running, handles, httpx, nothing_runs, openai, raw, running, threads, wait_until
 from tiny import FakeExecutor, fake_session, tiny_artifact
-
-for name in ("fastapi", "uvicorn", "httptools", "prometheus_client", "httpx", "openai"):
-    pytest.importorskip(name, reason="serving needs gristmill[serve], its tests openai and httpx")
-
-import httpx
-import openai
-from serving import MODEL, Running, handles, nothing_runs, raw, running, threads, wait_until
 
 import gristmill
 from gristmill.cli import cli, run_command
@@ -130,7 +124,9 @@ def test_too_long_a_body_is_refused_and_the_server_goes_on(endless: Session, tmp
                 yield b"x" * 100_000
 
         headers = {"content-type": "application/json"}
-        assert httpx.post(server.url + "/v1/completions", content=chunks(), headers=headers).status_code == 413
+        assert (
+            httpx.post(server.url + "/v1/completions", content=chunks(), headers=headers).status_code == 413
+        )
         with server.connect() as enormous:
             enormous.sendall(raw(b"{", length=2**40))
             assert b" 413 " in enormous.recv(10_000)
@@ -234,9 +230,7 @@ def test_a_full_disk_costs_lines_of_the_log_alone(endless: Session) -> None:
         assert server.complete(max_tokens=4).status_code == 200
 
 
-def test_a_log_that_nobody_reads_holds_nothing_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_log_that_nobody_reads_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "MOST_WAITING", 10)
     monkeypatch.setattr(logs, "CLOSING_S", 0.05)
     path = tmp_path / "pipe"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
+from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from gristmill.runtime.decoding.chooser import Choice
 from gristmill.runtime.decoding.sequence import Generation
 
 TokenBytes = Callable[[int], bytes]
+MARK = "\0text\0"
 LEAST = -9999.0  # JSON has no infinity
 FINISH = {"timeout": "length"}  # OpenAI's interface has no word for a text that ran out of time
 
@@ -27,6 +30,7 @@ class Format:
         self.id = f"{self.prefix}-{secrets.token_hex(12)}"
         self._common = {"created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
         self._offsets: dict[int, int] = {}  # characters of each choice whose tokens were named
+        self._frames: dict[int, list[bytes]] = {}  # of each choice, what stands around a piece of text
 
     def whole(self, results: Sequence[Generation], logprobs: Sequence[list[Choice]], usage: Any) -> Any:
         """The answer that is not streamed."""
@@ -42,6 +46,15 @@ class Format:
         """A piece of choice `index`; result: at its end."""
         choice = {"index": index, **self._delta(index, text, logprobs), **finish_of(result)}
         return self._body(self.chunk_object, [choice], **more)
+
+    def piece(self, index: int, text: str, **more: Any) -> bytes:
+        """The event of `chunk` for text alone, which nearly all pieces are."""
+        if index not in self._frames:
+            self._frames[index] = event(self.chunk(index, MARK, [], None, **more)).split(
+                encode_basestring_ascii(MARK).encode()
+            )
+        before, after = self._frames[index]
+        return before + encode_basestring_ascii(text).encode() + after
 
     def first(self, index: int) -> dict[str, Any] | None:
         """What stands before the first piece of a choice."""
@@ -130,6 +143,11 @@ class ChatFormat(Format):
     def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
         data = self._bytes(token)
         return {"token": data.decode("utf-8", "replace"), "bytes": list(data), "logprob": _number(logprob)}
+
+
+def event(value: dict[str, Any]) -> bytes:
+    """A server-sent event."""
+    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
 
 
 def _number(logprob: float | None) -> float:

@@ -71,7 +71,7 @@ class Gate:
             )
 
     async def _with_body(self, scope: Scope, receive: Receive) -> Receive:
-        """`receive` that gives the whole body at once. Raises RequestError for what is too long or too slow."""
+        """`receive` that gives the whole body at once. Raises RequestError for one too long or too slow."""
         if _header(scope, b"content-type").partition(";")[0].strip().lower() != "application/json":
             raise RequestError(
                 415, "the request's content type is not application/json", "unsupported_media_type"

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from gristmill.runtime.decoding.chooser import Choice
 from gristmill.runtime.server.engine import Answer, Engine, Ticket
 from gristmill.runtime.server.errors import RequestError, request_error
-from gristmill.runtime.server.formats import Format, usage_of
+from gristmill.runtime.server.formats import Format, event, usage_of
 from gristmill.runtime.server.logs import logger
 
 CLIENT_GONE = 499  # for the log; nobody reads it
@@ -102,38 +102,38 @@ class Reply(Response):
         ticket = self._ticket
         while True:
             error = self._error()
-            events = [event for index in range(len(ticket.answers)) for event in self._new_events(index)]
+            new = b"".join([self._new_events(index) for index in range(len(ticket.answers))])
             if error is not None:
-                yield b"".join([*map(_event, events), _event(error.body)])
+                yield new + event(error.body)
                 return
             if all(self._sent):
                 break
-            if events:
-                yield b"".join(map(_event, events))
+            if new:
+                yield new
             await ticket.wait()
         if self._with_usage:
             usage = usage_of([answer.sequence.result for answer in ticket.answers], self._samples)
-            events.append(self._format.usage_chunk(usage))
-        yield b"".join(map(_event, events)) + b"data: [DONE]\n\n"
+            new += event(self._format.usage_chunk(usage))
+        yield new + b"data: [DONE]\n\n"
 
-    def _new_events(self, index: int) -> list[dict[str, Any]]:
+    def _new_events(self, index: int) -> bytes:
         answer = self._ticket.answers[index]
         finished = answer.finished  # before its text is taken: then that is all of it
-        if self._sent[index]:
-            return []
         text = "".join(answer.sequence.take_pieces())
         logprobs = self._new_logprobs(index, answer)
-        events = []
-        if not self._begun[index] and (text or logprobs or finished):
+        if self._sent[index] or not (text or logprobs or finished):
+            return b""
+        self._sent[index] = finished
+        begin = b""
+        if not self._begun[index]:
             self._begun[index] = True
             first = self._format.first(index)
-            events += [first] if first is not None else []
+            begin = event(first) if first is not None else b""
         more = {"usage": None} if self._with_usage else {}
-        if text or logprobs or finished:
-            result = answer.sequence.result if finished else None
-            events.append(self._format.chunk(index, text, logprobs, result, **more))
-        self._sent[index] = finished
-        return events
+        if not (logprobs or finished):
+            return begin + self._format.piece(index, text, **more)
+        result = answer.sequence.result if finished else None
+        return begin + event(self._format.chunk(index, text, logprobs, result, **more))
 
     def _new_logprobs(self, index: int, answer: Answer) -> list[Choice]:
         """Those that were not sent; of the token that ended the text none is told."""
@@ -186,7 +186,3 @@ async def _until_gone(receive: Receive) -> None:
     """Returns when the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"

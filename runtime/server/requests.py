@@ -144,7 +144,7 @@ def _schema(format: ResponseFormat | None) -> dict[str, Any]:
         return {"schema": {"type": "object"}}
     if format.json_schema is None or format.json_schema.schema_ is None:
         raise RequestError(
-            400, 'response_format of type "json_schema" needs {"json_schema": {"name": ..., "schema": {...}}}',
+            400, 'response_format of type "json_schema" needs {"json_schema": {"schema": {...}}}',
             "invalid_value", "response_format",
         )  # fmt: skip
     schema = format.json_schema.schema_
