@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import serve_load
+from click.testing import CliRunner
 from serving import MODEL, Running, openai, running
 from tiny import CHAT_TEMPLATE, EOS, byte_tokenizer, fake_session, tiny_artifact
 
 import gristmill
+from gristmill.runtime.server.token_bytes import TokenBytes
+from gristmill.runtime.tokenizer import Tokenizer
 
 CHAT: list[Any] = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
 
@@ -289,8 +293,6 @@ def test_malformed_bodies_and_paths(server: Running) -> None:
 
 
 def test_a_model_without_a_template_has_no_chats(tmp_path: Path) -> None:
-    from gristmill.runtime.tokenizer import Tokenizer
-
     session = fake_session(max_len=200)
     assert session.tokenizer.chat_template == CHAT_TEMPLATE
     session.__dict__["tokenizer"] = Tokenizer(byte_tokenizer().to_str().encode())
@@ -333,3 +335,34 @@ def test_metrics_count_what_was_done(server: Running) -> None:
     assert after["gristmill_prefix_hits_total"] >= 1 and after["gristmill_batch_rows_sum"] >= 22
     assert value("gristmill_kv_rows_in_use") == 0 < value("gristmill_kv_rows_kept")
     assert value("gristmill_ready") == 1 and value("gristmill_queued") == 0
+
+
+def test_many_streams_equal_their_single_runs(tmp_path: Path) -> None:
+    artifact = str(tiny_artifact(tmp_path / "a", max_tokens=64, max_len=64))
+    load = ["--streams", "14", "--tokens", "24", "--rounds", "1", "--max-slots", "4", "--max-queue", "8"]
+    result = CliRunner().invoke(serve_load.main, [artifact, *load], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "answers: 14, other than alone or failed: 0" in result.output
+    assert "tried again: 0" not in result.output, "twelve find room, the others come again"
+
+
+TEXT = "def f(x):\n    return 'h\u00e9, \u20ac, \U0001f600'  # once upon a time\n"
+
+
+def test_bytes_of_tokens_make_up_the_text(py7m: Path) -> None:
+    spelled(Tokenizer.of_files({"tokenizer.json": (py7m / "tokenizer.json").read_bytes()}), TEXT)
+
+
+def test_bytes_of_sentencepiece_tokens_make_up_the_text(stories260k: Path) -> None:
+    tokenizer = Tokenizer.of_files({"tokenizer.json": (stories260k / "tokenizer.json").read_bytes()})
+    spelled(tokenizer, " " + TEXT)  # it puts a space before every text
+
+
+def spelled(tokenizer: Tokenizer, text: str) -> None:
+    """The bytes of a text's tokens are the text; special tokens are themselves."""
+    bytes_of = TokenBytes(tokenizer)
+    ids = tokenizer.encode(text.removeprefix(" "), add_special_tokens=False)
+    assert b"".join(bytes_of(token) for token in ids).decode() == text
+    added = tokenizer.backend.get_added_tokens_decoder()
+    assert all(bytes_of(token).decode() == str(named) for token, named in added.items())
+    assert bytes_of(10**9) == b""

@@ -57,42 +57,40 @@ class Reply(Response):
         watch = asyncio.ensure_future(_until_gone(receive))
         watch.add_done_callback(self._ticket.leave)
         try:
-            if not self._stream:
-                await self._send_whole(scope, receive, send)
+            await self._something_to_send()
+            if self._ticket.left:
+                return
+            if (error := self._error()) is not None:
+                await refusal(error)(scope, receive, send)
+            elif self._stream:
+                await self._send_stream(send)
             else:
-                await self._send_stream(scope, receive, send)
+                await self._send_whole(scope, receive, send)
         finally:
             watch.remove_done_callback(self._ticket.leave)
             watch.cancel()
             self._ticket.close()
             self._note(scope["gristmill.record"])
 
-    async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _something_to_send(self) -> None:
+        """Returns with the first news of a stream, else at the end."""
         ticket = self._ticket
-        while not (ticket.finished or ticket.left or ticket.error):
+        await ticket.wait()
+        while not (self._stream or ticket.finished or ticket.left or ticket.error):
             await ticket.wait()
-        if ticket.left:
-            return
-        if (error := self._error()) is not None:
-            await refusal(error)(scope, receive, send)
-            return
-        results = [answer.sequence.result for answer in ticket.answers]
-        logprobs = [self._new_logprobs(index, answer) for index, answer in enumerate(ticket.answers)]
+
+    async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answers = self._ticket.answers
+        results = [answer.sequence.result for answer in answers]
+        logprobs = [self._new_logprobs(index, answer) for index, answer in enumerate(answers)]
         usage = usage_of(results, self._samples)
         await Json(self._format.whole(results, logprobs, usage))(scope, receive, send)
 
-    async def _send_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        ticket = self._ticket
-        await ticket.wait()
-        if ticket.left:
-            return
-        if (error := self._error()) is not None:
-            await refusal(error)(scope, receive, send)
-            return
+    async def _send_stream(self, send: Send) -> None:
         headers = [(name.encode(), value.encode()) for name, value in STREAM_HEADERS.items()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         async for body in self._events():
-            if ticket.left:
+            if self._ticket.left:
                 return
             await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
