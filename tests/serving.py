@@ -32,9 +32,9 @@ TIMEOUT_S = 60.0
 
 
 class Running:
-    """A server that runs. url: without a slash at its end."""
+    """A server that runs. url: without a slash at its end. ready: whether to wait until it takes requests."""
 
-    def __init__(self, session: Session, settings: Settings, log_path: Path | str):
+    def __init__(self, session: Session, settings: Settings, log_path: Path | str, ready: bool = True):
         self.session, self.log_path = session, log_path
         self.listening = bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
@@ -45,7 +45,8 @@ class Running:
         self._thread = threading.Thread(target=self._run, name="tested-server")
         self._thread.start()
         assert self._started.wait(TIMEOUT_S)
-        wait_until(lambda: self.get("/health").status_code == 200)
+        if ready:
+            wait_until(lambda: self.get("/health").status_code == 200)
 
     def _run(self) -> None:
         asyncio.run(self._serve())

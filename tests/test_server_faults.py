@@ -298,25 +298,11 @@ def test_health_waits_for_the_first_token(tmp_path: Path) -> None:
     go_on = threading.Event()
     session = fake_session()
     session.executor = Slow()
-    states = []
-
-    def watch() -> None:
-        wait_until(lambda: bool(known))
-        states.append(httpx.get(known[0] + "/health"))
-        go_on.set()
-
-    known: list[str] = []
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    server = Running.__new__(Running)
-    original = Running.get
-    try:
-        Running.get = lambda self, path, **o: (known.append(self.url), original(self, path, **o))[1]  # type: ignore[method-assign]
-        server.__init__(session, Settings(model=MODEL), tmp_path / "log")  # type: ignore[misc]
-    finally:
-        Running.get = original  # type: ignore[method-assign]
-    watcher.join()
-    assert states[0].status_code == 503 and states[0].json() == {"status": "starting"}
+    server = Running(session, Settings(model=MODEL), tmp_path / "log", ready=False)
+    found = server.get("/health")
+    assert found.status_code == 503 and found.json() == {"status": "starting"}
+    go_on.set()
+    wait_until(lambda: server.get("/health").status_code == 200)
     server.end()
     server.join()
 
