@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
     from gristmill.runtime.server.engine import Engine
+    from gristmill.runtime.server.logs import Log
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -84,15 +85,15 @@ class Measurements:
 
 
 class Collector:
-    """The metrics of an engine, for a registry of prometheus_client. dropped: log lines that were lost."""
+    """The metrics of an engine, for a registry of prometheus_client."""
 
-    def __init__(self, engine: Engine, dropped: object):
-        self._engine, self._dropped = engine, dropped
+    def __init__(self, engine: Engine, log: Log):
+        self._engine, self._log = engine, log
 
     def collect(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
-        engine, measured = self._engine, self._engine.measurements
+        measured = self._engine.measurements
         requests = CounterMetricFamily(
             "gristmill_requests", "HTTP requests answered.", labels=["endpoint", "status"]
         )
@@ -115,7 +116,6 @@ class Collector:
         ):
             counts, total = buckets.cumulative()
             yield HistogramMetricFamily(f"gristmill_{name}", what, buckets=counts, sum_value=total)
-        assert engine is not None
 
     def _counters(self) -> Iterator[tuple[str, str, float]]:
         measured, statistics = self._engine.measurements, self._engine.session.statistics
@@ -127,7 +127,7 @@ class Collector:
         yield "accepted_tokens", "Proposed tokens that were right.", statistics.accepted
         yield "steps", "Forwards of the model.", statistics.steps
         yield "disconnects", "Clients that left before the end.", measured.disconnects
-        yield "log_lines_dropped", "Lines that the log could not take.", self._dropped.dropped  # type: ignore[attr-defined]
+        yield "log_lines_dropped", "Lines that the log could not take.", self._log.dropped
 
     def _gauges(self) -> Iterator[tuple[str, str, float]]:
         engine, session = self._engine, self._engine.session
