@@ -105,8 +105,8 @@ def test_chunks_equal_the_whole_within_rounding(tmp_path: Path) -> None:
 
 @pytest.fixture
 def rows_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter multiplies by BLAS, which on some processors sums a row in another order where it is
-    elsewhere in a tile; a device does not."""
+    """Triton's interpreter multiplies by BLAS, whose order of summing depends on a row's place on some
+    processors; a device's does not."""
     monkeypatch.setattr(np, "matmul", lambda a, b, dtype=None: np.einsum("ij,jk->ik", a, b, dtype=dtype))
 
 
