@@ -67,16 +67,16 @@ def _attention_heads_fake(
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
-def _attention_heads_inputs(context: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    tensors, context.rest = [*inputs[:3], inputs[7]], inputs[3:7]
-    context.save_for_backward(*tensors)
+def _attention_heads_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tensors, ctx.rest = [*inputs[:3], inputs[7]], inputs[3:7]
+    ctx.save_for_backward(*tensors)
 
 
-def _attention_heads_backward(context: Any, gradient: Tensor) -> tuple[Any, ...]:
+def _attention_heads_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     """Computed once more with gradients: for modules that train with the op they are compiled with."""
-    tensors = [None if t is None else t.detach().requires_grad_() for t in context.saved_tensors]
+    tensors = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
     with torch.enable_grad():
-        out = _attention.attention_heads(*tensors[:3], *context.rest, tensors[3])
+        out = _attention.attention_heads(*tensors[:3], *ctx.rest, tensors[3])
     wanted = [t for t in tensors if t is not None]
     found = iter(torch.autograd.grad(out, wanted, gradient))
     q, k, v, sinks = (None if t is None else next(found) for t in tensors)

@@ -10,7 +10,6 @@ import copy
 import math
 import traceback
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ def tracing_copy(module: nn.Module, name: str) -> nn.Module:
         copied = copy.deepcopy(module, memo)
     except Exception as error:  # a module may hold anything
         raise GristmillError(
-            f"{name} cannot be copied for tracing ({_first_line(error)}); keep what cannot be copied out of it"
+            f"{name} cannot be copied for tracing ({first_line(error)}); keep what cannot be copied out of it"
         ) from error
     for part in copied.modules():
         for key, buffer in part._buffers.items():
@@ -127,7 +126,7 @@ def _reason(error: Exception) -> str:
         return "its control flow or shapes depend on the values of tensors"
     if "specialized" in text or "Constraints violated" in text or "ConstraintViolation" in kind:
         return "its code fixes the number of tokens; take it from tokens.shape, never as a number"
-    return _first_line(error)
+    return first_line(error)
 
 
 def _where(error: BaseException, module: nn.Module) -> str:
@@ -144,12 +143,8 @@ def _where(error: BaseException, module: nn.Module) -> str:
     return f" (at {told})" if told else ""
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line that an error says, shortened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:200]
 
-
-def parameters_of(module: nn.Module) -> Mapping[str, Tensor]:
-    """The parameters by their first names: what is stored."""
-    names = set(first_names(module).values())
-    return {name: tensor for name, tensor in module.named_parameters() if name in names}

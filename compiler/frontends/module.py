@@ -152,12 +152,26 @@ def module_source(module: Any, example: Any = None, tokenizer: Any = None) -> Mo
         from .torchscript import script_source
 
         return script_source(module, type(module).__name__, example, tokenizer)
-    name = type(module).__name__
-    call = call_of(module, example)
+    return graph_source(module, call_of(module, example), type(module).__name__, tokenizer, eager=module)
+
+
+def graph_source(module: nn.Module, call: Call, name: str, tokenizer: Any, eager: Any) -> ModuleSource:
+    """Trace ``module``; ``eager`` is what its graph is held to. Raises GristmillError where its ends do not fit."""
     checkpoint = checkpoint_of(module, name)
     copied = tracing_copy(module, name)
     traced = lift(export(copied, call, name), copied, checkpoint, ModuleConfig(name, MOST_POSITIONS))
-    return finished(name, traced, checkpoint, tokenizer, (module, call))
+    _refuse_ends(name, traced)
+    canonicalize.run(traced, Report())
+    lift_positions.run(traced, Report())
+    config = ModuleConfig(name, traced.max_position or MOST_POSITIONS)
+    traced.config = config
+    files = files_of(tokenizer)
+    if files and (size := Tokenizer.of_files(files).size) > vocabulary_of(traced):
+        raise GristmillError(
+            f"{name}: the tokenizer has {size} ids, the logits are {vocabulary_of(traced)} wide; give the "
+            "tokenizer of this model"
+        )
+    return ModuleSource(name, Path(), config, checkpoint, None, traced, files, (eager, call))
 
 
 def checkpoint_of(module: nn.Module, name: str) -> MemoryCheckpoint:
@@ -170,24 +184,6 @@ def checkpoint_of(module: nn.Module, name: str) -> MemoryCheckpoint:
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             raise GristmillError(f"{name}: parameter {key!r} has values that are not finite")
     return MemoryCheckpoint(parameters)
-
-
-def finished(
-    name: str, traced: Traced, checkpoint: MemoryCheckpoint, tokenizer: Any, eager: tuple[Any, Call]
-) -> ModuleSource:
-    """The source of a graph as it was exported. Raises GristmillError where its ends do not fit."""
-    _refuse_ends(name, traced)
-    canonicalize.run(traced, Report())
-    lift_positions.run(traced, Report())
-    config = ModuleConfig(name, traced.max_position or MOST_POSITIONS)
-    traced.config = config
-    files = files_of(tokenizer)
-    if files and (size := Tokenizer.of_files(files).size) > vocabulary_of(traced):
-        raise GristmillError(
-            f"{name}: the tokenizer has {size} ids, the logits are {vocabulary_of(traced)} wide; give the "
-            "tokenizer of this model"
-        )
-    return ModuleSource(name, Path(), config, checkpoint, None, traced, files, eager)
 
 
 def _refuse_ends(name: str, traced: Traced) -> None:
