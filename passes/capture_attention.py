@@ -214,15 +214,15 @@ def _reshaped(node: fx.Node, value: Any) -> Any:
     return evaluate(node.target, node.args, node.kwargs, known)
 
 
-def _window(
-    traced: Traced, masks: tuple[tuple[fx.Node, str], ...], causal: bool, max_len: int
-) -> int:  # fmt: skip
+def _window(traced: Traced, masks: tuple[tuple[fx.Node, str], ...], causal: bool, max_len: int) -> int:
     """Positions that a row sees; 0: all before it and itself. Raises NotAttention for another mask."""
     rows = _mask_rows(traced, masks, max_len)
     allowed = torch.ones(rows, rows, dtype=torch.bool)
     allowed = allowed.tril() if causal else allowed
     for mask, kind in masks:
         allowed &= _allowed(_values(traced, mask, rows), kind, rows)
+    if masks:  # beyond, nobody looked
+        traced.max_position = rows
     last = int(allowed[-1].sum())
     band = torch.ones(rows, rows, dtype=torch.bool).tril()
     if torch.equal(allowed, band):
@@ -235,6 +235,7 @@ def _window(
 def _mask_rows(traced: Traced, masks: tuple[tuple[fx.Node, str], ...], max_len: int) -> int:
     if not masks:
         return EXAMPLE_ROWS
+    """All that the program will hold: a window may begin far out."""
     rows = min(max_len, traced.max_position or max_len)
     if rows > LARGEST_MASK:
         raise NotAttention(
