@@ -61,7 +61,7 @@ class Source:
         return trace(self.config, self.checkpoint, max_len, export)
 
     def check(self, traced: Traced) -> None:
-        """Raises GristmillError where the graph, rewritten by all passes, is known to differ from the model."""
+        """Raises GristmillError where the graph after all passes is known to differ from the model."""
 
     def command(self, options: CompileOptions) -> str:
         """The command line that makes the artifact again."""

@@ -2,8 +2,8 @@
 
     python examples/own_decoder.py --steps 300 --out own.grist
 
-The module is ordinary torch. What it owes the compiler is a forward from token ids to logits, and attention by
-gristmill.attention.
+The module is ordinary torch. What it owes the compiler is a forward from token ids to logits, and attention
+by gristmill.attention.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def main() -> None:
         model, arguments.out, tokenizer=tokenizer, weights="int4", group_size=32, gate_tokens=1000, force=True
     )
     print("\n".join(result.summary["gate"]))
-    print(gristmill.load(arguments.out).generate("    def ", max_new_tokens=120, temperature=0.5, seed=1).text)
+    print(
+        gristmill.load(arguments.out).generate("    def ", max_new_tokens=120, temperature=0.5, seed=1).text
+    )
 
 
 if __name__ == "__main__":

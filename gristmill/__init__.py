@@ -43,8 +43,8 @@ def compile(
     a decoder whose forward(tokens) or forward(tokens, positions), each int64 [1, T], gives logits
     [1, T, vocabulary] and which computes its attention by gristmill.attention or torch's
     scaled_dot_product_attention; see docs/frontends.md. For the last two, example: arguments of forward for
-    one sequence (a tensor, tuple or dict), None: by its signature; tokenizer: a directory, a tokenizer.json or
-    a tokenizer object, None: the artifact has none, takes token ids, and is made with gate=False.
+    one sequence (a tensor, tuple or dict), None: by its signature; tokenizer: a directory, a tokenizer.json
+    or a tokenizer object, None: the artifact has none, takes token ids, and is made with gate=False.
 
     options: the fields of gristmill.compiler.options.CompileOptions, such as weights="int4", group_size=128,
     kv="int8", text="held_out.txt", force=True. Needs the extra [compile]. Raises GristmillError for what

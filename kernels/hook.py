@@ -21,28 +21,25 @@ def attention(
 ) -> Tensor:
     """Causal attention of whole sequences, each from its position 0 on: softmax(scale q k^T) v.
 
-    q: [B, heads, T, D]; k: [B, kv_heads, T, D]; v: [B, kv_heads, T, V], where kv_heads divides heads (query head h
-    reads head h // (heads // kv_heads)); all three of one floating type. Result [B, heads, T, V], as of
-    torch.nn.functional.scaled_dot_product_attention. Rotations and norms of q and k are the caller's, before.
+    q: [B, heads, T, D]; k: [B, kv_heads, T, D]; v: [B, kv_heads, T, V], where kv_heads divides heads (query
+    head h reads head h // (heads // kv_heads)); all three of one floating type. Result [B, heads, T, V], as
+    of torch.nn.functional.scaled_dot_product_attention. Rotations and norms of q and k are the caller's.
     scale: D ** -0.5 where None. window: how many positions a row sees, itself included; 0: all before it.
     softcap: scores become softcap * tanh(scores / softcap); 0: none. sinks: [heads], a score per head that
     takes part in the softmax and has no value.
 
-    Run eagerly (gradients included) it computes just that; in a module given to gristmill.compile it is traced
-    as one opaque op, which becomes attention over the KV cache. Scriptable.
+    Run eagerly (gradients included) it computes just that; in a module given to gristmill.compile it is
+    traced as one opaque op, which becomes attention over the KV cache. Scriptable.
     """
-    factor = float(q.shape[-1]) ** -0.5 if scale is None else scale
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+    if not torch.jit.is_scripting():
+        _check(q, k, v)
+    factor = q.size(3) ** -0.5 if scale is None else scale
+    rows = torch.ops.gristmill.attention_heads(q, k, v, 0, factor, window, softcap, sinks)
+    return rows.transpose(1, 2)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if {q.dim(), k.dim(), v.dim()} != {4}:
         raise ValueError("attention expects q, k and v of four dimensions: [B, heads, T, columns]")
     if q.shape[1] % k.shape[1] != 0 or k.shape[1] != v.shape[1]:
         raise ValueError("attention expects as many heads of k as of v, and a multiple of them of q")
-    if q.shape[0] == 1:
-        rows = torch.ops.gristmill.attention_heads(q, k, v, 0, factor, window, softcap, sinks)
-        return rows.transpose(1, 2)
-    parts = [
-        torch.ops.gristmill.attention_heads(
-            q[b : b + 1], k[b : b + 1], v[b : b + 1], 0, factor, window, softcap, sinks
-        )
-        for b in range(q.shape[0])
-    ]
-    return torch.cat(parts).transpose(1, 2)

@@ -23,7 +23,8 @@ LARGEST_MASK = 8192  # rows of a mask that is looked at: 64 Mi values
 HIDDEN = -1e4  # what is added to a hidden score is at most this
 REPEATS = (aten.expand.default, aten.repeat_interleave.self_int, aten.clone.default, aten.contiguous.default)
 UNCHANGED = (
-    aten.dropout.default, aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default,
+    aten.dropout.default, aten.clone.default, aten.contiguous.default, aten.alias.default,
+    aten.detach.default,
 )  # fmt: skip
 PRODUCTS = (aten.matmul.default, aten.bmm.default)
 SOFTMAXES = (aten.softmax.int, aten._softmax.default)
@@ -62,7 +63,9 @@ def _called(traced: Traced, node: fx.Node, max_len: int) -> fx.Node:
     """scaled_dot_product_attention."""
     a = arguments(node)
     if a["dropout_p"]:
-        raise NotAttention(f"it drops out {a['dropout_p']} of its weights; pass dropout_p=0 when not training")
+        raise NotAttention(
+            f"it drops out {a['dropout_p']} of its weights; pass dropout_p=0 when not training"
+        )
     if a["attn_mask"] is None and not a["is_causal"]:
         raise NotAttention("it is not causal (no mask, is_causal=False)")
     masks = () if a["attn_mask"] is None else ((a["attn_mask"], "allowed or added"),)
@@ -77,7 +80,7 @@ def _spelled(traced: Traced, node: fx.Node, max_len: int) -> fx.Node:
     dim = softmax.args[1]
     if dim not in (-1, len(shape(softmax)) - 1):
         raise NotAttention(f"its softmax is over dimension {dim}, expected the last")
-    scores, product = _taken_apart(_unchanged(softmax.args[0]))
+    scores, product = _taken_apart(traced, _unchanged(softmax.args[0]))
     window = _window(traced, scores.masks, False, max_len)
     q, k = _unchanged(product.args[0]), _turned(traced, _unchanged(product.args[1]))
     scale, q = _scaled(q, scores.scale)
@@ -85,51 +88,53 @@ def _spelled(traced: Traced, node: fx.Node, max_len: int) -> fx.Node:
     return _attention(traced, node, (q, k, node.args[1]), scale, window, scores.softcap)
 
 
-def _taken_apart(node: fx.Node) -> tuple[Scores, fx.Node]:
+def _taken_apart(traced: Traced, node: fx.Node) -> tuple[Scores, fx.Node]:
     """What was done to the product of q and k, and that product."""
     scores, capped = Scores(), False
     while not is_op(node, *PRODUCTS):
-        masked = _masked(node)
-        if masked is not None:
+        masked, factor = _masked(traced, node), _factor(node)
+        if masked is not None and not scores.softcap:
             node, mask = masked
             scores.masks += (mask,)
-        elif is_op(node, aten.mul.Tensor, aten.div.Tensor) and isinstance(node.args[1], (int, float)):
-            factor = float(node.args[1])
-            factor = factor if is_op(node, aten.mul.Tensor) else 1 / factor
-            if not scores.softcap and is_op(_unchanged(node.args[0]), aten.tanh.default):
-                scores.softcap, capped = factor, True
-                node = _unchanged(node.args[0])
-            elif capped:
-                scores.scale, capped = factor * scores.softcap, False
-            else:
-                scores.scale *= factor
-            node = _unchanged(node.args[0])
-            continue
-        else:
+        elif factor is None:
             raise NotAttention(f"its scores go through {node.target}")
+        elif is_op(_unchanged(node.args[0]), aten.tanh.default) and scores == Scores(masks=scores.masks):
+            scores.softcap, capped = factor, True
+            node = _unchanged(node.args[0]).args[0]
+        else:
+            scores.scale *= factor * (scores.softcap if capped else 1.0)
+            node, capped = node.args[0], False  # type: ignore[assignment]
         node = _unchanged(node)
     if capped:
         raise NotAttention("its scores go through tanh without being divided before")
     return scores, node
 
 
-def _masked(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, str]] | None:
+def _factor(node: fx.Node) -> float | None:
+    """By what a node multiplies its first operand."""
+    if not is_op(node, aten.mul.Tensor, aten.div.Tensor) or not isinstance(node.args[1], (int, float)):
+        return None
+    return float(node.args[1]) if is_op(node, aten.mul.Tensor) else 1 / float(node.args[1])
+
+
+def _masked(traced: Traced, node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, str]] | None:
     """(scores, (mask, what it says)) of a step that hides scores."""
-    if is_op(node, aten.masked_fill.Scalar) and node.args[2] <= HIDDEN:  # type: ignore[operator]
-        return node.args[0], (node.args[1], "hidden")  # type: ignore[return-value]
-    if is_op(node, aten.where.ScalarOther) and node.args[2] <= HIDDEN:  # type: ignore[operator]
-        return node.args[1], (node.args[0], "allowed or added")  # type: ignore[return-value]
-    if is_op(node, aten.where.self, aten.masked_fill.Tensor):
-        condition, first, other = node.args
-        if is_op(node, aten.masked_fill.Tensor):
-            return first, (condition, "hidden")  # type: ignore[return-value]
-        return first, (condition, "allowed or added")  # type: ignore[return-value]
-    if is_op(node, aten.add.Tensor) and not node.kwargs and isinstance(node.args[1], fx.Node):
-        first, other = node.args  # type: ignore[misc]
-        if _depends_on_rows(first):
-            return first, (other, "allowed or added")  # type: ignore[return-value]
-        return other, (first, "allowed or added")  # type: ignore[return-value]
+    args: Any = node.args
+    if is_op(node, aten.masked_fill.Scalar, aten.masked_fill.Tensor) and _hides(traced, args[2]):
+        return args[0], (args[1], "hidden")
+    if is_op(node, aten.where.ScalarOther, aten.where.self) and _hides(traced, args[2]):
+        return args[1], (args[0], "allowed or added")
+    if is_op(node, aten.add.Tensor) and not node.kwargs and isinstance(args[1], fx.Node):
+        scores, mask = args if _depends_on_rows(args[0]) else args[::-1]
+        return scores, (mask, "allowed or added")
     return None
+
+
+def _hides(traced: Traced, value: Any) -> bool:
+    """Whether what scores are replaced by is as good as -inf."""
+    if isinstance(value, fx.Node):
+        value = float(_values(traced, value, EXAMPLE_ROWS).max())
+    return bool(value <= HIDDEN)
 
 
 def _depends_on_rows(node: Any) -> bool:
@@ -139,10 +144,8 @@ def _depends_on_rows(node: Any) -> bool:
 
 def _scaled(node: fx.Node, scale: float) -> tuple[float, fx.Node]:
     """q * 0.125 before the product is a scale after it."""
-    if is_op(node, aten.mul.Tensor, aten.div.Tensor) and isinstance(node.args[1], (int, float)):
-        factor = float(node.args[1])
-        return scale * (factor if is_op(node, aten.mul.Tensor) else 1 / factor), _unchanged(node.args[0])
-    return scale, node
+    factor = _factor(node)
+    return (scale, node) if factor is None else (scale * factor, _unchanged(node.args[0]))
 
 
 def _turned(traced: Traced, node: fx.Node) -> fx.Node:
@@ -239,8 +242,8 @@ def _mask_rows(traced: Traced, masks: tuple[tuple[fx.Node, str], ...], max_len: 
     rows = min(max_len, traced.max_position or max_len)
     if rows > LARGEST_MASK:
         raise NotAttention(
-            f"a mask over {rows} positions is too large to be looked at; give max_len {LARGEST_MASK} or less, or "
-            "call gristmill.attention"
+            f"a mask over {rows} positions is too large to be looked at; give max_len {LARGEST_MASK} or "
+            "less, or call gristmill.attention"
         )
     return max(rows, 2)
 

@@ -141,7 +141,7 @@ def _ids(traced: Traced, node: Any, before: fx.Node) -> fx.Node | None:
 
 
 def _lookup(traced: Traced, node: fx.Node) -> fx.Node | None:
-    """A learned table [P, W] at positions [T] gives rows [1, T, W] as embeddings do; then they are reshaped."""
+    """A learned table [P, W] at positions [T] gives rows [1, T, W] as embeddings do, then reshaped."""
     found = _table_and_ids(traced, node)
     if found is None:
         return None

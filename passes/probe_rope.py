@@ -48,6 +48,9 @@ def run(traced: Traced, report: Report) -> None:
 
 
 def _as_rope(traced: Traced, node: fx.Node) -> fx.Node | str:
+    """A rope that computes ``node``, or why there is none."""
+    if is_op(node, ours.rms_norm.default) and node.args[1:3] == (None, None):
+        return _before_norm(traced, node)
     source = _heads_before(traced, node)
     if source is None:
         return "q or k is not computed from the heads of a linear alone"
@@ -70,6 +73,19 @@ def _as_rope(traced: Traced, node: fx.Node) -> fx.Node | str:
         traced, node, ours.rope.default,
         (heads, traced.input("positions"), weight, found.style, found.scale),
     )  # fmt: skip
+
+
+def _before_norm(traced: Traced, norm: fx.Node) -> fx.Node | str:
+    """A norm without a weight, after the rotation, may as well come before it: lengths do not change."""
+    inner: Any = norm.args[0]
+    turned = inner if is_op(inner, ours.rope.default) else _as_rope(traced, inner)
+    if isinstance(turned, str):
+        return turned
+    x, *rest = turned.args
+    if rest[-1] != 1:
+        return "q or k is normed after a rotation that scales it"
+    normed = call(traced, norm, norm.target, (x, *norm.args[1:]))
+    return call(traced, norm, ours.rope.default, (normed, *rest))
 
 
 def weight_name(traced: Traced, inv_freq: Tensor) -> str:

@@ -135,7 +135,9 @@ class Llama(nn.Module):
         self.tok_embeddings = nn.Embedding(VOCABULARY, WIDTH)
         self.layers = nn.ModuleList(LlamaBlock(2, window * (n % 2)) for n in range(layers))
         self.norm, self.output = Norm(), nn.Linear(WIDTH, VOCABULARY, bias=False)
-        self.register_buffer("freqs_cis", torch.polar(torch.ones(rows, HEAD // 2), angles(rows)), persistent=False)
+        self.register_buffer(
+            "freqs_cis", torch.polar(torch.ones(rows, HEAD // 2), angles(rows)), persistent=False
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         table = self.freqs_cis
@@ -147,7 +149,7 @@ class Llama(nn.Module):
 
 
 class Repeated(nn.Module):
-    """Positions given, a formula for the rotations, heads of k and v repeated, a mask for torch's attention."""
+    """Positions given, rotations backwards by a formula, norms after them, repeated heads, a mask."""
 
     def __init__(self, window: int = 0) -> None:
         super().__init__()
@@ -156,7 +158,6 @@ class Repeated(nn.Module):
         self.norm = nn.RMSNorm(WIDTH, eps=1e-6)
         self.qkv = nn.Linear(WIDTH, (HEADS + 2) * HEAD, bias=False)
         self.out = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.head = nn.Linear(WIDTH, VOCABULARY)
         frequencies = 10000.0 ** (-torch.arange(0, HEAD, 2).float() / HEAD)
         self.register_buffer("inv_freq", frequencies)
 
@@ -165,12 +166,15 @@ class Repeated(nn.Module):
         x = self.embed(tokens)
         angle = positions[..., None].float() * self.inv_freq
         cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (HEADS + 2, HEAD)).transpose(1, 2).split([HEADS, 1, 1], 1)
-        q, k = rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)
+        q, k, v = (
+            self.qkv(self.norm(x)).unflatten(-1, (HEADS + 2, HEAD)).transpose(1, 2).split([HEADS, 1, 1], 1)
+        )
+        q, k = rotate_halves(q, cos, -sin), rotate_halves(k, cos, -sin)
+        q, k = F.rms_norm(q, (HEAD,), eps=1e-6), F.rms_norm(k, (HEAD,), eps=1e-6)
         k, v = (t[:, :, None].expand(-1, -1, HEADS, -1, -1).flatten(1, 2) for t in (k, v))
         seen = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
         if self.window:
             seen = seen.triu(1 - self.window)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         x = x + self.out(y.transpose(1, 2).flatten(2))
-        return self.head(x)
+        return 15 * torch.tanh(x @ self.embed.weight.T / 15)

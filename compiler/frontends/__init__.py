@@ -1,4 +1,4 @@
-"""What compiles besides Hugging Face directories and GGUF files: modules, TorchScript files, torch.compile."""
+"""What compiles besides Hugging Face directories and GGUF: modules, TorchScript files, torch.compile."""
 
 from __future__ import annotations
 

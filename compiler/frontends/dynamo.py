@@ -5,7 +5,7 @@ What Dynamo hands over is exported once per shape, rewritten by the passes of a 
 Whatever is not inference in float32 on the CPU is run as it came. The logger "gristmill" says at level INFO
 what was lowered, and why something was not.
 
-Importing this module registers the backend by name; torch finds it by its entry point as well.
+torch finds the backend by an entry point of the package; `register` is for where that is not installed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.backends.registry import _COMPILER_FNS, register_backend
+from torch._dynamo.backends.registry import list_backends, register_backend
 
 from ...passes import canonicalize, fuse_epilogue, fuse_glu, fuse_norm, fuse_pointwise, merge_linears
 from ...passes.graph import Lazy, Traced, evaluate
@@ -148,7 +148,9 @@ class Plan:
 
 def _threads(given: Any) -> int:
     if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < 4096:
-        raise GristmillError(f"torch.compile backend gristmill: threads is {given!r}, expected a number, 0: all cores")
+        raise GristmillError(
+            f"torch.compile backend gristmill: threads is {given!r}, expected a number, 0: all cores"
+        )
     return given
 
 
@@ -193,7 +195,9 @@ def _exported(module: fx.GraphModule, given: Sequence[Any]) -> torch.export.Expo
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            program = torch.export.export(_Function(module), tuple(given), strict=False).run_decompositions({})
+            program = torch.export.export(_Function(module), tuple(given), strict=False).run_decompositions(
+                {}
+            )
     except Exception as error:  # the exporter raises whatever the graph's calls raise
         raise _LeftToTorch(f"it cannot be exported ({first_line(error)})") from error
     signature = program.graph_signature
@@ -249,7 +253,7 @@ def _last_uses(order: Sequence[fx.Node], kernels: Mapping[fx.Node, Any]) -> dict
     return found
 
 
-if NAME not in _COMPILER_FNS:
-    register_backend(backend, name=NAME)
-
-__all__ = ["Compiled", "backend"]
+def register() -> None:
+    """Makes the name known to torch.compile where the package's entry points are not installed."""
+    if NAME not in list_backends(exclude_tags=()):
+        register_backend(backend, name=NAME)

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from ...passes.graph import Lazy, Traced
+from ...passes.graph import Lazy, Traced, place
 from ...runtime.errors import GristmillError
 from .forward import POSITIONS, TOKENS, Call, Rows, example_inputs
 from .memory import MemoryCheckpoint
@@ -51,18 +52,26 @@ def export(module: nn.Module, call: Call, name: str) -> torch.export.ExportedPro
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             exported = torch.export.export(
-                Rows(module, call), example_inputs(call), dynamic_shapes={r: {1: rows} for r in roles}, strict=False
+                Rows(module, call),
+                example_inputs(call),
+                dynamic_shapes={r: {1: rows} for r in roles},
+                strict=False,
             )
             program = exported.run_decompositions({})
     except GristmillError:
         raise
     except Exception as error:  # the exporter raises whatever the module's code raises
         raise GristmillError(f"{name} cannot be traced: {_reason(error)}{_where(error, module)}") from error
+    for node in program.graph.nodes:
+        if free_unbacked_symbols(node.meta.get("val")):
+            raise GristmillError(
+                f"{name} cannot be traced: its shapes depend on the values of tensors (at {place(node)})"
+            )
     written = sorted(program.graph_signature.buffers_to_mutate.values())
     if written:
         raise GristmillError(
-            f"{name} writes into its buffer {written[0].removeprefix('model.')!r} while it runs (a KV cache?); give a "
-            "forward without it: the cache is made by the compiler"
+            f"{name} writes into its buffer {written[0].removeprefix('model.')!r} while it runs (a KV "
+            "cache?); give a forward without it: the cache is made by the compiler"
         )
     return program
 
@@ -147,4 +156,3 @@ def first_line(error: BaseException) -> str:
     """The first line that an error says, shortened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:200]
-

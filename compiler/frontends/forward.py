@@ -83,8 +83,8 @@ def _argument(name: str, value: Any) -> Any:
         return value
     if value.is_floating_point() or value.dtype == torch.bool or value.dim() not in (1, 2):
         raise GristmillError(
-            f"example: {name} is a tensor {str(value.dtype).removeprefix('torch.')} {list(value.shape)}, expected "
-            "token ids or positions [1, T] of int64"
+            f"example: {name} is a tensor {str(value.dtype).removeprefix('torch.')} {list(value.shape)}, "
+            "expected token ids or positions [1, T] of int64"
         )
     if value.dim() == 2 and value.shape[0] != 1:
         raise GristmillError(f"example: {name} has {value.shape[0]} sequences, expected one: [1, T]")
@@ -103,8 +103,8 @@ def _told_apart(call: Call, values: Sequence[Any]) -> Call:
     count = tensors[1].shape[-1]
     if tensors[1].flatten().tolist() != list(range(count)) or count != tensors[0].shape[-1]:
         raise GristmillError(
-            "example: its second tensor does not hold the positions 0, 1, 2 ... of its first; forward may take "
-            "token ids and positions"
+            "example: its second tensor does not hold the positions 0, 1, 2 ... of its first; forward may "
+            "take token ids and positions"
         )
     seen: list[int] = []
 
@@ -126,15 +126,15 @@ def _by_signature(module: nn.Module) -> Call:
     plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if not plain:
         raise GristmillError(
-            f"{type(module).__name__}.forward takes no token ids; expected forward(tokens) or forward(tokens, "
-            "positions), or give example="
+            f"{type(module).__name__}.forward takes no token ids; expected forward(tokens) or "
+            "forward(tokens, positions), or give example="
         )
     named = {p.name: Argument(POSITIONS) for p in plain[1:] if p.name in POSITION_NAMES}
     missing = [p.name for p in plain[1:] if p.default is p.empty and p.name not in named]
     if missing:
         raise GristmillError(
-            f"{type(module).__name__}.forward needs {missing[0]!r}, which is neither token ids nor positions; give "
-            "example= with its value"
+            f"{type(module).__name__}.forward needs {missing[0]!r}, which is neither token ids nor "
+            "positions; give example= with its value"
         )
     return Call((Argument(TOKENS),), named)
 
@@ -150,8 +150,8 @@ def logits_of(result: Any, rows: Any) -> Tensor:
         found = result[0]
     if not isinstance(found, Tensor):
         raise GristmillError(
-            f"forward returned {type(result).__name__}, expected logits [1, T, vocabulary], a tuple that begins "
-            "with them, or an entry named logits"
+            f"forward returned {type(result).__name__}, expected logits [1, T, vocabulary], a tuple that "
+            "begins with them, or an entry named logits"
         )
     if found.dim() == 2:
         found = found[None]

@@ -96,8 +96,8 @@ class ModuleSource(Source):
         if report.misses:
             where, reason = report.misses[0]
             raise GristmillError(
-                f"{self.name}: the attention at {where} cannot be compiled: {reason}; call gristmill.attention, "
-                "or scaled_dot_product_attention with is_causal=True"
+                f"{self.name}: the attention at {where} cannot be compiled: {reason}; call "
+                "gristmill.attention, or scaled_dot_product_attention with is_causal=True"
             )
         canonicalize.run(traced, Report())
         check_rows(traced, self.name, vocabulary_of(traced))
@@ -113,15 +113,18 @@ class ModuleSource(Source):
         expected, kind = run_eager(module, call, tokens)
         positions = torch.arange(rows)
         inputs = {
-            "tokens": tokens, "positions": positions[None], "slots": torch.zeros_like(tokens), "rows": positions,
-        }  # fmt: skip
+            "tokens": tokens,
+            "positions": positions[None],
+            "slots": torch.zeros_like(tokens),
+            "rows": positions,
+        }
         found = interpret.run(traced, inputs)
         largest = float(expected.abs().max())
         difference = float((found - expected).abs().max()) / max(largest, 1e-30)
         if not difference <= TOLERANCE.get(kind, 0.1):
             raise GristmillError(
-                f"{self.name}: the traced graph differs from the module run eagerly by {difference:.1e} of the "
-                "largest logit; does its forward keep state, or branch on values?"
+                f"{self.name}: the traced graph differs from the module run eagerly by {difference:.1e} of "
+                "the largest logit; does its forward keep state, or branch on values?"
             )
 
 
@@ -156,7 +159,7 @@ def module_source(module: Any, example: Any = None, tokenizer: Any = None) -> Mo
 
 
 def graph_source(module: nn.Module, call: Call, name: str, tokenizer: Any, eager: Any) -> ModuleSource:
-    """Trace ``module``; ``eager`` is what its graph is held to. Raises GristmillError where its ends do not fit."""
+    """Trace ``module``; eager: what its graph is held to. Raises GristmillError where it does not fit."""
     checkpoint = checkpoint_of(module, name)
     copied = tracing_copy(module, name)
     traced = lift(export(copied, call, name), copied, checkpoint, ModuleConfig(name, MOST_POSITIONS))
@@ -180,7 +183,9 @@ def checkpoint_of(module: nn.Module, name: str) -> MemoryCheckpoint:
     parameters = {n: p for n, p in module.named_parameters() if n in first}
     for key, parameter in parameters.items():
         if parameter.is_meta:
-            raise GristmillError(f"{name}: parameter {key!r} is on the meta device and has no values; load weights")
+            raise GristmillError(
+                f"{name}: parameter {key!r} is on the meta device and has no values; load weights"
+            )
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             raise GristmillError(f"{name}: parameter {key!r} has values that are not finite")
     return MemoryCheckpoint(parameters)
@@ -191,8 +196,8 @@ def _refuse_ends(name: str, traced: Traced) -> None:
     logits = output.args[0][0].meta["val"]
     if not lift_positions.is_rows(logits.shape[1], traced):
         raise GristmillError(
-            f"{name}: forward returns logits [1, {logits.shape[1]}, {logits.shape[2]}] for [1, T] tokens; expected a "
-            "row for each token (not the last one alone)"
+            f"{name}: forward returns logits [1, {logits.shape[1]}, {logits.shape[2]}] for [1, T] tokens; "
+            "expected a row for each token (not the last one alone)"
         )
 
 
@@ -208,8 +213,8 @@ def files_of(tokenizer: Any) -> dict[str, bytes]:
             return _files_in(Path(folder))
     if not isinstance(tokenizer, (str, PathLike)):
         raise GristmillError(
-            f"tokenizer is {type(tokenizer).__name__}, expected a directory, a tokenizer.json, or a tokenizer of "
-            "tokenizers or transformers"
+            f"tokenizer is {type(tokenizer).__name__}, expected a directory, a tokenizer.json, or a "
+            "tokenizer of tokenizers or transformers"
         )
     path = Path(tokenizer)
     if path.is_dir():

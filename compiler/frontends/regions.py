@@ -8,6 +8,7 @@ in turn, for every row is its own.
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import os
@@ -30,6 +31,7 @@ from ..options import CacheFormat
 
 ROWS = 256  # of one forward
 ROW_WISE = (ours.linear.default, ours.rms_norm.default, ours.layer_norm.default, ours.pointwise.default)
+NUMBERS = itertools.count()  # for what equals nothing else
 INPUT = "input_"  # names of the tables that inputs are
 
 
@@ -45,12 +47,16 @@ class Region:
         return self.nodes[-1]
 
     def key(self, traced: Traced) -> tuple[Any, ...]:
-        """Equal for regions that compute the same of their inputs with the same weights."""
+        """Equal for regions that compute the same of their inputs with the same stored weights."""
         number = {n: ("input", i, shape(n)[-1]) for i, n in enumerate(self.inputs)}
         number |= {n: ("node", i, shape(n)[-1]) for i, n in enumerate(self.nodes)}
 
         def named(node: fx.Node) -> Any:
-            return number.get(node) or ("weight", traced.weights[node.name].names)
+            if node in number:
+                return number[node]
+            lazy = traced.weights[node.name]
+            as_stored = lazy.origin in ("checkpoint", "transposed")
+            return ("weight", lazy.origin, lazy.names) if as_stored else ("computed", next(NUMBERS))
 
         return tuple((str(n.target), str(fx.map_arg(n.args, named)), str(n.kwargs)) for n in self.nodes)
 
@@ -119,7 +125,11 @@ class Kernel:
         try:
             self._tables = _mapped(descriptor, lowered, count)
             self._executor = _native.Executor(
-                lowered.program.to_bytes(), f"/proc/self/fd/{descriptor}", threads=threads, max_len=ROWS, max_slots=1
+                lowered.program.to_bytes(),
+                f"/proc/self/fd/{descriptor}",
+                threads=threads,
+                max_len=ROWS,
+                max_slots=1,
             )
         finally:
             os.close(descriptor)
@@ -140,7 +150,7 @@ class Kernel:
 
 
 def _program_graph(traced: Traced, region: Region) -> tuple[Traced, int]:
-    """The region by itself: inputs are embeddings of positions, and the last op works on the rows asked for."""
+    """The region by itself: inputs are embeddings of positions, the last op takes the rows asked for."""
     graph = fx.Graph()
     own = Traced(graph, {}, None)
     known: dict[fx.Node, fx.Node] = {}
@@ -201,4 +211,3 @@ def _mapped(descriptor: int, lowered: Lowered, count: int) -> list[np.ndarray]:
         flat = np.frombuffer(shared, np.float32, math.prod(spec.shape), offset)
         tables.append(flat.reshape(spec.shape))
     return tables
-

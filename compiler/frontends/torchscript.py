@@ -1,4 +1,4 @@
-"""A TorchScript file as a source: torch's own converter makes a graph of it, which is then traced as a module.
+"""A TorchScript file as a source: torch's own converter makes a graph of it, which is traced as a module.
 
 torch.jit.load runs no Python of the file's, only TorchScript. The converter is a private part of torch that
 may go: where it is missing, or cannot convert something, the file is refused with what it was.
@@ -32,8 +32,8 @@ def script_file(path: Path, example: Any = None, tokenizer: Any = None) -> Modul
             module = torch.jit.load(str(path), map_location="cpu")
     except Exception as error:  # whatever damaged bytes lead the reader to
         raise GristmillError(
-            f"{path}: not a TorchScript file ({first_line(error)[:120]}); expected what torch.jit.save wrote, or give "
-            "the module itself to gristmill.compile"
+            f"{path}: not a TorchScript file ({first_line(error)[:120]}); expected what torch.jit.save "
+            "wrote, or give the module itself to gristmill.compile"
         ) from error
     return script_source(module, path.name, example, tokenizer)
 
@@ -66,8 +66,8 @@ def _converted(module: Any, name: str, call: Call) -> nn.Module:
         from torch._export.converter import TS2EPConverter
     except ImportError as error:
         raise GristmillError(
-            f"{name}: this torch {torch.__version__} has no {CONVERTER}, which reads TorchScript; give the module "
-            "itself to gristmill.compile"
+            f"{name}: this torch {torch.__version__} has no {CONVERTER}, which reads TorchScript; give the "
+            "module itself to gristmill.compile"
         ) from error
     try:
         with warnings.catch_warnings(), torch.no_grad():
@@ -124,4 +124,3 @@ def _reason(error: Exception) -> str:
             lines.append(line)
         current = current.__cause__
     return ": ".join(lines)[:300]
-

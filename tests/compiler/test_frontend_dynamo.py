@@ -1,4 +1,4 @@
-"""torch.compile(backend="gristmill"): the eager numbers, by programs of the C++ executor where there are any."""
+"""torch.compile(backend="gristmill"): the eager numbers, by the C++ executor where a graph has regions."""
 
 import importlib.metadata
 import logging
@@ -26,7 +26,14 @@ def fresh(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 def mlp() -> nn.Module:
     torch.manual_seed(0)
-    layers = (nn.Linear(32, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 64, bias=False), nn.SiLU(), nn.Linear(64, 10))
+    layers = (
+        nn.Linear(32, 64),
+        nn.GELU(),
+        nn.LayerNorm(64),
+        nn.Linear(64, 64, bias=False),
+        nn.SiLU(),
+        nn.Linear(64, 10),
+    )
     return nn.Sequential(*layers).eval()
 
 
@@ -80,7 +87,9 @@ def test_a_llama_with_a_batch(caplog: pytest.LogCaptureFixture) -> None:
         expected, found = (m(ids, use_cache=False).logits for m in (model, compiled))
     assert float((found - expected).abs().max() / expected.abs().max()) < TOLERANCE
     (line,) = [r.message for r in caplog.records if r.name == "gristmill"]
-    assert line.startswith("a graph is 4 regions of 13 instructions")  # norm and qkv; output to down; and the head
+    assert line.startswith(
+        "a graph is 4 regions of 13 instructions"
+    )  # norm and qkv; output to down; and the head
 
 
 def test_other_types_are_left_to_torch(caplog: pytest.LogCaptureFixture) -> None:

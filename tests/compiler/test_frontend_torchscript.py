@@ -1,4 +1,4 @@
-"""TorchScript files, scripted and traced, compile to artifacts with their logits; others are refused by name."""
+"""TorchScript files, scripted and traced, become artifacts with their logits; others are refused by name."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ class First(nn.Module):
 
 
 def traced() -> Any:
-    return torch.jit.trace(randomized(First(Gpt(SpelledBlock, layers=1))), torch.zeros(1, 9).long(), check_trace=False)
+    return torch.jit.trace(
+        randomized(First(Gpt(SpelledBlock, layers=1))), torch.zeros(1, 9).long(), check_trace=False
+    )
 
 
 SCRIPTS: dict[str, Any] = {
@@ -61,7 +63,8 @@ def test_the_command_takes_a_tokenizer(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(randomized(Scripted(hook=True))), tmp_path / "d.pt")
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     words = ["compile", str(tmp_path / "d.pt"), "-o", str(tmp_path / "a"), "--tokenizer",
-             str(tmp_path / "tokenizer.json"), "--group-size", "32", "--gate-tokens", "100", "--max-len", "64"]  # fmt: skip
+             str(tmp_path / "tokenizer.json"), "--group-size", "32",
+             "--gate-tokens", "100", "--max-len", "64"]  # fmt: skip
     assert run_command(words) == 0
     assert gristmill.load(tmp_path / "a", threads=1).generate("ab", max_new_tokens=3).text is not None
 
