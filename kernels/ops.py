@@ -74,13 +74,14 @@ def _attention_heads_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 
 def _attention_heads_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     """Computed once more with gradients: for modules that train with the op they are compiled with."""
-    tensors = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+    tensors: list[Any] = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
     with torch.enable_grad():
-        out = _attention.attention_heads(*tensors[:3], *ctx.rest, tensors[3])
+        q, k, v, sinks = tensors
+        out = _attention.attention_heads(q, k, v, *ctx.rest, sinks)
     wanted = [t for t in tensors if t is not None]
     found = iter(torch.autograd.grad(out, wanted, gradient))
-    q, k, v, sinks = (None if t is None else next(found) for t in tensors)
-    return q, k, v, None, None, None, None, sinks
+    gradients = [None if t is None else next(found) for t in tensors]
+    return (*gradients[:3], None, None, None, None, gradients[3])
 
 
 torch.library.register_autograd(

@@ -45,8 +45,8 @@ def made(traced: Traced, before: fx.Node, target: Any, *args: Any) -> fx.Node:
     """A call placed before ``before`` whose meta says what it gives."""
     node = call(traced, before, target, args)
     values = fx.map_arg(args, lambda n: n.meta["val"])
-    mode = next(n.meta["val"].fake_mode for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor))
-    with mode:
+    held: Any = next(n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor))
+    with held.fake_mode:
         node.meta["val"] = target(*values)
     return node
 
@@ -168,13 +168,14 @@ def _table_and_ids(traced: Traced, node: fx.Node) -> tuple[fx.Node, Any] | None:
     """(table [P, W], ids [T]) of a lookup of whole rows in a weight."""
     if is_op(node, aten.embedding.default, ours.embedding.default):
         a = arguments(node)
-        ids = a.get("indices", a.get("ids"))
+        rows: Any = a.get("indices", a.get("ids"))
         plain = a.get("residual") is None and a.get("scale", 1.0) == 1.0 and not a.get("offset")
-        return (a["weight"], ids) if len(shape(ids)) == 1 and plain else None
+        return (a["weight"], rows) if len(shape(rows)) == 1 and plain else None
+    args: Any = node.args
     if is_op(node, aten.index_select.default):
-        table, dim, ids = node.args[:3]  # type: Any, Any, Any
-    elif is_op(node, aten.index.Tensor) and len(node.args[1]) == 1:  # type: ignore[arg-type]
-        (table, (ids,)), dim = node.args[:2], 0  # type: ignore[misc,has-type]
+        table, dim, ids = args[:3]
+    elif is_op(node, aten.index.Tensor) and len(args[1]) == 1:
+        (table, (ids,)), dim = args[:2], 0
     else:
         return None
     extents = shape(table)
@@ -197,8 +198,8 @@ def _rows_of_table(traced: Traced, node: fx.Node) -> int | None:
         return None
     a = arguments(node)
     dim, offset = a.get("dim", 0), a.get("offset") or 0
-    table = a.get("weight", a.get("self"))
-    ids = next((x for n in ("index", "indices", "ids") if (x := a.get(n)) is not None), None)
+    table: Any = a.get("weight", a.get("self"))
+    ids: Any = next((x for n in ("index", "indices", "ids") if (x := a.get(n)) is not None), None)
     if isinstance(ids, (list, tuple)):
         dim = next(i for i, x in enumerate(ids) if x is not None)
         ids = ids[dim]

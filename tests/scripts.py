@@ -30,7 +30,7 @@ class Scripted(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         rows = tokens.size(1)
         x = self.embed(tokens)
-        angle = torch.arange(rows)[:, None] * self.inv_freq
+        angle = torch.arange(rows)[:, None] * self.inv_freq  # type: ignore[operator]
         y = self.norm(x)
         q = self.q(y).view(1, rows, self.heads, self.head).transpose(1, 2)
         k, v = self.kv(y).view(1, rows, 4, self.head).transpose(1, 2).chunk(2, 1)

@@ -11,6 +11,7 @@ torch finds the backend by an entry point of the package; `register` is for wher
 from __future__ import annotations
 
 import logging
+import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -221,7 +222,7 @@ def _traced(
             if isinstance(given[number], nn.Parameter):
                 weights[node.name] = _weight(f"parameter_{number}", given[number].detach())
             else:
-                leaves[node.name] = lambda values, number=number: values[number]
+                leaves[node.name] = operator.itemgetter(number)
             continue
         name = next(
             kind[node.name]

@@ -46,7 +46,7 @@ def tracing_copy(module: nn.Module, name: str) -> nn.Module:
 
 def export(module: nn.Module, call: Call, name: str) -> torch.export.ExportedProgram:
     """Export ``module``, a tracing copy, over [1, T] rows. Raises GristmillError that says what and where."""
-    rows: Any = torch.export.Dim.DYNAMIC  # type: ignore[attr-defined]
+    rows: Any = torch.export.Dim.DYNAMIC
     roles = (TOKENS, POSITIONS) if POSITIONS in call.roles else (TOKENS,)
     try:
         with warnings.catch_warnings(), torch.no_grad():

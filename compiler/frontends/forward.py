@@ -38,7 +38,7 @@ class Call:
 
     def run(self, module: Callable[..., Any], tokens: Tensor, positions: Tensor | None) -> Tensor:
         """The logits of one sequence: tokens, positions [1, T]. Raises GristmillError for another result."""
-        given = {TOKENS: tokens, POSITIONS: positions}
+        given: dict[str, Tensor | None] = {TOKENS: tokens, POSITIONS: positions}
 
         def value(argument: Any) -> Any:
             if not isinstance(argument, Argument):
@@ -66,11 +66,14 @@ def call_of(module: nn.Module, example: Any = None) -> Call:
     """From example arguments, else from the signature of forward. Raises GristmillError for neither."""
     if example is None:
         return _by_signature(module)
+    positional: tuple[Any, ...] = ()
+    named: dict[str, Any] = {}
     if isinstance(example, Mapping):
-        positional, named = (), dict(example)
+        named = dict(example)
+    elif isinstance(example, (tuple, list)):
+        positional = tuple(example)
     else:
-        positional = tuple(example) if isinstance(example, (tuple, list)) else (example,)
-        named = {}
+        positional = (example,)
     call = Call(
         tuple(_argument(f"argument {n}", value) for n, value in enumerate(positional)),
         {name: _argument(name, value) for name, value in named.items()},

@@ -45,5 +45,6 @@ class MemoryCheckpoint:
 def _hash(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
     flat = tensor.cpu().contiguous().reshape(-1)
-    digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    if flat.numel():
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

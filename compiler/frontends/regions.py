@@ -14,6 +14,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -159,7 +160,7 @@ def _program_graph(traced: Traced, region: Region) -> tuple[Traced, int]:
     for number, source in enumerate(region.inputs):
         name = f"{INPUT}{number}"
         extent = (ROWS, shape(source)[-1])
-        own.weights[name] = Lazy(extent, (name,), lambda extent=extent: torch.zeros(extent), "constant")
+        own.weights[name] = Lazy(extent, (name,), partial(torch.zeros, extent), "constant")
         known[source] = _call(graph, source, ours.embedding.default, (positions, graph.placeholder(name)))
     for node in region.nodes:
         for source in node.all_input_nodes:

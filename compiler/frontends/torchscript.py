@@ -86,7 +86,7 @@ class _Kept(Exception):
 def _convert(converter_type: Any, module: Any, call: Call) -> nn.Module:
     """The converter goes on to trace what it made; that is done here, with the number of tokens left open."""
 
-    class Converter(converter_type):  # type: ignore[misc]
+    class Converter(converter_type):
         def retrace_as_exported_program(self, gm: Any, name_to_constant: Any) -> Any:
             raise _Kept(gm)
 

@@ -24,7 +24,7 @@ def fresh(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def mlp() -> nn.Module:
+def mlp() -> nn.Sequential:
     torch.manual_seed(0)
     layers = (
         nn.Linear(32, 64),
