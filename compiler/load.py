@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..passes.graph import Traced
 from ..quant.formats import Reader, reader
 from ..runtime.errors import GristmillError
+from . import gate
 from .checkpoint import Checkpoint, file_hash
+from .exports import Export
+from .options import CompileOptions
 from .quantized import QuantizedCheckpoint
+from .tokenizer_files import tokenizer_files
+from .trace import trace
 
 QUANTIZATION = "quantization_config"
 GGUF = ".gguf"
@@ -37,6 +44,45 @@ class Source:
     def hashes(self) -> dict[str, str]:
         """sha256 of the config and of every weight file, by name."""
         return {"config.json": file_hash(self.directory / "config.json"), **self.checkpoint.hashes()}
+
+    def refuse(self, options: CompileOptions) -> None:
+        """Raises GristmillError for options that this source cannot do."""
+
+    def tokenizer(self) -> dict[str, bytes]:
+        """The tokenizer's files for the artifact, by name. Raises GristmillError where there is none."""
+        return tokenizer_files(self.directory, [gate.default_text("prose"), gate.default_text("code")])
+
+    def stored_config(self) -> dict[str, Any] | None:
+        """config.json of the float model, which exports to Hugging Face formats need."""
+        return {k: v for k, v in read_config(self.directory).items() if k != QUANTIZATION}
+
+    def trace(self, max_len: int, export: Export | None = None) -> Traced:
+        """The model's graph over rows; export: see exports.py."""
+        return trace(self.config, self.checkpoint, max_len, export)
+
+    def check(self, traced: Traced) -> None:
+        """Raises GristmillError where the graph after all passes is known to differ from the model."""
+
+    def command(self, options: CompileOptions) -> str:
+        """The command line that makes the artifact again."""
+        words = ["gristmill", "compile", self.name, "-o", "OUT"]
+        for option, value in changed_options(options):
+            flag = option.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            elif isinstance(value, tuple):
+                words += [word for item in value for word in (f"--{flag}", item)]
+            else:
+                words += [f"--{flag}", str(value)]
+        return shlex.join(words)
+
+
+def changed_options(options: CompileOptions) -> Iterator[tuple[str, Any]]:
+    """Options that are not the default and make a difference to the artifact; files by name alone."""
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if value != option.default and option.name not in ("force", "resume", "explain", "check_passes"):
+            yield option.name, Path(value).name if option.name in ("text", "calibration") else value
 
 
 def load_source(model: str) -> Source:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import platform
 import resource
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,13 +40,11 @@ from ..runtime.session import load as load_session
 from . import foreign, gate, interpret
 from .emit import write_weights
 from .exports import Export
-from .load import QUANTIZATION, Source, load_source, read_config
+from .load import Source, load_source
 from .lower import Lowered
 from .memory import plan_arena
 from .options import CompileOptions
 from .quantize import Note, Quantized, quantize
-from .tokenizer_files import tokenizer_files
-from .trace import trace
 
 PASSES = (
     canonicalize,
@@ -73,14 +70,14 @@ class CompileResult:
 
 
 def compile_model(
-    model: str,
+    model: str | Source,
     out: str,
     options: CompileOptions,
     progress: Progress | None = None,
     note: Note | None = None,
     export: Export | None = None,
 ) -> CompileResult:
-    """Compile ``model`` (directory or hub name) to the artifact directory ``out``.
+    """Compile ``model`` (directory, GGUF file, hub name, or a source) to the artifact directory ``out``.
 
     ``progress(stage, fraction)`` is called on the way, ``note(line)`` with what is worth telling at once;
     ``export``: of exports.py, where several compiles share one.
@@ -95,16 +92,18 @@ def compile_model(
     start = time.perf_counter()
     with ArtifactWriter(out, options.force) as writer:
         report("load", 0.0)
-        source = load_source(model)
+        source = model if isinstance(model, Source) else load_source(model)
+        source.refuse(options)
         limits = plan_limits(source.config, options)
-        tokenizer = tokenizer_files(source.directory, [gate.default_text("prose"), gate.default_text("code")])
+        tokenizer = source.tokenizer()
         report("trace", 0.0)
-        traced = trace(source.config, source.checkpoint, limits.max_len, export)
+        traced = source.trace(limits.max_len, export)
         limits = narrow(limits, traced)
         report("passes", 0.0)
         taken = foreign.of(source, options)
         taken.before_passes(traced)
         ledger = rewrite(traced, options)
+        source.check(traced)
         taken.after_passes(traced)
         made = quantize(traced, source, options, limits, tokenizer, writer.out, tool_versions(), report, tell)
         try:
@@ -140,8 +139,8 @@ def float_model(source: Source, export: Export | None = None) -> FloatModel:
     is what it stands for. Raises GristmillError as a compile does."""
     options = CompileOptions.of()
     limits = plan_limits(source.config, options)
-    tokenizer = tokenizer_files(source.directory, [gate.default_text("prose"), gate.default_text("code")])
-    traced = trace(source.config, source.checkpoint, limits.max_len, export)
+    tokenizer = source.tokenizer()
+    traced = source.trace(limits.max_len, export)
     rewrite(traced, options)
     max_len = min(limits.max_len, narrow(limits, traced).max_position)
     return FloatModel(traced, tokenizer, max_len, _vocabulary(traced))
@@ -214,8 +213,9 @@ def _write(
 ) -> dict[str, float]:
     errors = write_weights(writer, lowered, {"model": source.name}, report)
     writer.write_bytes("program.json", lowered.program.to_bytes())
-    config = {k: v for k, v in read_config(source.directory).items() if k != QUANTIZATION}
-    writer.write_json(MODEL_CONFIG, config)
+    config = source.stored_config()
+    if config is not None:
+        writer.write_json(MODEL_CONFIG, config)
     for name, data in tokenizer.items():
         writer.write_bytes(name, data)
     return errors
@@ -298,7 +298,7 @@ def accept(
     tokens = options.gate_tokens or gate.DEFAULT_TOKENS
     text = gate.HeldText.of(*_held_text(session, options), session.tokenizer, tokens)
     reference = partial(float_reference, traced)
-    command = _command(source, options)
+    command = source.command(options)
     evaluation = gate.run_gate(session, reference, text, command=command, versions=tool_versions())
     kept = gate.enforce(evaluation, gate.Limits(options.max_ppl_increase, options.max_kl))
     writer.write_json("evaluation.json", evaluation.to_json())
@@ -309,22 +309,6 @@ def _held_text(session: Session, options: CompileOptions) -> tuple[str, str]:
     if options.text is None:
         return gate.suiting_text(session.tokenizer)
     return Path(options.text).name, read_text(options.text)
-
-
-def _command(source: Source, options: CompileOptions) -> str:
-    """The command line that makes and measures this artifact again."""
-    words = ["gristmill", "compile", source.name, "-o", "OUT"]
-    for option in fields(options):
-        value, flag = getattr(options, option.name), option.name.replace("_", "-")
-        if value == option.default or option.name in ("force", "resume", "explain", "check_passes"):
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, tuple):
-            words += [word for item in value for word in (f"--{flag}", item)]
-        else:
-            words += [f"--{flag}", Path(value).name if option.name in ("text", "calibration") else str(value)]
-    return shlex.join(words)
 
 
 def float_reference(traced: Traced, windows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:

@@ -39,7 +39,10 @@ def export_checkpoint(
     planner = _planner(to, checkpoint_format)
     opened = open_artifact(artifact)
     if MODEL_CONFIG not in opened.files:
-        raise GristmillError(f"{opened.path} has no {MODEL_CONFIG}; compile the model again")
+        raise GristmillError(
+            f"{opened.path} has no {MODEL_CONFIG}, which a {to} checkpoint needs: it was compiled from a "
+            "module or a TorchScript file, and not from a Hugging Face directory"
+        )
     contents = Contents(opened)
     layers = [_facts(contents, n) for n in range(len(contents.layers))]
     if not layers:

@@ -18,23 +18,33 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gristmill.compiler.pipeline import CompileResult
+    from gristmill.kernels.hook import attention as attention
     from gristmill.runtime.errors import GristmillError as GristmillError
     from gristmill.runtime.session import Session as Session
     from gristmill.runtime.session import load as load
 
 __version__ = "0.1.0"
-__all__ = ["GristmillError", "Session", "__version__", "compile", "export_checkpoint", "load"]
+__all__ = ["GristmillError", "Session", "__version__", "attention", "compile", "export_checkpoint", "load"]
 
 _HOMES = {
+    "attention": "gristmill.kernels.hook",
     "load": "gristmill.runtime.session",
     "Session": "gristmill.runtime.session",
     "GristmillError": "gristmill.runtime.errors",
 }
 
 
-def compile(model: str | PathLike[str], out: str | PathLike[str], **options: Any) -> CompileResult:
-    """Compiles the model at `model` (a Hugging Face directory, a .gguf file or a hub name) to the artifact
-    directory `out`.
+def compile(
+    model: Any, out: str | PathLike[str], *, example: Any = None, tokenizer: Any = None, **options: Any
+) -> CompileResult:
+    """Compiles a model to the artifact directory `out`.
+
+    model: a Hugging Face directory, a .gguf file, a hub name, a TorchScript file (.pt), or a torch.nn.Module:
+    a decoder whose forward(tokens) or forward(tokens, positions), each int64 [1, T], gives logits
+    [1, T, vocabulary] and which computes its attention by gristmill.attention or torch's
+    scaled_dot_product_attention; see docs/frontends.md. For the last two, example: arguments of forward for
+    one sequence (a tensor, tuple or dict), None: by its signature; tokenizer: a directory, a tokenizer.json
+    or a tokenizer object, None: the artifact has none, takes token ids, and is made with gate=False.
 
     options: the fields of gristmill.compiler.options.CompileOptions, such as weights="int4", group_size=128,
     kv="int8", text="held_out.txt", force=True. Needs the extra [compile]. Raises GristmillError for what
@@ -46,14 +56,17 @@ def compile(model: str | PathLike[str], out: str | PathLike[str], **options: Any
     progress, note = options.pop("progress", None), options.pop("note", None)
     chosen = CompileOptions.of(**options)
     try:
+        from gristmill.compiler.frontends import source_of
         from gristmill.compiler.pipeline import compile_model
+
+        source = source_of(model, example, tokenizer)
     except ModuleNotFoundError as error:
         if str(error.name).split(".")[0] not in ("torch", "transformers", "huggingface_hub"):
             raise
         raise GristmillError(
             f"compiling needs {error.name}; install it with `pip install 'gristmill[compile]'`"
         ) from error
-    return compile_model(str(model), str(out), chosen, progress=progress, note=note)
+    return compile_model(source, str(out), chosen, progress=progress, note=note)
 
 
 def export_checkpoint(

@@ -123,18 +123,23 @@ KV_TYPES = ("f32", "f16", "int8", "fp8", "int4")
 @click.option(
     "--sweep", type=click.Path(), help="With --auto: where measurements are kept.  [default: OUT.report]"
 )
+@click.option(
+    "--tokenizer", type=click.Path(), metavar="PATH",
+    help="Of a TorchScript file: a directory or tokenizer.json; without one, add --no-gate.",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace an artifact that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 def compile_command(
     model: str, out: str, as_json: bool, no_gate: bool, group_size: str | None, auto: bool,
     min_tok_s: float | None, max_size: str | None, sweep: str | None, **options: Any,
 ) -> None:  # fmt: skip
-    """Compile MODEL, a Hugging Face directory, a GGUF file or a hub name, to an artifact.
+    """Compile MODEL, a Hugging Face directory, a GGUF or TorchScript file or a hub name, to an artifact.
 
     \b
     gristmill compile examples/py7m -o py7m.grist
     gristmill compile Qwen/Qwen3-0.6B -o qwen.grist --group-size 32 --asymmetric --kv int8
     gristmill compile model-q8_0.gguf -o model.grist
+    gristmill compile decoder.pt -o decoder.grist --tokenizer tokenizer.json
     gristmill compile model/ -o model.grist --method awq+gptq --calibration corpus.txt
     gristmill compile model/ -o model.grist --method gptq --bits 3.5 --keep f16:head
     gristmill compile model/ -o model.grist --text held_out.txt --max-ppl-increase 2%

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .reference import attention as _attention
 from .reference import linear as _linear
@@ -64,3 +65,25 @@ def _attention_heads_fake(
     q: Any, k: Any, v: Any, layer: int, scale: float, window: int, softcap: float, sinks: Any
 ) -> Any:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+def _attention_heads_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tensors, ctx.rest = [*inputs[:3], inputs[7]], inputs[3:7]
+    ctx.save_for_backward(*tensors)
+
+
+def _attention_heads_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    """Computed once more with gradients: for modules that train with the op they are compiled with."""
+    tensors: list[Any] = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+    with torch.enable_grad():
+        q, k, v, sinks = tensors
+        out = _attention.attention_heads(q, k, v, *ctx.rest, sinks)
+    wanted = [t for t in tensors if t is not None]
+    found = iter(torch.autograd.grad(out, wanted, gradient))
+    gradients = [None if t is None else next(found) for t in tensors]
+    return (*gradients[:3], None, None, None, None, gradients[3])
+
+
+torch.library.register_autograd(
+    "gristmill::attention_heads", _attention_heads_backward, setup_context=_attention_heads_inputs
+)

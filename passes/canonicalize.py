@@ -93,7 +93,14 @@ def _same_value(node: fx.Node) -> fx.Node | None:
         return first
     if is_op(node, aten.slice.Tensor) and shape(node) == shape(first):
         return first
+    if is_op(node, aten.transpose.int) and is_op(first, aten.transpose.int) and _dims(node) == _dims(first):
+        return first.args[0]  # type: ignore[return-value]
     return None
+
+
+def _dims(transpose: fx.Node) -> set[Any]:
+    """The two dimensions that change places."""
+    return {d % len(shape(transpose)) for d in transpose.args[1:]}  # type: ignore[operator]
 
 
 def _dtype(node: fx.Node) -> torch.dtype:
@@ -147,6 +154,29 @@ def _layer_norm(traced: Traced, node: fx.Node) -> fx.Node | None:
     return call(traced, node, ours.layer_norm.default, (a["input"], a["weight"], a["bias"], None, a["eps"]))
 
 
+def _rms_norm(traced: Traced, node: fx.Node) -> fx.Node | None:
+    a = arguments(node)
+    if len(a["normalized_shape"]) != 1:
+        return None
+    eps = torch.finfo(_dtype(node)).eps if a["eps"] is None else a["eps"]
+    return call(traced, node, ours.rms_norm.default, (a["input"], a["weight"], None, float(eps)))
+
+
+def _matmul(traced: Traced, node: fx.Node) -> fx.Node | None:
+    """rows @ W, and rows @ W.T of a weight as it is stored."""
+    x, weight = node.args  # type: Any, Any
+    if len(shape(weight)) != 2 or traced.weight(x) is not None:
+        return None
+    if is_op(weight, aten.t.default, aten.transpose.int, aten.permute.default):
+        stored = traced.weight(weight.args[0])
+        return call(traced, node, ours.linear.default, (x, [weight.args[0]], [None])) if stored else None
+    source = traced.weight(weight)
+    if source is None:
+        return None
+    turned = traced.add_weight(f"{weight.name}_transposed", source.turned())
+    return call(traced, node, ours.linear.default, (x, [turned], [None]))
+
+
 def _scalar_operand(traced: Traced, node: fx.Node) -> fx.Node | None:
     """A constant tensor with one element, as a second operand, becomes a literal."""
     x, lazy = node.args[0], traced.weight(node.args[1])
@@ -160,6 +190,8 @@ REWRITES: dict[Any, Any] = {
     aten.addmm.default: _addmm,
     aten.embedding.default: _embedding,
     aten.layer_norm.default: _layer_norm,
+    aten.rms_norm.default: _rms_norm,
+    aten.matmul.default: _matmul,
     aten.mul.Tensor: _scalar_operand,
     aten.div.Tensor: _scalar_operand,
     aten.add.Tensor: _scalar_operand,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from . import probe_rope
 from .graph import EXAMPLE_ROWS, Lazy, Traced, aten, call, evaluate, is_op, ours, width
 from .rule import Report, Rule
 
@@ -128,20 +129,10 @@ class _Fusion:
         tables = self.tables(traced, found)
         assert not isinstance(tables, str)
         inv_freq, scale = tables
-        name = _name(traced, inv_freq)
+        name = probe_rope.weight_name(traced, inv_freq)
         weight = traced.add_weight(name, Lazy(tuple(inv_freq.shape), (name,), lambda: inv_freq, "constant"))
         args = (found["x"], traced.input("positions"), weight, self.style, scale)
         return call(traced, out, ours.rope.default, args)
-
-
-def _name(traced: Traced, inv_freq: Tensor) -> str:
-    """One name for one set of frequencies."""
-    index = 0
-    while (other := traced.weights.get(f"rope_{index}")) is not None:
-        if torch.equal(other.load(), inv_freq):
-            break
-        index += 1
-    return f"rope_{index}"
 
 
 def run(traced: Traced, report: Report) -> None:
@@ -150,4 +141,4 @@ def run(traced: Traced, report: Report) -> None:
     Rule(
         patterns=(_interleaved_partial, _interleaved), check=interleaved.check, replace=interleaved.replace
     ).apply(traced, report)
-    traced.clean()
+    probe_rope.run(traced, report)  # what no pattern knows

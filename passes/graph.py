@@ -14,6 +14,7 @@ from ..kernels import ops as _ops  # noqa: F401  (registers the gristmill ops)
 aten = torch.ops.aten
 ours = torch.ops.gristmill
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+WRAPPED = "model"  # what the tracer's wrapper calls the model
 EXAMPLE_ROWS = 13  # T while tracing: a number no model has as a width
 
 
@@ -159,7 +160,7 @@ def place(node: fx.Node) -> str:
     """Where a node comes from in the model, for messages: its module path when the tracer knew it."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [str(entry[0]) for entry in stack.values()]
-    known = [p for p in paths if p and not p.startswith("_")]  # names of the exporter's hooks begin so
+    known = [p for p in paths if p not in ("", WRAPPED) and not p.startswith("_")]  # exporter hooks begin so
     if not known:
         return str(node.target)
     return f"{node.target} in {known[-1].removeprefix('L__self___').replace('model.', '', 1)}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from .columns import Heads, trace_heads
-from .graph import Lazy, Traced, arguments, aten, call, is_op, ours, shape, swap
+from .graph import VIEWS, Lazy, Traced, arguments, aten, call, is_op, ours, shape, swap
 from .rule import Report
 
 
@@ -71,7 +71,7 @@ def _replace_flat(traced: Traced, node: fx.Node, new: fx.Node) -> str | None:
     users = list(node.users)
     for user in users:
         flat = shape(node)[:2] + (shape(node)[2] * shape(node)[3],)
-        if not is_op(user, aten.view.default, aten.reshape.default) or shape(user) != flat:
+        if not is_op(user, *VIEWS) or shape(user) != flat:
             traced.graph.erase_node(new)
             return f"the result goes to {user.target}, expected heads flattened to rows"
     new.meta["val"] = users[0].meta["val"]

@@ -67,9 +67,10 @@ def attention_heads(
     softcap: float,
     sinks: Tensor | None,
 ) -> Tensor:
-    """The traced form: one whole sequence. q [1, H, T, D]; k, v [1, KV, T, D]; result [1, T, H, V]."""
+    """The traced form, of whole sequences. q [B, H, T, D]; k, v [B, KV, T, D]; result [B, T, H, V]."""
     del layer
-    return attend(q[0], k[0], v[0], scale, window, softcap, sinks).transpose(0, 1)[None].contiguous()
+    parts = [attend(*rows, scale, window, softcap, sinks) for rows in zip(q, k, v, strict=True)]
+    return torch.stack(parts).transpose(1, 2).contiguous()
 
 
 def attention(
