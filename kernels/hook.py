@@ -31,7 +31,7 @@ def attention(
     Run eagerly (gradients included) it computes just that; in a module given to gristmill.compile it is
     traced as one opaque op, which becomes attention over the KV cache. Scriptable.
     """
-    if not torch.jit.is_scripting():
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         _check(q, k, v)
     factor = q.size(3) ** -0.5 if scale is None else scale
     rows = torch.ops.gristmill.attention_heads(q, k, v, 0, factor, window, softcap, sinks)

@@ -77,7 +77,8 @@ def _attention_heads_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     tensors: list[Any] = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
     with torch.enable_grad():
         q, k, v, sinks = tensors
-        out = _attention.attention_heads(q, k, v, *ctx.rest, sinks)
+        layer, scale, window, softcap = ctx.rest
+        out = _attention.attention_heads(q, k, v, layer, scale, window, softcap, sinks)
     wanted = [t for t in tensors if t is not None]
     found = iter(torch.autograd.grad(out, wanted, gradient))
     gradients = [None if t is None else next(found) for t in tensors]

@@ -203,12 +203,13 @@ def test_the_hook_trains() -> None:
     """Gradients of the op are those of torch's own attention."""
     tensors = [torch.randn(2, heads, 9, 8, dtype=torch.float64) for heads in (4, 2, 2)]
     results = []
-    for attend in (
+    attends: tuple[Any, ...] = (
         gristmill.attention,
         lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, enable_gqa=True
         ),
-    ):
+    )
+    for attend in attends:
         given = [t.clone().requires_grad_() for t in tensors]
         out = attend(*given)
         results.append([out, *torch.autograd.grad(out.sin().sum(), given)])
