@@ -41,12 +41,22 @@ OPTIONS: dict[str, Any] = {
 
 
 def export_pt2(
-    artifact: str | Path, out: str | Path, force: bool = False, progress: Progress | None = None
+    artifact: str | Path,
+    out: str | Path,
+    device: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
 ) -> Path:
     """Write the artifact's model to the directory `out`, for processors like this one and this torch.
 
-    force: replace an earlier export. Raises GristmillError where this torch or machine cannot compile it.
+    device: "cpu", which None is, too. force: replace an earlier export. Raises GristmillError where this torch
+    or machine cannot compile it.
     """
+    if device not in (None, "cpu"):
+        raise GristmillError(
+            f"packages for device {device!r} are not written yet, expected 'cpu'; an NVIDIA GPU runs the artifact "
+            "itself, with CUDA Graphs: --device cuda"
+        )
     _refuse_old_torch()
     opened = open_artifact(artifact)
     program = Program.from_json(opened.json(PROGRAM))

@@ -8,10 +8,11 @@ ARTIFACT = click.argument("artifact", type=click.Path())
 THREADS = click.option("--threads", type=int, help="Threads; default: one for each physical core.")
 DEVICE = click.option(
     "--device",
-    type=click.Choice(["cpu", "cuda", "onnx:cpu", "torchscript"]),
+    type=click.Choice(["cpu", "cuda", "onnx:cpu", "torchscript", "pt2:cpu"]),
     default="cpu",
     show_default=True,
-    help="Where to run; onnx:cpu and torchscript: folders from `export --to onnx` and `--to torchscript`.",
+    help="Where to run; onnx:cpu, torchscript and pt2:cpu: folders from `export --to onnx`, `--to torchscript` and "
+    "`--to pt2`.",
 )
 PIN = click.option("--pin", is_flag=True, help="Keep each thread on a processor of its own.")
 HUGEPAGES = click.option(

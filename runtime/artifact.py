@@ -171,7 +171,7 @@ def _refuse_export(root: Path) -> None:
     """Names the device for a folder that `gristmill export` wrote."""
     if (root / EXPORT).is_file():
         to = parse_json(_read_bytes(root / EXPORT), root / EXPORT).get("to")
-        device = {"onnx": "onnx:cpu"}.get(str(to), to)
+        device = {"onnx": "onnx:cpu", "pt2": "pt2:cpu"}.get(str(to), to)
         raise GristmillError(f"{root} is an export to {to}: load it with device={device!r}")
 
 

@@ -15,7 +15,7 @@ from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.program import Program
 
 # Devices that run exported folders, and what these were exported to: a package of the runtime, too.
-EXPORTS = {"onnx:cpu": "onnx", "torchscript": "torchscript"}
+EXPORTS = {"onnx:cpu": "onnx", "torchscript": "torchscript", "pt2:cpu": "pt2"}
 EXPORT_KIND, EXPORT_FORMAT = "gristmill export", 1
 
 
