@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gristmill.runtime.program import FLOAT_BYTES, Segment
+from gristmill.runtime.program import Segment
 
 ROWS_AT_ONCE_BYTES = 64 << 20  # of a matrix that is widened to f32, for products with many rows
 
@@ -84,7 +84,7 @@ class PackedMatrix(nn.Module):
         return (self.weight.float() * x).sum(-1)[None] if self.form is None else self._one_row(x)
 
     def _in_terms(self, x: Tensor) -> Tensor:
-        """[T, k] to [T, terms, blocks, lanes], in memory: else generated code gathers it again in each row."""
+        """[T, k] to [T, terms, blocks, lanes], in memory: else each row would gather it again."""
         assert self.form is not None
         shape, order = self.form.axes
         x = functional.pad(x, (0, -x.shape[1] % 64)).unflatten(1, (-1, *shape))

@@ -115,8 +115,8 @@ class ProgramModule(Named):
 
 
 class Call:
-    """One run through the instructions: values by number, each [rows, width]. Where weights are stored another
-    way, embeddings, products and attention are for a subclass."""
+    """One run through the instructions: values by number, each [rows, width]. A subclass may have its own
+    embeddings, products and attention."""
 
     def __init__(self, module: Named, ids: dict[str, Tensor], caches: Sequence[Tensor]) -> None:
         self.module, self.program, self.ids, self.caches = module, module.program, ids, caches

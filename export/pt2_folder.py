@@ -1,9 +1,9 @@
 """An artifact → a directory with an AOTInductor package, for libtorch programs and for `--device pt2:cpu`.
 
-    model.pt2             machine code of two entry points, `decode` and `prefill` (export/entry_points.py),
-                          without weights
-    weights.safetensors   the artifact's, mapped once and handed to both
-    export.json, program.json, tokenizer files
+model.pt2             machine code of two entry points, `decode` and `prefill` (export/entry_points.py),
+                      without weights
+weights.safetensors   the artifact's, mapped once and handed to both
+export.json, program.json, tokenizer files
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def export_pt2(
 ) -> Path:
     """Write the artifact's model to the directory `out`, for processors like this one and this torch.
 
-    device: "cpu", which None is, too. force: replace an earlier export. Raises GristmillError where this torch
-    or machine cannot compile it.
+    device: "cpu", which None is, too. force: replace an earlier export. Raises GristmillError where this
+    torch or machine cannot compile it.
     """
     if device not in (None, "cpu"):
         raise GristmillError(
-            f"packages for device {device!r} are not written yet, expected 'cpu'; an NVIDIA GPU runs the artifact "
-            "itself, with CUDA Graphs: --device cuda"
+            f"packages for device {device!r} are not written yet, expected 'cpu'; an NVIDIA GPU runs the "
+            "artifact itself, with CUDA Graphs: --device cuda"
         )
     _refuse_old_torch()
     opened = open_artifact(artifact)
@@ -93,14 +93,13 @@ Example = tuple[tuple[Any, ...], tuple[Any, ...]]  # arguments, and which of the
 
 
 def decode_example(program: Program) -> Example:
-    position = torch.tensor([EXAMPLE_LENGTH - 1])
+    position, caches = torch.tensor([EXAMPLE_LENGTH - 1]), empty_caches(program, EXAMPLE_LENGTH)
     length = torch.export.Dim("length", min=2, max=_most_positions(program.limits))
-    caches = _caches(program)
     return (torch.tensor([0]), position, caches), (None, None, [{0: length}] * len(caches))
 
 
 def prefill_example(program: Program) -> Example:
-    ids, caches = torch.arange(EXAMPLE_ROWS), _caches(program)
+    ids, caches = torch.arange(EXAMPLE_ROWS), empty_caches(program, EXAMPLE_LENGTH)
     count = torch.export.Dim("count", min=2, max=max(4, program.limits.max_tokens))
     asked = torch.export.Dim("asked", min=2, max=max(4, program.limits.max_tokens))
     length = torch.export.Dim("length", min=2, max=_most_positions(program.limits))
@@ -112,9 +111,10 @@ def _most_positions(limits: Limits) -> int:
     return max(EXAMPLE_LENGTH, limits.max_position, limits.max_len)
 
 
-def _caches(program: Program) -> list[Tensor]:
+def empty_caches(program: Program, length: int) -> list[Tensor]:
+    """Keys and values of each cache in turn, [length, kv_heads, dim] f32 zeros."""
     return [
-        torch.zeros(EXAMPLE_LENGTH, cache.kv_heads, dim)
+        torch.zeros(length, cache.kv_heads, dim)
         for cache in program.caches
         for dim in (cache.k_dim, cache.v_dim)
     ]
@@ -143,6 +143,6 @@ def _refuse_old_torch() -> None:
 
     if not hasattr(config.cpp, "march"):
         raise GristmillError(
-            f"torch {torch.__version__} compiles packages for this very processor alone; install torch 2.13 or "
-            "later, or export with --to torchscript"
+            f"torch {torch.__version__} compiles packages for this very processor alone; install torch 2.13 "
+            "or later, or export with --to torchscript"
         )

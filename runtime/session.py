@@ -97,8 +97,8 @@ def load(
     """Opens the artifact in directory `path`.
 
     device: "cpu", "cuda" for the current NVIDIA GPU, for which threads, hugepages and pin are not, or
-    "onnx:cpu", "torchscript" or "pt2:cpu" for a folder that was exported to ONNX, TorchScript or an AOTInductor
-    package.
+    "onnx:cpu", "torchscript" or "pt2:cpu" for a folder that was exported to ONNX, TorchScript or an
+    AOTInductor package.
     threads: default one for each physical core this process may use. max_len: positions per slot, default
     what the artifact was compiled for, at most what its model can address. max_slots: sequences at once,
     default 8 unless compiled otherwise. hugepages: copy the weights into huge pages instead of mapping the
@@ -112,8 +112,8 @@ def load(
     refuse_unknown(unknown, known, "load")
     if device == "pt2:cuda":
         raise GristmillError(
-            "device 'pt2:cuda' is not supported: packages are for CPUs so far; load the folder with 'pt2:cpu', or the "
-            "artifact that it was exported from with 'cuda', which uses CUDA Graphs"
+            "device 'pt2:cuda' is not supported: packages are for CPUs so far; load the folder with 'pt2:cpu', "
+            "or the artifact that it was exported from with 'cuda', which uses CUDA Graphs"
         )
     if device not in DEVICES:
         raise GristmillError(f"device {device!r} is not supported, expected one of {', '.join(DEVICES)}")

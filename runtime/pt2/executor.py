@@ -83,5 +83,6 @@ def _refuse_other_machine(folder: Artifact) -> None:
         known = CONTAINS.get(ours, (ours,)) if name == "instructions" else (ours,)
         if theirs not in known:
             raise GristmillError(
-                f"{folder.path} was compiled for {name} {theirs}, here is {ours}; export the artifact again here"
+                f"{folder.path} was compiled for {name} {theirs}, here is {ours}; export the artifact again "
+                "here"
             )

@@ -23,7 +23,7 @@ def opened_package(path: Path) -> dict[str, Any]:
 
 
 def this_machine() -> dict[str, str]:
-    """What a package is tied to: machine code for one system and instruction set, and one version of torch."""
+    """What a package is tied to: one system, instruction set and version of torch."""
     return {
         "device": "cpu", "torch": torch.__version__.split("+")[0], "system": platform.system(),
         "machine": platform.machine(), "instructions": torch.backends.cpu.get_cpu_capability(),
