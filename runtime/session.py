@@ -112,8 +112,8 @@ def load(
     refuse_unknown(unknown, known, "load")
     if device == "pt2:cuda":
         raise GristmillError(
-            "device 'pt2:cuda' is not supported: packages are for CPUs so far; load the folder with 'pt2:cpu', "
-            "or the artifact that it was exported from with 'cuda', which uses CUDA Graphs"
+            "device 'pt2:cuda' is not supported: packages are for CPUs so far; load the folder with "
+            "'pt2:cpu', or the artifact that it was exported from with 'cuda', which uses CUDA Graphs"
         )
     if device not in DEVICES:
         raise GristmillError(f"device {device!r} is not supported, expected one of {', '.join(DEVICES)}")
