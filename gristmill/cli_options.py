@@ -11,8 +11,8 @@ DEVICE = click.option(
     type=click.Choice(["cpu", "cuda", "onnx:cpu", "torchscript", "pt2:cpu"]),
     default="cpu",
     show_default=True,
-    help="Where to run; onnx:cpu, torchscript and pt2:cpu: folders from `export --to onnx`, `torchscript` and "
-    "`pt2`.",
+    help="Where to run; onnx:cpu, torchscript and pt2:cpu: folders from `export --to onnx`, `torchscript` "
+    "and `pt2`.",
 )
 PIN = click.option("--pin", is_flag=True, help="Keep each thread on a processor of its own.")
 HUGEPAGES = click.option(
