@@ -75,7 +75,7 @@ def write_package(
     path: Path, program: Program, weights: dict[str, Tensor], work: Path, progress: Progress | None = None
 ) -> None:
     """Compiles both entry points in the directory `work` and writes them to `path`."""
-    from torch._inductor.package import package_aoti
+    from torch._inductor.package.package import package_aoti
 
     files = {}
     entries = ((DECODE, Decode, decode_example), (PREFILL, Prefill, prefill_example))
