@@ -179,7 +179,7 @@ def test_commands_run_it(exported: Pair, tmp_path: Path, capsys: pytest.CaptureF
     options = ["--device", "pt2:cpu", "--threads", "1"]
     assert run_command(["run", out, *options, "--prompt", "ab", "--max-new-tokens", "3"]) == 0
     assert run_command(["eval", out, *options, "--text", str(text)]) == 0
-    assert "perplexity" in capsys.readouterr().out
+    assert "ppl" in capsys.readouterr().out
     with pytest.raises(GristmillError, match="export to pt2: load it with device='pt2:cpu'"):
         gristmill.load(out)
 
