@@ -43,6 +43,7 @@ def versions(device: str) -> list[str]:
     import triton
 
     import gristmill
+    from gristmill.kernels.triton.overlap import VARIABLE, options
 
     lines = [
         f"{date.today()}, {device}, {platform.machine()}, {os.cpu_count()} processors",
@@ -50,8 +51,8 @@ def versions(device: str) -> list[str]:
         f"triton {triton.__version__}, transformers {transformers.__version__}, "
         f"Python {platform.python_version()}",
     ]
-    if os.environ.get("GRISTMILL_OVERLAP") == "1":
-        lines.append("with GRISTMILL_OVERLAP=1: kernels begin before those ahead have ended")
+    if options()["OVERLAP"]:
+        lines.append(f"with {VARIABLE}=1: kernels begin before those ahead have ended")
     if torch.cuda.is_available():
         lines.append(f"driver and clocks: {_smi('driver_version,clocks.max.sm,clocks.max.mem,power.limit')}")
     return lines

@@ -15,7 +15,7 @@ KNOWN_CLASS = "PreTrainedTokenizerFast"
 def genai_config(
     program: Program, config: dict[str, Any], generation: dict[str, Any], inputs: list[str], shares: bool
 ) -> dict[str, Any] | None:
-    """None where layers have caches of different shapes, which GenAI lacks.
+    """None where layers have caches of different shapes or of int8, which GenAI lacks.
 
     config, generation: the model's own config.json and generation_config.json, or nothing. inputs: of the
     graph. shares: past and present are one buffer.
@@ -23,7 +23,7 @@ def genai_config(
     shapes = {(c.kv_heads, c.k_dim, c.v_dim) for c in program.caches}
     attention = [i for i in program.instructions if i.op == "attention"]
     heads = {i.attribute("heads") for i in attention}
-    if len(shapes) != 1 or len(heads) != 1:
+    if len(shapes) != 1 or len(heads) != 1 or any("int8" in (c.k_dtype, c.v_dtype) for c in program.caches):
         return None
     ((kv_heads, dim, v_dim),) = shapes
     if dim != v_dim:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from onnx import TensorProto
 
+from gristmill.export import onnx_cache
 from gristmill.export.stored import Stored
 from gristmill.runtime.program import CacheSpec, Instruction, RopeSpec
 
@@ -32,7 +33,8 @@ class PlainAttention:
         self._tables: dict[int, tuple[str, str]] = {}
 
     def lower(self, i: Instruction) -> str:
-        """Takes past_key_values.N.key and .value [batch, kv_heads, past, dim], gives present.N."""
+        """Takes past_key_values.N.key and .value [batch, kv_heads, past, dim], gives present.N; of int8
+        caches their steps and offsets as well."""
         g, number = self.graph, i.attribute("cache")
         spec = self.lowering.program.caches[number]
         q, k = self._heads(i, "q", i.attribute("heads"), spec), self._heads(i, "k", spec.kv_heads, spec)
@@ -51,28 +53,40 @@ class PlainAttention:
         return found
 
     def _append(self, number: int, name: str, spec: CacheSpec, new: str) -> str:
-        past, present = self.past(number, name, spec), self.present(number, name, spec)
-        found: str = self.graph.op("Concat", past, new, axis=2, outputs=[present])
-        return found
+        """All keys or values [batch, kv_heads, total, dim] f32 as they are multiplied, the new rows last."""
+        rounds = onnx_cache.dtype_of(spec, name) == "int8"
+        rows = onnx_cache.rounded(self.graph, new) if rounds else [new]
+        parts = [
+            self.graph.op("Concat", past, row, axis=2, outputs=[present])
+            for past, row, present in zip(
+                self.past(number, name, spec), rows, self.present(number, name, spec), strict=True
+            )
+        ]
+        return onnx_cache.values(self.graph, *parts) if rounds else parts[0]
 
-    def past(self, number: int, name: str, spec: CacheSpec) -> str:
-        dim = spec.k_dim if name == "key" else spec.v_dim
-        shape: list[int | str] = ["batch", spec.kv_heads, "past", dim]
-        return self.graph.input(f"past_key_values.{number}.{name}", TensorProto.FLOAT, shape)
+    def past(self, number: int, name: str, spec: CacheSpec) -> list[str]:
+        """Inputs of the keys or values of a cache: themselves, of int8 also steps and offsets."""
+        return [
+            self.graph.input(f"past_key_values.{number}.{part.name}", part.kind, part.shape("past"))
+            for part in onnx_cache.parts(spec, name)
+        ]
 
-    def present(self, number: int, name: str, spec: CacheSpec) -> str:
-        dim = spec.k_dim if name == "key" else spec.v_dim
-        shape: list[int | str] = ["batch", spec.kv_heads, "total", dim]
-        return self.graph.output(f"present.{number}.{name}", TensorProto.FLOAT, shape)
+    def present(self, number: int, name: str, spec: CacheSpec) -> list[str]:
+        return [
+            self.graph.output(f"present.{number}.{part.name}", part.kind, part.shape("total"))
+            for part in onnx_cache.parts(spec, name)
+        ]
 
     def _heads(self, i: Instruction, name: str, heads: int, spec: CacheSpec) -> str:
         """Queries or keys [batch, heads, sequence, dim] as they are multiplied. A Hadamard transform of both
-        changes no score, and is left out."""
+        changes no score of keys that are not rounded, and is left out."""
         x = self._split(self.lowering.given(i, name), heads, spec.k_dim)
         norm = self.lowering.vector(i, f"{name}_norm")
         if norm is not None:
             x = self.lowering.rms_norm(x, norm, i.attribute("norm_eps"), spec.k_dim)
-        return x if i.attribute("rope") < 0 else self._turn(x, i.attribute("rope"), spec.k_dim)
+        x = x if i.attribute("rope") < 0 else self._turn(x, i.attribute("rope"), spec.k_dim)
+        block = i.attribute("hadamard")
+        return onnx_cache.hadamard(self.graph, x, block) if block and spec.k_dtype == "int8" else x
 
     def _split(self, x: str, heads: int, dim: int) -> str:
         g = self.graph

@@ -22,6 +22,7 @@ import gristmill
 from gristmill.export.folder import SESSION_FILES, Progress, new_folder, write_json, write_session_files
 from gristmill.export.genai_config import genai_config, tokenizer_config
 from gristmill.export.onnx_graph import Graph, WeightFile
+from gristmill.export.onnx_half import HalfLowering
 from gristmill.export.onnx_lowering import Lowering
 from gristmill.export.onnx_runtime_ops import RuntimeLowering
 from gristmill.export.stored import Stored
@@ -38,18 +39,20 @@ from gristmill.runtime.artifact import (
 )
 from gristmill.runtime.decoding.options import refuse_unknown
 from gristmill.runtime.errors import GristmillError
-from gristmill.runtime.program import Instruction, Program
+from gristmill.runtime.program import CACHE_TYPES, CacheSpec, Instruction, Program
 
 MODEL, ROWS, DATA, GENAI = "model.onnx", "rows.onnx", "model.onnx.data", "genai_config.json"
 WRITTEN = {MODEL, ROWS, DATA, GENAI, "config.json", *SESSION_FILES}
 FLOAT_CACHES = ("f32", "f16")
+PLAIN_CACHES = ("int8",)  # rounded ones that standard operators write out
+ACTIVATIONS = ("int8", "f32", "f16")
 
 
 @dataclass(frozen=True)
 class OnnxOptions:
     """plain: standard operators alone. kv: "f32" keeps all of a cache that the artifact rounds. activations:
-    "int8" or "f32", what integers are multiplied by; None: as the artifact. max_len: positions, None: as
-    compiled."""
+    "int8" or "f32", what integers are multiplied by, or "f16": what products and attention compute in, for
+    CUDA; None: as the artifact. max_len: positions, None: as compiled."""
 
     plain: bool = False
     kv: str | None = None
@@ -73,7 +76,7 @@ def export_onnx(
     opened = open_artifact(artifact)
     program = _program(opened, chosen)
     with new_folder(out, force, lambda names: EXPORT in names and names <= WRITTEN) as staging:
-        write_graphs(staging, program, Stored(opened.weights_path), chosen.plain, progress)
+        write_graphs(staging, program, Stored(opened.weights_path), chosen, progress)
         _write_rest(staging, opened, program, chosen)
     return Path(out).resolve()
 
@@ -84,22 +87,39 @@ def _program(opened: Artifact, options: OnnxOptions) -> Program:
     limits = program.limits
     max_len = within("max_len", options.max_len, limits.max_len, limits.max_position)
     program.limits = replace(limits, max_len=max_len, max_position=max_len)
-    rounded = {t for c in program.caches for t in (c.k_dtype, c.v_dtype)} - set(FLOAT_CACHES)
-    if rounded and options.kv is None:
-        raise GristmillError(
-            f"the artifact's KV cache is {' and '.join(sorted(rounded))} with a scale per position, which "
-            "ONNX Runtime's attention on CPUs lacks; export with --kv f32 (kv='f32'), which rounds nothing"
-        )
-    if options.kv not in (None, "f32"):
-        raise GristmillError(f"kv is {options.kv!r}, expected 'f32'")
-    program.caches = [replace(c, k_dtype="f32", v_dtype="f32") for c in program.caches]
+    _refuse_choices(options)
+    program.caches = caches(program.caches, options)
     _refuse_shared(program)
-    if options.activations not in (None, "int8", "f32"):
-        raise GristmillError(f"activations are {options.activations!r}, expected 'int8' or 'f32'")
     for i in program.instructions:
         if i.op == "linear" and options.activations is not None:
             i.attributes["act_group"] = _act_group(program, i) if options.activations == "int8" else 0
     return program
+
+
+def _refuse_choices(options: OnnxOptions) -> None:
+    if options.kv not in (None, "f32"):
+        raise GristmillError(f"kv is {options.kv!r}, expected 'f32'")
+    if options.activations not in (None, *ACTIVATIONS):
+        raise GristmillError(f"activations are {options.activations!r}, expected one of {ACTIVATIONS}")
+    if options.plain and options.activations == "f16":
+        raise GristmillError("activations f16 are for ONNX Runtime's operators; leave out --plain (plain)")
+
+
+def caches(given: list[CacheSpec], options: OnnxOptions) -> list[CacheSpec]:
+    """With the types that the graphs have: f32, int8 where plain graphs round as the artifact does, and f16
+    of f16 activations."""
+    rounded = {t for c in given for t in (c.k_dtype, c.v_dtype)} - set(FLOAT_CACHES)
+    kept = set(PLAIN_CACHES) if options.plain and options.kv is None else set()
+    if rounded - kept and options.kv is None:
+        plain = "" if rounded - set(PLAIN_CACHES) else " or with --plain, which has int8"
+        raise GristmillError(
+            f"the artifact's KV cache is {' and '.join(sorted(rounded - kept))} with a scale per position, "
+            "which ONNX Runtime's attention lacks; export with --kv f32 (kv='f32'), which rounds "
+            f"nothing{plain}"
+        )
+    floats = "f16" if options.activations == "f16" else "f32"
+    types = {t: t if t in kept else floats for t in CACHE_TYPES}
+    return [replace(c, k_dtype=types[c.k_dtype], v_dtype=types[c.v_dtype]) for c in given]
 
 
 def _act_group(program: Program, i: Instruction) -> int:
@@ -116,10 +136,10 @@ def _refuse_shared(program: Program) -> None:
 
 
 def write_graphs(
-    folder: Path, program: Program, stored: Stored, plain: bool, progress: Progress | None = None
+    folder: Path, program: Program, stored: Stored, options: OnnxOptions, progress: Progress | None = None
 ) -> None:
-    """Both graphs and their weights; caches are f32 whatever the program says."""
-    kind: type[Lowering] = Lowering if plain else RuntimeLowering
+    """Both graphs and their weights. The program's caches are of the types that the flavour has."""
+    kind = _flavour(options)
     weights = WeightFile(folder / DATA)
     try:
         for name, all_rows in ((ROWS, True), (MODEL, False)):
@@ -132,6 +152,12 @@ def write_graphs(
         weights.close()
     for name in (ROWS, MODEL):
         onnx.checker.check_model(str(folder / name))
+
+
+def _flavour(options: OnnxOptions) -> type[Lowering]:
+    if options.plain:
+        return Lowering
+    return HalfLowering if options.activations == "f16" else RuntimeLowering
 
 
 def _write_rest(folder: Path, opened: Artifact, program: Program, options: OnnxOptions) -> None:

@@ -112,12 +112,23 @@ class Graph:
         return self.op(kind, *inputs, outputs=outputs, domain=MICROSOFT, **attributes)
 
     def model(self, name: str, producer_version: str) -> onnx.ModelProto:
-        initializers = [*self._constants.values(), *self._used.values()]
-        graph = helper.make_graph(self._nodes, name, self.inputs, self.outputs, initializers)
+        nodes, read = self._needed()
+        initializers = [t for t in (*self._constants.values(), *self._used.values()) if t.name in read]
+        graph = helper.make_graph(nodes, name, self.inputs, self.outputs, initializers)
         opsets = [helper.make_opsetid("", self.opset)]
-        if any(node.domain == MICROSOFT for node in self._nodes):
+        if any(node.domain == MICROSOFT for node in nodes):
             opsets.append(helper.make_opsetid(MICROSOFT, 1))
         return helper.make_model(
             graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="gristmill",
             producer_version=producer_version,
         )  # fmt: skip
+
+    def _needed(self) -> tuple[list[onnx.NodeProto], set[str]]:
+        """The nodes that an output comes from, in order, and the names that they read."""
+        nodes: list[onnx.NodeProto] = []
+        read = {output.name for output in self.outputs}
+        for node in reversed(self._nodes):
+            if not read.isdisjoint(node.output):
+                nodes.append(node)
+                read.update(node.input)
+        return nodes[::-1], read

@@ -195,7 +195,7 @@ class Lowering:
             x = g.op("Gather", x, order, axis=-1)
         if i.attribute("glu"):
             gate, up = self._gate_and_up(i, x)
-            y = g.op("Mul", self.activation(gate, i.attribute("activation")), up)
+            y = self.gated(gate, up, i.attribute("activation"))
         else:
             y = self._products(i, x, self._segments(i))
             y = y if (bias := self.vector(i, "bias")) is None else g.op("Add", y, bias)
@@ -223,6 +223,10 @@ class Lowering:
         y = self._products(i, x, segments)
         y = y if bias is None else g.op("Add", y, bias)
         return list(g.op("Split", y, outputs=2, axis=-1, num_outputs=2))
+
+    def gated(self, gate: str, up: str, activation: str) -> str:
+        found: str = self.graph.op("Mul", self.activation(gate, activation), up)
+        return found
 
     def product(self, x: str, segments: list[Segment], rounds: bool) -> str:
         """x W^T of segments of one kind. rounds: the artifact's x is int8, which standard operators are

@@ -3,6 +3,9 @@ residual sum before them, and attention over one buffer for past and present."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 from onnx import TensorProto
 
 from gristmill.export import onnx_weights
@@ -19,9 +22,18 @@ class RuntimeLowering(Lowering):
     """See Lowering."""
 
     opset = 23  # the first with RMSNormalization
+    attention_type: type[np.floating[Any]] = np.float32  # of what the attention operator takes and gives
 
     def make_attention(self) -> GroupQueryAttention:
         return GroupQueryAttention(self)
+
+    def narrow(self, x: str) -> str:
+        """A value as attention takes it."""
+        return x
+
+    def wide(self, x: str) -> str:
+        """What attention gives as others take it, f32."""
+        return x
 
     def product(self, x: str, segments: list[Segment], rounds: bool) -> str:
         kind = onnx_weights.Kind.of(segments[0])
@@ -63,22 +75,24 @@ class RuntimeLowering(Lowering):
 class GroupQueryAttention(PlainAttention):
     """One node a layer: rope, append and attention; keys and values are [batch, kv_heads, max_len, dim]."""
 
-    def __init__(self, lowering: Lowering) -> None:
+    def __init__(self, lowering: RuntimeLowering) -> None:
         super().__init__(lowering)
+        self._runtime = lowering
         self._lengths: tuple[str, str] | None = None
 
     def lower(self, i: Instruction) -> str:
-        g, number = self.graph, i.attribute("cache")
+        g, number, narrow = self.graph, i.attribute("cache"), self._runtime.narrow
         spec = self.lowering.program.caches[number]
         refuse_shapes(spec, i)
         queries, rope, turns = self._queries(i, spec)
-        tables = list(self._rope_weights(rope)) if turns else ["", ""]
+        queries = [narrow(x) if x else "" for x in queries]
+        tables = list(self._rope_weights(rope, self._runtime.attention_type)) if turns else ["", ""]
         sinks = self.lowering.vector(i, "sinks")
-        past = [self.past(number, name, spec) for name in ("key", "value")]
-        inputs = [*queries, *past, *self._seen(), *tables, *(["", "", sinks] if sinks else [])]
+        past = [x for name in ("key", "value") for x in self.past(number, name, spec)]
+        inputs = [*queries, *past, *self._seen(), *tables, *(["", "", narrow(sinks)] if sinks else [])]
         while not inputs[-1]:
             inputs.pop()
-        present = [self.present(number, name, spec) for name in ("key", "value")]
+        present = [x for name in ("key", "value") for x in self.present(number, name, spec)]
         outputs = [f"attention_{number}", *present]
         spec_of_rope = self.lowering.program.ropes[rope] if turns else None
         g.microsoft(
@@ -87,7 +101,7 @@ class GroupQueryAttention(PlainAttention):
             local_window_size=spec.window or -1, do_rotary=int(turns),
             rotary_interleaved=int(spec_of_rope is not None and spec_of_rope.style == "interleaved"),
         )  # fmt: skip
-        return outputs[0]
+        return self._runtime.wide(outputs[0])
 
     def _queries(self, i: Instruction, spec: CacheSpec) -> tuple[list[str], int, bool]:
         """Queries, keys and values, packed where they lie behind each other; the rope, and whether the node
@@ -114,17 +128,20 @@ class GroupQueryAttention(PlainAttention):
             x = g.op("Reshape", normed, g.integers(0, 0, heads * spec.k_dim))
         if turn and i.attribute("rope") >= 0:
             rope = self.lowering.program.ropes[i.attribute("rope")]
-            cos, sin = self._rope_weights(i.attribute("rope"))
+            cos, sin = self._rope_weights(i.attribute("rope"), np.float32)
             x = g.microsoft(
                 "RotaryEmbedding", x, self.lowering.positions(), cos, sin, num_heads=heads,
                 rotary_embedding_dim=rope.dims, interleaved=int(rope.style == "interleaved"),
             )  # fmt: skip
         return x
 
-    def _rope_weights(self, number: int) -> tuple[str, str]:
-        low = self.lowering
-        cos, sin = rope_tables(low.stored, low.program.ropes[number], low.max_len)
-        return self.graph.weight(f"rope.{number}.cos", cos), self.graph.weight(f"rope.{number}.sin", sin)
+    def _rope_weights(self, number: int, dtype: type[np.floating[Any]]) -> tuple[str, str]:
+        low, g = self.lowering, self.graph
+        tables = rope_tables(low.stored, low.program.ropes[number], low.max_len)
+        suffix = "" if dtype is np.float32 else f".{dtype.__name__}"
+        names = [f"rope.{number}.{name}{suffix}" for name in ("cos", "sin")]
+        cos, sin = (g.weight(name, table.astype(dtype)) for name, table in zip(names, tables))
+        return cos, sin
 
     def _seen(self) -> tuple[str, str]:
         """Each sequence's last position [batch] int32, and the longest's length, int32."""

@@ -24,6 +24,7 @@ Array = NDArray[Any]
 ROW_BLOCK = 128  # columns of a block where the artifact has one scale for the whole row
 SHIFTS = {"int8": 128, "int4": 0, "int3": 4, "int2": 0}  # what makes MatMulNBits' zero point the format's own
 BITS = {"int8": 8, "int4": 4, "int3": 4, "int2": 2}
+PLAIN_BITS = 4  # the fewest of a standard type
 FLOATS = {"f32": TensorProto.FLOAT, "f16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
 
@@ -69,7 +70,7 @@ def runs(segments: Sequence[Segment]) -> list[list[Segment]]:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Names of initializers: data [N, blocks, bytes] u8, scale [N, blocks] f32, zero or ""."""
+    """Names of initializers: data [N, blocks, bytes] u8, scale [N, blocks], zero or ""."""
 
     kind: Kind
     n: int
@@ -78,16 +79,17 @@ class Blocks:
     zero: str
 
 
-def blocks(graph: Graph, stored: Stored, segments: Sequence[Segment]) -> Blocks:
-    """Integer segments of one kind, their rows below each other."""
+def blocks(graph: Graph, stored: Stored, segments: Sequence[Segment], half: bool = False) -> Blocks:
+    """Integer segments of one kind, their rows below each other; scales are f32, with `half` f16."""
     kind, n = Kind.of(segments[0]), sum(s.n for s in segments)
     name = "+".join(s.name for s in segments)
-    names = [f"{name}.{part}" for part in ("blocks", "block_scale", "block_zero")]
-    names = names[:2] if kind.symmetric else names
-    if names[0] not in graph.weights.tensors:
+    suffixes = ("blocks", "block_scale_f16" if half else "block_scale", "block_zero")
+    names = [f"{name}.{suffix}" for suffix in suffixes][: 2 if kind.symmetric else 3]
+    if not graph.weights.tensors.keys() >= {*names}:
         parts = [_block_arrays(stored, segment, kind) for segment in segments]
         for at, initializer in enumerate(names):
-            graph.weights.add(initializer, np.concatenate([part[at] for part in parts]))
+            array = np.concatenate([part[at] for part in parts])
+            graph.weights.add(initializer, array.astype(np.float16) if half and at == 1 else array)
     for initializer in names:
         graph.stored(initializer)
     return Blocks(kind, n, names[0], names[1], names[2] if len(names) > 2 else "")
@@ -119,15 +121,21 @@ def pack_bits(q: Array, bits: int) -> Array:
     return out
 
 
+def float_columns(graph: Graph, stored: Stored, segments: Sequence[Segment]) -> str:
+    """Segments of one float format [K, N], as they are stored."""
+    kind, n = Kind.of(segments[0]), sum(s.n for s in segments)
+    return _initializer(
+        graph, "+".join(s.name for s in segments) + ".columns", FLOATS[kind.format], (kind.k, n),
+        lambda: _joined([stored.tensor(f"{s.name}.weight") for s in segments]),
+    )  # fmt: skip
+
+
 def columns(graph: Graph, stored: Stored, segments: Sequence[Segment]) -> str:
     """A value [K, N] f32 that standard operators make of segments of one kind."""
     name, kind = "+".join(s.name for s in segments), Kind.of(segments[0])
     n = sum(s.n for s in segments)
     if kind.format in FLOATS:
-        found = _initializer(
-            graph, f"{name}.columns", FLOATS[kind.format], (kind.k, n),
-            lambda: _joined([stored.tensor(f"{s.name}.weight") for s in segments]),
-        )  # fmt: skip
+        found = float_columns(graph, stored, segments)
         return found if kind.format == "f32" else graph.op("Cast", found, to=TensorProto.FLOAT)
     new = f"{name}.columns" not in graph.weights.tensors
     quantized = [stored.quantized(s) for s in segments] if new else []

@@ -21,6 +21,8 @@ from gristmill.quant.formats import awq, compressed_tensors, gptq
 from gristmill.runtime.errors import GristmillError
 
 Array = NDArray[Any]
+BITS = {"gptq": gptq.BITS, "awq": (awq.BITS,), "compressed-tensors": (4, 8)}
+ORDERED = ("gptq", "compressed-tensors")  # what has a column order
 Parts = tuple[Array, Array, Array, Array]  # q, scale, zero, g_idx: see Contents.layer
 
 
@@ -56,7 +58,7 @@ Planner = Callable[[Sequence[Facts], Sequence[str]], Plan]  # layers, names of l
 def plan_gptq(layers: Sequence[Facts], floats: Sequence[str], checkpoint_format: str | None = None) -> Plan:
     """checkpoint_format None: v1, which every server reads, unless a zero point is 0."""
     for facts in layers:
-        _refuse(facts, "gptq", gptq.BITS)
+        _refuse(facts, "gptq", BITS["gptq"])
         segment = facts.layer.segment
         if segment.n % 32 or segment.k % 32:
             _fail(facts, "gptq", f"shape [{segment.n}, {segment.k}], which 32 does not divide")
@@ -85,7 +87,7 @@ def _gptq_tensors(checkpoint_format: str, facts: Facts, parts: Parts) -> dict[st
 def plan_awq(layers: Sequence[Facts], floats: Sequence[str]) -> Plan:
     """AutoAWQ's gemm: 4 bits, one group size that divides every layer."""
     for facts in layers:
-        _refuse(facts, "awq", (awq.BITS,), one_group=layers[0].group)
+        _refuse(facts, "awq", BITS["awq"], one_group=layers[0].group)
         segment = facts.layer.segment
         if facts.group < 0 or segment.k % facts.group or segment.n % 8:
             what = f"groups of {facts.group}" if facts.group > 0 else "one scale per row"
@@ -105,7 +107,7 @@ def plan_compressed(layers: Sequence[Facts], floats: Sequence[str]) -> Plan:
     """compressed-tensors pack-quantized: a config group for each way of quantizing."""
     ways: dict[tuple[int, int, bool, bool], list[str]] = {}
     for facts in layers:
-        _refuse(facts, "compressed-tensors", (4, 8), any_scale=True)
+        _refuse(facts, "compressed-tensors", BITS["compressed-tensors"], any_scale=True)
         segment = facts.layer.segment
         if facts.group > 0 and segment.k % facts.group:
             _fail(

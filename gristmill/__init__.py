@@ -67,8 +67,9 @@ def export_checkpoint(
 
     options: checkpoint_format ("gptq" or "gptq_v2"); for gguf type (of gristmill.export.gguf_tensors.TYPES,
     such as "q4_0") and note, called with what is worth telling; for onnx plain (True: standard operators
-    alone), kv ("f32"), activations ("int8" or "f32") and max_len; for pt2 device ("cpu"); force. Needs the
-    extra [compile], [gguf] or [onnx]. Raises GristmillError for what the format cannot express.
+    alone), kv ("f32"), activations ("int8", "f32", or "f16" for `load(out, device="onnx:cuda")`) and max_len;
+    for pt2 device ("cpu"); force. Needs the extra [compile], [gguf] or [onnx]. Raises GristmillError for what
+    the format cannot express.
     """
     from gristmill.runtime.errors import GristmillError
 

@@ -22,6 +22,7 @@ from gristmill.cli_output import Rows, echo_json, note, show_profile, show_table
 from gristmill.cli_plan import plan_command
 from gristmill.cli_report import report_command
 from gristmill.cli_run import run_command as run
+from gristmill.cli_serve import serve_command
 from gristmill.runtime.errors import GristmillError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ cli.add_command(export_command)
 cli.add_command(report_command)
 cli.add_command(plan_command)
 cli.add_command(run)
+cli.add_command(serve_command)
 
 
 @cli.command(no_args_is_help=True)

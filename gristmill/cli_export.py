@@ -33,8 +33,9 @@ OWN_OPTIONS = {
 @click.option("--kv", type=click.Choice(["f32"]), help="onnx: the KV cache, where the artifact's cannot be.")
 @click.option(
     "--activations",
-    type=click.Choice(["int8", "f32"]),
-    help="onnx: what integer weights are multiplied by.  [default: as compiled]",
+    type=click.Choice(["int8", "f32", "f16"]),
+    help="onnx: what integer weights are multiplied by; f16: products and attention, for CUDA.  [default: as "
+    "compiled]",
 )
 @click.option("--max-len", type=int, help="onnx: positions of a sequence.  [default: as compiled]")
 @click.option("--device", help="pt2: what to compile for; cpu alone so far.  [default: cpu]")

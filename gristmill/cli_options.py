@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import click
 
+from gristmill.runtime.devices import DEVICES
+
 ARTIFACT = click.argument("artifact", type=click.Path())
 THREADS = click.option("--threads", type=int, help="Threads; default: one for each physical core.")
 DEVICE = click.option(
     "--device",
-    type=click.Choice(["cpu", "cuda", "onnx:cpu", "torchscript", "pt2:cpu"]),
+    type=click.Choice(list(DEVICES)),
     default="cpu",
     show_default=True,
-    help="Where to run; onnx:cpu, torchscript and pt2:cpu: folders from `export --to onnx`, `torchscript` "
-    "and `pt2`.",
+    help="Where to run; onnx:cpu, onnx:cuda, torchscript and pt2:cpu: folders from `export --to onnx`, "
+    "`--to torchscript` and `--to pt2`.",
 )
 PIN = click.option("--pin", is_flag=True, help="Keep each thread on a processor of its own.")
 HUGEPAGES = click.option(

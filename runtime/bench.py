@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gristmill.runtime.decoding.next_tokens import most_likely_token
+from gristmill.runtime.devices import DEVICES
 from gristmill.runtime.errors import GristmillError
-from gristmill.runtime.exported import EXPORTS
 from gristmill.runtime.profile import Forward, Probe, probe_of, random_ids, take_in
 from gristmill.runtime.program import CacheSpec
 from gristmill.runtime.session import Session, load
@@ -50,9 +50,15 @@ def bench(path: str | Path, options: BenchOptions) -> dict[str, Any]:
     needed = max(options.prompt, options.context + options.tokens)
     started = time.perf_counter()
     how = {name: getattr(options, name) for name in ("device", "threads", "hugepages", "pin")}
-    if options.profile and options.device in EXPORTS:
+    device = DEVICES.get(options.device)
+    if options.profile and device is not None and not device.profile:
         raise GristmillError(
-            f"a profile of instructions is not for device {options.device!r}, whose runtime has its own"
+            f"a profile of instructions is not for device {options.device!r}: its runtime has its own"
+        )
+    if device is not None and not device.bench:
+        raise GristmillError(
+            f"bench does not measure the memory of device {options.device!r}, which it holds a run against; "
+            "time a generation instead"
         )
     session = load(path, max_slots=1, **how)
     load_s = time.perf_counter() - started

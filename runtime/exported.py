@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.runtime.artifact import EXPORT, PROGRAM, Artifact, FileEntry, is_plain_name, parse_json
+from gristmill.runtime.devices import EXPORTS
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.program import Program
 
-# Devices that run exported folders, and what these were exported to: a package of the runtime, too.
-EXPORTS = {"onnx:cpu": "onnx", "torchscript": "torchscript", "pt2:cpu": "pt2"}
 EXPORT_KIND, EXPORT_FORMAT = "gristmill export", 1
 
 
@@ -49,6 +48,11 @@ def open_export(path: str | Path, to: str) -> Artifact:
 def open_executor_of(
     device: str, folder: Artifact, program: Program, threads: int, max_len: int, max_slots: int
 ) -> Any:
-    """The executor of a device in EXPORTS, whose libraries are imported now."""
+    """The executor of a device in EXPORTS, whose libraries are imported now.
+
+    What follows a colon in the device's name goes to it as `place`.
+    """
     home = import_module(f"gristmill.runtime.{EXPORTS[device]}")
-    return home.open_executor(folder, program, threads, max_len, max_slots)
+    _, _, place = device.partition(":")
+    how = {"place": place} if place else {}
+    return home.open_executor(folder, program, threads, max_len, max_slots, **how)

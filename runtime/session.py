@@ -36,8 +36,9 @@ from gristmill.runtime.decoding.options import GenerationOptions, refuse_unknown
 from gristmill.runtime.decoding.sampling import Workspace
 from gristmill.runtime.decoding.scheduler import Scheduler, Statistics
 from gristmill.runtime.decoding.sequence import Generation, Prompt
+from gristmill.runtime.devices import DEVICES, EXPORTS
 from gristmill.runtime.errors import GristmillError
-from gristmill.runtime.exported import EXPORTS, open_executor_of, open_export
+from gristmill.runtime.exported import open_executor_of, open_export
 from gristmill.runtime.footprint import refuse_malformed, refuse_too_large, smallest_ring
 from gristmill.runtime.hidden import run_hidden
 from gristmill.runtime.program import Program
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from gristmill.runtime.decoding.generate_beams import BeamText
 
 MAX_WAITING = 4096
-DEVICES = ("cpu", "cuda", *EXPORTS)
 Result = TypeVar("Result")
 
 
@@ -96,9 +96,9 @@ def load(
 ) -> Session:
     """Opens the artifact in directory `path`.
 
-    device: "cpu", "cuda" for the current NVIDIA GPU, for which threads, hugepages and pin are not, or
-    "onnx:cpu", "torchscript" or "pt2:cpu" for a folder that was exported to ONNX, TorchScript or an
-    AOTInductor package.
+    device: "cpu", "cuda" for the current NVIDIA GPU, for which threads, hugepages and pin are not, or for a
+    folder that was exported to ONNX, TorchScript or an AOTInductor package "onnx:cpu", "onnx:cuda",
+    "torchscript" or "pt2:cpu".
     threads: default one for each physical core this process may use. max_len: positions per slot, default
     what the artifact was compiled for, at most what its model can address. max_slots: sequences at once,
     default 8 unless compiled otherwise. hugepages: copy the weights into huge pages instead of mapping the
@@ -117,10 +117,10 @@ def load(
         )
     if device not in DEVICES:
         raise GristmillError(f"device {device!r} is not supported, expected one of {', '.join(DEVICES)}")
-    if device == "cuda" and (threads is not None or hugepages or pin):
-        raise GristmillError("threads, hugepages and pin are for device 'cpu'; leave them out with 'cuda'")
-    if device in EXPORTS and (hugepages or pin):
-        raise GristmillError(f"hugepages and pin are for device 'cpu'; leave them out with {device!r}")
+    found = DEVICES[device]
+    if (threads is not None and not found.threads) or ((hugepages or pin) and not found.pages):
+        what = "hugepages and pin" if found.threads else "threads, hugepages and pin"
+        raise GristmillError(f"{what} are for device 'cpu'; leave them out with {device!r}")
     how: dict[str, Any] = {
         "threads": threads, "max_len": max_len, "max_slots": max_slots, "hugepages": hugepages, "pin": pin,
     }  # fmt: skip
@@ -311,12 +311,12 @@ class Session:
 
     def tune(self, max_rows: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Times how products of up to `max_rows` rows are cut best on this device, and keeps that for the
-        user's sessions that are opened later; yields each product and its config. Raises GristmillError on a
-        CPU, whose kernels need none.
+        user's sessions that are opened later; yields each product and its config. Raises GristmillError on
+        devices whose kernels need none.
         """
         own = getattr(self.executor, "tune", None)
         if own is None:
-            raise GristmillError("a session on the CPU has nothing to tune; load with device='cuda'")
+            raise GristmillError("this session's device has nothing to tune; load with device='cuda'")
         steps = own(max_rows)
         while True:
             with self._lock:

@@ -109,6 +109,11 @@ class Slots:
         """How many slots are free."""
         return self.max_slots - len(self._holders.keys() | self._forwarded)
 
+    def rows(self) -> tuple[int, int]:
+        """Rows of the cache that slots in use hold, and those that free ones keep for other prompts."""
+        with self._freed:
+            return int(self.lengths.sum()), sum(len(tokens) for tokens in self._kept.values())
+
     def copied(self, source: int, target: int, length: int) -> None:
         """Notes that `target`, just taken, got the first `length` rows of `source`."""
         self.lengths[target] = length

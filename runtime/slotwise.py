@@ -15,7 +15,7 @@ Array = np.ndarray[Any, Any]
 
 
 class SlotwiseExecutor(ABC):
-    """What a Session needs, see runtime/session.py; the caches hold f32."""
+    """What a Session needs, see runtime/session.py; the caches hold what the program says of them."""
 
     rows_agree = False  # one row and many are multiplied in different ways
     arena_bytes = 0  # the other runtime's own, not known
@@ -26,8 +26,7 @@ class SlotwiseExecutor(ABC):
         self.max_tokens, self.vocabulary = program.limits.max_tokens, program.vocabulary
         self.threads, self.max_len, self.max_slots = threads, max_len, max_slots
         self.program, self.weight_bytes = program, weight_bytes
-        row_bytes = sum(c.kv_heads * (c.k_dim + c.v_dim) * 4 for c in program.caches)
-        self.kv_bytes = row_bytes * max_len * max_slots
+        self.kv_bytes = sum(cache.row_bytes() for cache in program.caches) * max_len * max_slots
         self.weight_bytes_per_token = _bytes_per_token(program)
 
     @abstractmethod

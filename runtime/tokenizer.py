@@ -116,11 +116,11 @@ class Tokenizer:
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
         try:
             return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
-        except UnicodeEncodeError as error:
-            raise GristmillError(
-                "the text holds a lone surrogate, which is not a character; expected valid text"
-            ) from error
         except Exception as error:  # see __init__
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise GristmillError(
+                    "the text holds a lone surrogate, which is not a character; expected valid text"
+                ) from error
             raise GristmillError(f"the tokenizer cannot encode the text: {_first_line(error)}") from error
 
 

@@ -263,7 +263,7 @@ def test_a_history_that_is_too_long_is_said_in_a_line(capsys: pytest.CaptureFixt
 def test_an_error_leaves_the_history_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
     session = fake_session()
     prompts = talk(session, TextHistory(session), "a\udc80", "b")
-    assert prompts == ["<s>b"] and "error: the tokenizer cannot encode" in capsys.readouterr().err
+    assert prompts == ["<s>b"] and "error: the text holds a lone surrogate" in capsys.readouterr().err
 
 
 def test_control_c_at_the_line() -> None:

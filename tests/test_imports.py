@@ -23,6 +23,7 @@ MAY_IMPORT = {  # folder -> prefixes of gristmill.* it may import, besides itsel
     "integrations": ("runtime", "quant.formats"),
 }
 HEAVY = {"torch", "triton", "transformers", "huggingface_hub", "sentencepiece", "onnx", "onnxruntime"}
+SERVING = {"fastapi", "starlette", "uvicorn", "httptools", "pydantic", "prometheus_client"}
 DEVICES = ("cuda", "onnx", "torchscript", "pt2")  # folders of the runtime that a load for them imports
 
 
@@ -105,6 +106,18 @@ def test_only_a_load_for_a_device_imports_its_executor() -> None:
     assert importers == [("runtime/session.py", "gristmill.runtime.cuda.open_executor")]
 
 
+def test_only_serving_imports_what_a_server_needs() -> None:
+    server = ROOT / "runtime" / "server"
+    own = [path for folder in FOLDERS for path in files(folder) if path.parent != server]
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in [*own, *files("gristmill")]
+        for name in imported(path, only_at_import=path.name == "cli_serve.py")
+        if name.split(".")[0] in SERVING or name.startswith("gristmill.runtime.server")
+    ]
+    assert not wrong, wrong
+
+
 def python(code: str, cwd: Path) -> str:
     """What a fresh Python prints for `code`."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -127,7 +140,7 @@ def test_an_artifact_runs_without_torch(tmp_path: Path) -> None:
     path = tiny_artifact(tmp_path / "a")
     code = f"""
 import sys
-for name in {sorted(HEAVY)}:
+for name in {sorted(HEAVY | SERVING)}:
     sys.modules[name] = None  # importing it fails
 import gristmill
 from gristmill.cli import run_command

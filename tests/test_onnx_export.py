@@ -19,7 +19,7 @@ from test_program_module import module, of_executor
 
 import gristmill
 from gristmill.cli import run_command
-from gristmill.export.onnx_folder import write_graphs
+from gristmill.export.onnx_folder import OnnxOptions, write_graphs
 from gristmill.export.program_module import module_of
 from gristmill.export.stored import Stored
 from gristmill.runtime.artifact import Artifact
@@ -41,16 +41,22 @@ RUNTIME["turned"] = Llama(k_dim=32, v_dim=32, rope_dims=32, window=7, sinks=True
 RUNTIME["turned_interleaved"] = Llama(k_dim=16, v_dim=16, rope_dims=16, rope_style="interleaved", softcap=3.0)
 
 
-def executor_of(built: Built, directory: Path, plain: bool, max_slots: int = 2) -> OnnxExecutor:
-    """The program's integers are multiplied by floats: what the module with `exact` computes."""
+def executor_of(
+    built: Built, directory: Path, plain: bool, max_slots: int = 2, caches: str = "f32"
+) -> OnnxExecutor:
+    """The program's integers are multiplied by floats: what the module with `exact` computes. caches: of
+    which type; "": as the program has them."""
     weights = built.write(directory)
     program = Program.from_json(json.loads(built.text()))
     for i in program.instructions:
         if i.op == "linear":
             i.attributes["act_group"] = 0
-    write_graphs(directory, program, Stored(weights), plain)
+    if caches:
+        program.caches = [dataclasses.replace(c, k_dtype=caches, v_dtype=caches) for c in program.caches]
+    options = OnnxOptions(plain=plain, activations="f16" if caches == "f16" else None)
+    write_graphs(directory, program, Stored(weights), options)
     folder = Artifact(directory, {"settings": {"shared_buffer": not plain}}, {})
-    return OnnxExecutor(folder, program, 1, program.limits.max_len, max_slots)
+    return OnnxExecutor(folder, program, 1, program.limits.max_len, max_slots, "cpu")
 
 
 def assert_equal_to_the_module(built: Built, directory: Path, plain: bool) -> None:
@@ -229,7 +235,7 @@ def test_weights_are_stored_once_and_in_their_own_size(int4: Pair) -> None:
     [
         ({}, "KV cache is int8 .* --kv f32"),
         ({"kv": "int8"}, "kv is 'int8', expected 'f32'"),
-        ({"kv": "f32", "activations": "f16"}, "activations are 'f16'"),
+        ({"kv": "f32", "activations": "f8"}, "activations are 'f8'"),
         ({"kv": "f32", "max_len": 5000}, "max_len is 5000"),
         ({"kv": "f32", "opset": 9}, "no option 'opset'"),
     ],

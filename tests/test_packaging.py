@@ -65,7 +65,7 @@ def test_the_wheel_runs_from_anywhere_without_torch(wheel: Path, tmp_path: Path)
 
 def test_every_direct_requirement_is_pinned() -> None:
     project = (ROOT / "pyproject.toml").read_text()
-    names = "dependencies|compile|constrain|cuda|dev|gguf|onnx|report|requires"
+    names = "dependencies|compile|constrain|cuda|dev|gguf|onnx|report|requires|serve"
     lists = re.findall(rf"^(?:{names}) = \[(.*?)\]\n", project, re.M | re.S)
     required = {name for text in lists for name in re.findall(r'"([\w-]+)', text)}
     pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.M))

@@ -334,7 +334,7 @@ void measure_attention(CacheType type, int64_t kv_heads, int64_t rows, int64_t l
         const int64_t t = i % chunks_of_rows * kernels->attention_rows;
         const int64_t first = (head * splits + split) * queries, at = first + t * group;
         float* largest = m + first + at;  // [queries] maxima, then [queries] sums for each head and split
-        uint8_t* own = scratch[static_cast<size_t>(id)];
+        auto* own = static_cast<uint8_t*>(scratch[static_cast<size_t>(id)]);
         const int64_t count = std::min(kernels->attention_rows, rows - t);
         kernels->attention_prepare(cache, shape, q + (t * heads + head * group) * dim, heads * dim, count, own);
         kernels->attention_split(cache, shape, count, 0, head, length - rows + t, split, largest,

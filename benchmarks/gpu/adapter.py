@@ -26,7 +26,7 @@ from gristmill.compiler.memory import plan_arena
 from gristmill.kernels.triton import linear_configs
 from gristmill.kernels.triton.attention import allocate_partials, attend, tiling
 from gristmill.kernels.triton.cache import LayerCache, allocate, row_bytes
-from gristmill.kernels.triton.matrix import BITS, FLOATS, Matrix, merge
+from gristmill.kernels.triton.matrix import Matrix, merge, meta_matrix
 from gristmill.runtime.artifact import PROGRAM, open_artifact
 from gristmill.runtime.cuda import executor as executors
 from gristmill.runtime.cuda.buffers import Batch, Values
@@ -316,14 +316,7 @@ def _length(program: Program, name: str) -> int:
 
 
 def _meta(s: Segment) -> Matrix:
-    dtype = FLOATS.get(s.format, torch.int8 if s.format == "int8" else torch.uint8)
-    columns = s.k if s.format in FLOATS else -(-s.k // 64) * 64 * BITS[s.format] // 8
-    data = torch.empty(s.n, columns, dtype=dtype, device="meta")
-    if s.format in FLOATS:
-        return Matrix(s.format, s.n, s.k, 0, True, data)
-    scale = torch.empty(s.n, s.groups, dtype=torch.float16, device="meta")
-    assert s.symmetric, "zero points are not drawn here"
-    return Matrix(s.format, s.n, s.k, s.group, True, data, scale)
+    return meta_matrix(s.format, s.n, s.k, s.group, s.symmetric)
 
 
 def weights_of_lane(segments: Sequence[Segment], act_group: int) -> float:

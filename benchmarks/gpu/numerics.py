@@ -33,7 +33,6 @@ def limits(format: str) -> tuple[float, float]:
     return MANY_ROWS, MANY_ROWS if format.startswith("int") else ONE_ROW
 
 
-
 def reference_model(decoder: Decoder, weights: Path, config: dict[str, Any], device: torch.device) -> Any:
     """transformers' model with the values that the artifact's bytes stand for."""
     from transformers import AutoConfig, AutoModelForCausalLM

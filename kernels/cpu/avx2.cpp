@@ -35,7 +35,7 @@ constexpr bool kVnni = GRISTMILL_VNNI;
 
 }  // namespace
 
-extern const Kernels avx2_kernels = make_table(16);
+extern const Kernels avx2_kernels = make_table(16, kDecodeRows);
 
 }  // namespace gristmill
 

@@ -42,7 +42,7 @@ constexpr bool kVnni = GRISTMILL_VNNI;
 
 }  // namespace
 
-extern const Kernels avx512_kernels = make_table(32);
+extern const Kernels avx512_kernels = make_table(32, kDecodeRows);
 
 }  // namespace gristmill
 

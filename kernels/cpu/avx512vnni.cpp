@@ -43,7 +43,7 @@ constexpr bool kVnni = GRISTMILL_VNNI;
 
 }  // namespace
 
-extern const Kernels avx512vnni_kernels = make_table(32);
+extern const Kernels avx512vnni_kernels = make_table(32, kDecodeRows);
 
 }  // namespace gristmill
 

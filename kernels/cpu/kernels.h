@@ -147,7 +147,8 @@ struct Kernels {
   void (*product_float)(const Matrix& w, const float* x, int64_t ldx, int64_t rows, int64_t n0, int64_t n1,
                         float* y, int64_t ldy, void* scratch);
   size_t (*product_scratch_bytes)(int64_t k);  // per thread, for the widest k of the program
-  int64_t tile;                                // n ranges should start at multiples of this
+  int64_t tile;      // n ranges of many rows should start at multiples of this
+  int64_t few_rows;  // up to here product_int reads the weights of a range as streams, see x86_decode.inc
 
   // out[0..k) = scale * W[row, :]
   void (*dequantize_row)(const Matrix& w, int64_t row, float scale, float* out);

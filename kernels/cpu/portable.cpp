@@ -97,6 +97,6 @@ size_t product_scratch_bytes(int64_t k) {
 
 }  // namespace
 
-extern const Kernels portable_kernels = make_table(8);
+extern const Kernels portable_kernels = make_table(8, 4);
 
 }  // namespace gristmill

@@ -64,9 +64,11 @@ def plan(
     splits = max(config.splits for config in chosen)
     if splits > 1:
         chosen = [_with_splits(config, splits) for config in chosen]
-    native = native_fp8 and all(s.format == "fp8" and not s.group and s.k % 16 == 0 for s in segments)
+    native = native_fp8 and all(
+        s.format == "fp8" and not s.group and s.k % 16 == 0 and c.tokens and not c.dense
+        for s, c in zip(segments, chosen)
+    )
     partial = splits > 1 or (glu and len(segments) > 1) or any(config.dense for config in chosen)
-    native = native and all(c.tokens and not c.dense for c in chosen)
     group = act_group if any(c.integer for c in chosen) else 0
     return Plan(tokens, tuple(chosen), partial, multiply, native, group)
 
@@ -111,10 +113,7 @@ def _pieces(segments: Sequence[Matrix], p: Plan, order: bool, x_dtype: torch.dty
     dense = [s for s, c in zip(segments, p.configs) if c.dense]
     tallest = max((s.n for s in dense if s.data.dtype != p.multiply), default=0)
     floats = not all(config.integer for config in p.configs)
-    quantized = None
-    if p.act_group:
-        q, scale = (w.take(*part) for part in room(t, k, p.act_group))
-        quantized = Quantized(q, scale, p.act_group)
+    quantized = _take_quantized(k, p, w)  # first, where `quantized_input` finds it
     return _Pieces(
         w.take((t, k), x_dtype) if order and floats else None,
         w.take((p.configs[0].splits, t, n), torch.float32) if p.partial else None,
@@ -126,6 +125,13 @@ def _pieces(segments: Sequence[Matrix], p: Plan, order: bool, x_dtype: torch.dty
     )
 
 
+def _take_quantized(k: int, p: Plan, w: _Workspace) -> Quantized | None:
+    if not p.act_group:
+        return None
+    q, scale = (w.take(*part) for part in room(p.tokens, k, p.act_group))
+    return Quantized(q, scale, p.act_group)
+
+
 def workspace_bytes(segments: Sequence[Matrix], p: Plan, order: bool, x_dtype: torch.dtype) -> int:
     """Bytes of workspace, uint8 and aligned to 256 bytes, that `linear` needs; order: whether it gets one."""
     counted = _Workspace(None)
@@ -133,11 +139,9 @@ def workspace_bytes(segments: Sequence[Matrix], p: Plan, order: bool, x_dtype: t
     return counted.used
 
 
-def quantized_input(
-    segments: Sequence[Matrix], p: Plan, order: bool, x_dtype: torch.dtype, workspace: Tensor
-) -> Quantized | None:
+def quantized_input(segments: Sequence[Matrix], p: Plan, workspace: Tensor) -> Quantized | None:
     """Where `linear` looks for int8 activations that are ``at_hand``, if it multiplies such."""
-    return _pieces(segments, p, order, x_dtype, _Workspace(workspace)).quantized
+    return _take_quantized(segments[0].k, p, _Workspace(workspace))
 
 
 @triton.jit

@@ -31,6 +31,11 @@ OFFSETS = {"int8": 384, "int4": 16, "int3": 8, "int2": 4}  # what kernels have a
 MAGIC = {"int8": 0x43C00000, "int4": 0x41800000, "int3": 0x41000000, "int2": 0x40800000}  # the same as bits
 
 
+def padded(k: int) -> int:
+    """Columns in whole blocks, as packed rows and int8 activations have them."""
+    return -(-k // 64) * 64
+
+
 @dataclass(frozen=True)
 class Matrix:
     """One weight matrix [n, k] in its stored layout.
@@ -76,7 +81,7 @@ class Matrix:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row of data; rows of all formats but floats have whole blocks of 64 columns."""
-        columns = self.k if self.is_float else -(-self.k // 64) * 64
+        columns = self.k if self.is_float else padded(self.k)
         return columns * BITS[self.format] // 8
 
     @property
@@ -109,7 +114,7 @@ def meta_matrix(fmt: str, n: int, k: int, group: int = 0, symmetric: bool = True
 
     if fmt in FLOATS:
         return Matrix(fmt, n, k, 0, True, empty(k, FLOATS[fmt]))
-    data = empty(-(-k // 64) * 8 * BITS[fmt], torch.int8 if fmt == "int8" else torch.uint8)
+    data = empty(padded(k) * BITS[fmt] // 8, torch.int8 if fmt == "int8" else torch.uint8)
     zero = None
     if not symmetric:
         zero = empty(groups, torch.int8) if fmt == "int8" else empty(-(-groups // 2), torch.uint8)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .matrix import padded
 from .overlap import let_next_begin, options, wait_for_inputs
 
 BLOCK = 1024  # columns of a program
@@ -27,10 +28,6 @@ class Quantized:
     q: Tensor
     scale: Tensor
     group: int
-
-
-def padded(k: int) -> int:
-    return -(-k // 64) * 64
 
 
 @triton.jit

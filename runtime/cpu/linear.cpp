@@ -1,5 +1,6 @@
 // Linear: reorder and quantize the input's rows once, then products over tiles of the output, each with its epilogue.
 #include <algorithm>
+#include <limits>
 
 #include "machine.h"
 
@@ -58,11 +59,11 @@ struct Strip {
 class Product final : public Step {
  public:
   Product(const Machine& machine, const Instruction& in)
-      : Step(machine), in_(in), few_(strips(kFewBytes)), many_(strips(kManyBytes)) {}
+      : Step(machine), in_(in), few_(strips(true)), many_(strips(false)) {}
 
   int64_t open() override {
     rows_ = m.rows(in_.in).count;
-    units_ = rows_ <= kFewRows ? &few_ : &many_;
+    units_ = rows_ <= (in_.act_group ? m.kernels->few_rows : kFewRows) ? &few_ : &many_;
     bands_ = (rows_ + kBand - 1) / kBand;
     return bands_ * static_cast<int64_t>(units_->size());
   }
@@ -86,19 +87,39 @@ class Product final : public Step {
   static constexpr int64_t kBand = 128;       // rows of one tile
   static constexpr int64_t kMostStrip = 128;  // columns of one tile
   static constexpr int64_t kFewBytes = 32 << 10, kManyBytes = 128 << 10;  // of weights per strip
+  // A strip of streams: most of its bytes, and how many could be read while its streams begin.
+  static constexpr int64_t kStreamBytes = 144 << 10, kBeginBytes = 16 << 10;
 
-  std::vector<Strip> strips(int64_t bytes) const {
+  std::vector<Strip> strips(bool few) const {
     std::vector<Strip> all;
     int64_t first = 0, most = in_.out.width;
     for (const Matrix& segment : in_.weight->segments) {
-      const int64_t row_bytes = segment.row_bytes() * (in_.glu ? 2 : 1), tile = m.kernels->tile;
-      const int64_t step =
-          std::clamp(bytes / row_bytes / tile * tile, tile, std::max(tile, kMostStrip / tile * tile));
+      const int64_t row_bytes = segment.row_bytes() * (in_.glu ? 2 : 1);
       const int64_t end = std::min(first + segment.n, most);
+      const int64_t step = few && in_.act_group ? streamed(end - first, row_bytes)
+                                                : tiled(few ? kFewBytes : kManyBytes, row_bytes);
       for (int64_t at = first; at < end; at += step) all.push_back({at, std::min(at + step, end)});
       first = end;
     }
     return all;
+  }
+
+  // Whole tiles of about so many bytes.
+  int64_t tiled(int64_t bytes, int64_t row_bytes) const {
+    const int64_t tile = m.kernels->tile;
+    return std::clamp(bytes / row_bytes / tile * tile, tile, std::max(tile, kMostStrip / tile * tile));
+  }
+
+  // Eight streams of an odd number of rows each: as many as have the threads done first, the largest of equals.
+  int64_t streamed(int64_t columns, int64_t row_bytes) const {
+    int64_t best = 8, least = std::numeric_limits<int64_t>::max();
+    for (int64_t step = 8; step <= kMostStrip; step += 16) {
+      if (step > 8 && step * row_bytes > kStreamBytes) break;
+      const int64_t strips = (columns + step - 1) / step, turns = (strips + m.threads - 1) / m.threads;
+      const int64_t cost = turns * (step * row_bytes + kBeginBytes);
+      if (cost <= least) best = step, least = cost;
+    }
+    return best;
   }
 
   // y[t, n - begin] for columns [begin, end) of all segments as one.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -64,6 +64,7 @@ class Launcher:
                     floats = max(floats, self._tile(index, i, rows))
                     queries = max(queries, rows * i.attribute("heads") * caches[i.attribute("cache")].k.dim)
         self._workspace = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._int8_inputs = dict(self._find_int8_inputs())
         self._partials = torch.zeros(floats, device=device)
         self._queries = torch.zeros(queries, device=device)
         self.block_rows = {tile.rows for tile in self._tilings.values()}
@@ -173,40 +174,41 @@ class Launcher:
     def _rms_norm(self, index: int, i: Instruction) -> None:
         rms_norm(
             self._given(i, "in"), self._vector(i, "weight"), self._input(i, "residual"), i.attribute("eps"),
-            self._view(i.out), self._quantized(index),
+            self._view(i.out), self._int8_beside(index),
         )  # fmt: skip
 
     def _layer_norm(self, index: int, i: Instruction) -> None:
         layer_norm(
             self._given(i, "in"), self._vector(i, "weight"), self._vector(i, "bias"),
-            self._input(i, "residual"), i.attribute("eps"), self._view(i.out), self._quantized(index),
+            self._input(i, "residual"), i.attribute("eps"), self._view(i.out), self._int8_beside(index),
         )  # fmt: skip
 
-    def _quantized(self, index: int) -> Quantized | None:
-        """Where the next instruction looks for what this one writes as int8 too, if it multiplies that."""
-        if not self._leads_to(index):
+    def _int8_beside(self, index: int) -> Quantized | None:
+        """Where an instruction writes its result as int8 too, for the product that is next."""
+        after = index + 1
+        if after == len(self.program.instructions):
             return None
-        after = self.program.instructions[index + 1]
-        assert after.weight is not None
-        chosen = self._plans[index + 1, self._count(after.out)]
-        return quantized_input(
-            self.weights.matrices[after.weight], chosen, False, torch.float32, self._workspace
-        )
+        return self._int8_inputs.get((after, self._count(self.program.instructions[after].out)))
 
-    def _leads_to(self, index: int) -> bool:
-        """Whether an instruction writes the activations of the next one, a product, as int8 too."""
-        if not 0 <= index < len(self.program.instructions) - 1:
+    def _find_int8_inputs(self) -> Iterator[tuple[tuple[int, int], Quantized]]:
+        """By product and rows: where it looks for activations that the instruction before it writes."""
+        for (index, rows), chosen in self._plans.items():
+            i = self.program.instructions[index]
+            if i.weight is not None and self._is_written_before(index, rows, chosen.act_group):
+                given = quantized_input(self.weights.matrices[i.weight], chosen, self._workspace)
+                assert given is not None, "a plan with groups of activations has room for them"
+                yield (index, rows), given
+
+    def _is_written_before(self, index: int, rows: int, group: int) -> bool:
+        before, i = self.program.instructions[index - 1], self.program.instructions[index]
+        if not index or not group or i.views["in"] != before.out or "order" in i.vectors:
             return False
-        i, after = self.program.instructions[index : index + 2]
-        if after.op != "linear" or after.views["in"] != i.out or "order" in after.vectors:
+        if i.out.value == LOGITS:  # computed in pieces
             return False
-        if after.out.value == LOGITS or self._count(i.out) != self._count(after.out):
-            return False
-        group = self._plans[index + 1, self._count(after.out)].act_group
-        if i.op == "attention" and group:
-            cache, tiles = self.caches[i.attribute("cache")], self._tilings[index, self._rows]
-            return can_quantize(cache, i.attribute("heads"), tiles, group)
-        return group > 0 and i.op in ("rms_norm", "layer_norm")
+        if before.op != "attention":
+            return before.op in ("rms_norm", "layer_norm")
+        cache = self.caches[before.attribute("cache")]
+        return can_quantize(cache, before.attribute("heads"), self._tilings[index - 1, rows], group)
 
     def _linear(self, index: int, i: Instruction) -> None:
         assert i.weight is not None
@@ -216,7 +218,7 @@ class Launcher:
             p=self._plans[index, len(out)], workspace=self._workspace, bias=self._vector(i, "bias"),
             residual=self._input(i, "residual"), order=self._vector(i, "order"),
             activation=i.attribute("activation"), glu=i.attribute("glu"), scale=i.attribute("scale"),
-            softcap=i.attribute("softcap"), at_hand=self._leads_to(index - 1),
+            softcap=i.attribute("softcap"), at_hand=(index, len(out)) in self._int8_inputs,
         )  # fmt: skip
 
     def _attention(self, index: int, i: Instruction) -> None:
@@ -238,7 +240,8 @@ class Launcher:
         attend(
             q if prepared is None else prepared, cache, positions, slots, i.attribute("scale"), tiles,
             self._view(i.out), i.attribute("softcap"), self._vector(i, "sinks"),
-            None if self._blocks is None else self._blocks[tiles.rows], partials, self._quantized(index),
+            None if self._blocks is None else self._blocks[tiles.rows], partials,
+            self._int8_beside(index),
         )  # fmt: skip
 
     def _query_buffer(self, q: Tensor, cache: LayerCache) -> Tensor:

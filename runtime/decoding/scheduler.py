@@ -37,17 +37,19 @@ WORTH_WAITING = 64  # rows that another prompt is computing now
 @dataclass
 class Statistics:
     """What a session has done so far. drafted, accepted: tokens proposed by speculation, and those of them
-    that were right; reused_tokens: of prompts, taken over from other sequences; longest_wait_s: for a
-    slot."""
+    that were right; reused_tokens: of prompts, taken over from other sequences, by so many prefix_hits;
+    rows: of all steps; longest_wait_s: for a slot."""
 
     requests: int = 0
     finished: int = 0
     prompt_tokens: int = 0
     reused_tokens: int = 0
+    prefix_hits: int = 0
     generated_tokens: int = 0
     drafted: int = 0
     accepted: int = 0
     steps: int = 0
+    rows: int = 0
     longest_wait_s: float = 0.0
 
 
@@ -120,13 +122,26 @@ class Scheduler:
         finally:
             self._hand_over()
 
-    def run_until(self, ready: Callable[[], bool]) -> None:
-        """Returns when `ready`, which a step of this or of another thread brings about."""
+    @property
+    def waiting(self) -> int:
+        """Sequences without a slot."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Sequences in a slot."""
+        return len(self._running)
+
+    def run_until(self, ready: Callable[[], bool], after_step: Callable[[], None] | None = None) -> None:
+        """Returns when `ready`, which a step of this or of another thread brings about. after_step: called
+        after each step of this thread."""
         if ready() or not self._take_the_reins(ready):
             return
         try:
             while not ready():
                 self._step()
+                if after_step is not None:
+                    after_step()
                 self._wake_the_ready()
         finally:
             self._hand_over()
@@ -205,9 +220,8 @@ class Scheduler:
     def _sweep_done(self) -> None:
         for sequence in [s for s in self._running if s.done]:
             self._let_go(sequence)
-        if any(s.done for s in self._waiting):
-            for sequence in [s for s in self._waiting if s.done]:
-                self._let_go(sequence)
+        for sequence in [s for s in list(self._waiting) if s.done]:  # others may be submitted meanwhile
+            self._let_go(sequence)
 
     def _let_go(self, sequence: Sequence) -> None:
         if sequence in self._running:
@@ -244,6 +258,7 @@ class Scheduler:
         statistics.longest_wait_s = max(statistics.longest_wait_s, time.perf_counter() - sequence.started)
         statistics.prompt_tokens += sequence.result.prompt_tokens
         statistics.reused_tokens += sequence.result.reused_tokens
+        statistics.prefix_hits += sequence.result.reused_tokens > 0
 
     def _computed_now(self, sequence: Sequence) -> bool:
         """Whether a running sequence has yet to compute many rows that this one needs too."""
@@ -344,6 +359,7 @@ class Scheduler:
                 chunk.sequence.fail(error)
             return
         self.statistics.steps += 1
+        self.statistics.rows += sum(chunk.rows for chunk in chunks)
         if all(chunk.wanted for chunk in chunks) and len(chunks) == 1:
             self._pace.note(chunks[0].rows, time.perf_counter() - began)
         begin = 0

@@ -119,6 +119,11 @@ class Sequence:
         return self._limit - len(self.result.token_ids)
 
     @property
+    def ending_ids(self) -> frozenset[int]:
+        """Token ids that end the text and are not part of it."""
+        return self._chooser.ends
+
+    @property
     def done(self) -> bool:
         return self.result.finish_reason is not None or self.error is not None
 
@@ -136,9 +141,10 @@ class Sequence:
         """Ends it where it stands; the text held back until now comes out."""
         if self.done:
             return
-        self.result.finish_reason = reason
         if self._decoder:
             self._say(self._stops.push(self._decoder.flush()) + self._stops.flush())
+            reason = "stop" if reason == "length" and self._stops.stopped else reason
+        self.result.finish_reason = reason  # last: who sees it from another thread has all the text
 
     def fail(self, error: BaseException) -> None:
         self.error = error
@@ -187,8 +193,6 @@ class Sequence:
             self.end("stop")
         elif self.left <= 0:
             self.end("length")
-            if self._stops.stopped:
-                self.result.finish_reason = "stop"
 
     def _say(self, piece: str) -> None:
         if piece:

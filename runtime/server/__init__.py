@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP server over one Session; needs gristmill[serve], which nothing else imports."""
