@@ -191,8 +191,8 @@ takes a minute; tests/test_pt2_export.py compiles one, of int4 with zero points.
 
 The first seven columns are devices of `load` and `--device`, those of ONNX, TorchScript and AOTInductor for
 exported folders (a folder of ONNX also runs in ONNX Runtime GenAI, see [export.md](export.md)); the others
-are formats of `export --to` for other programs. Empty: a matter of that program. `no: ...`: refused, with these words in the
-error. Sampling, constraints and all else that chooses tokens is the same on every device.
+are formats of `export --to` for other programs. Empty: a matter of that program. `no: ...`: refused, with
+these words in the error. Sampling, constraints and all else that chooses tokens is the same on every device.
 """
 
 

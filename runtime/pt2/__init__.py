@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 def open_executor(
     folder: Artifact, program: Program, threads: int, max_len: int, max_slots: int, place: str
 ) -> Pt2Executor:
-    """An executor on the CPU, which `place` must name. Raises GristmillError where torch is missing or cannot load the package."""
+    """An executor on the CPU, the only `place` there is. Raises GristmillError where torch is missing or
+    cannot load the package."""
+    assert place == "cpu", place
     try:
         from gristmill.runtime.pt2.executor import Pt2Executor
     except ImportError as error:
