@@ -55,7 +55,7 @@ def export_checkpoint(
 
 def _planner(to: str, checkpoint_format: str | None) -> Any:
     if to not in PLANNERS:
-        known = ", ".join([*PLANNERS, "gguf", "onnx", "torchscript"])
+        known = ", ".join([*PLANNERS, "gguf", "onnx", "torchscript", "pt2"])
         raise GristmillError(f"export to {to!r} is not supported; expected {known}")
     if checkpoint_format is None:
         return PLANNERS[to]

@@ -51,7 +51,28 @@ class Matrix(nn.Module):
         return dequantize(self.weight, self.scale, self.zero, s.format, s.group, s.k)
 
 
-class ProgramModule(nn.Module):
+class Named(nn.Module):
+    """What holds the weights of a program under their dotted names."""
+
+    def __init__(self, program: Program, exact: bool = False) -> None:
+        super().__init__()
+        self.program, self.exact = program, exact
+
+    def vector(self, name: str) -> Tensor:
+        return self.get_buffer(name)
+
+    def place(self, name: str) -> tuple[nn.Module, str]:
+        """The module that holds what has this dotted name, and the last part of it."""
+        *path, last = name.split(".")
+        module: nn.Module = self
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        return module, last
+
+
+class ProgramModule(Named):
     """`program` over one sequence.
 
     packed: weights stay as stored and are dequantized in every call, else once. exact: activations and cache
@@ -59,13 +80,12 @@ class ProgramModule(nn.Module):
     """
 
     def __init__(self, program: Program, stored: Stored, packed: bool = False, exact: bool = False) -> None:
-        super().__init__()
-        self.program, self.exact = program, exact
+        super().__init__(program, exact)
         for segment in segments_of(program).values():
-            parent, name = self._place(segment.name)
+            parent, name = self.place(segment.name)
             parent.add_module(name, Matrix(segment, stored, packed))
         for vector in vectors_of(program):
-            parent, name = self._place(vector)
+            parent, name = self.place(vector)
             parent.register_buffer(name, _tensor(stored.tensor(vector).reshape(-1)))
 
     def empty_caches(self, max_len: int | None = None) -> list[Tensor]:
@@ -89,32 +109,16 @@ class ProgramModule(nn.Module):
         self, tokens: Tensor, positions: Tensor, rows: Tensor, caches: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """`forward`, and the hidden states [R, hidden] f32, none where the program has none to give."""
-        call = _Call(self, {"tokens": tokens, "positions": positions, "rows": rows}, caches)
+        call = Call(self, {"tokens": tokens, "positions": positions, "rows": rows}, caches)
         logits, view = call.run(), self.program.hidden
         return logits, logits.new_zeros(0) if view is None else call.read(view)
 
-    def matrices(self, key: str) -> list[Tensor]:
-        """The segments of a weight, [n_i, k] f32."""
-        return [self.get_submodule(s.name)() for s in self.program.weights[key]]
 
-    def vector(self, name: str) -> Tensor:
-        return self.get_buffer(name)
+class Call:
+    """One run through the instructions: values by number, each [rows, width]. A subclass may have its own
+    embeddings, products and attention."""
 
-    def _place(self, name: str) -> tuple[nn.Module, str]:
-        """The module that holds what has this dotted name, and the last part of it."""
-        *path, last = name.split(".")
-        module: nn.Module = self
-        for part in path:
-            if part not in module._modules:
-                module.add_module(part, nn.Module())
-            module = module.get_submodule(part)
-        return module, last
-
-
-class _Call:
-    """One run through the instructions: values by number, each [rows, width]."""
-
-    def __init__(self, module: ProgramModule, ids: dict[str, Tensor], caches: Sequence[Tensor]) -> None:
+    def __init__(self, module: Named, ids: dict[str, Tensor], caches: Sequence[Tensor]) -> None:
         self.module, self.program, self.ids, self.caches = module, module.program, ids, caches
         self.values: dict[int, Tensor] = {}
 
@@ -145,13 +149,17 @@ class _Call:
     def maybe(self, i: Instruction, name: str) -> Tensor | None:
         return self.given(i, name) if name in i.views else None
 
+    def matrices(self, key: str) -> list[Tensor]:
+        """The segments of a weight, [n_i, k] f32."""
+        return [self.module.get_submodule(s.name)() for s in self.program.weights[key]]
+
     def vector(self, i: Instruction, name: str) -> Tensor | None:
         return self.module.vector(i.vectors[name]) if name in i.vectors else None
 
     def _embedding(self, i: Instruction) -> Tensor:
         assert i.weight is not None
         return linears.embedding(
-            self.ids[i.attribute("ids")], torch.cat(self.module.matrices(i.weight)),
+            self.ids[i.attribute("ids")], torch.cat(self.matrices(i.weight)),
             self.maybe(i, "residual"), i.attribute("scale"), i.attribute("offset"),
         )  # fmt: skip
 
@@ -172,7 +180,7 @@ class _Call:
         x = x if order is None else x[:, order.long()]
         if i.attribute("act_group") and not self.module.exact:
             x = linears.round_activations(x, i.attribute("act_group"))
-        weights = self.module.matrices(i.weight)
+        weights = self.matrices(i.weight)
         biases: Sequence[Tensor | None] = [None] * len(weights)
         if bias is not None:
             biases = bias.split([len(w) for w in weights])
@@ -185,7 +193,7 @@ class _Call:
         number = i.attribute("cache")
         spec: CacheSpec = self.program.caches[number]
         q, k = self._heads(i, "q", i.attribute("heads")), self._heads(i, "k", spec.kv_heads)
-        v = _split_heads(self.given(i, "v"), spec.kv_heads)
+        v = split_heads(self.given(i, "v"), spec.kv_heads)
         keys, values = self.caches[2 * number], self.caches[2 * number + 1]
         positions = self.ids["positions"]
         if not self.module.exact:
@@ -200,7 +208,7 @@ class _Call:
 
     def _heads(self, i: Instruction, name: str, heads: int) -> Tensor:
         """Queries or keys [heads, T, dim] as they are multiplied."""
-        x, norm = _split_heads(self.given(i, name), heads), self.vector(i, f"{name}_norm")
+        x, norm = split_heads(self.given(i, name), heads), self.vector(i, f"{name}_norm")
         x = x if norm is None else rms_norm(x, norm, None, i.attribute("norm_eps"))
         if i.attribute("rope") >= 0:
             spec = self.program.ropes[i.attribute("rope")]
@@ -217,7 +225,7 @@ class _Call:
         return pointwise([self.read(view) for view in views], json.dumps(i.attribute("steps")))
 
 
-def _split_heads(x: Tensor, heads: int) -> Tensor:
+def split_heads(x: Tensor, heads: int) -> Tensor:
     """[T, heads * D] to [heads, T, D]."""
     return x.unflatten(1, (heads, -1)).transpose(0, 1)
 

@@ -74,14 +74,15 @@ def export_checkpoint(
 ) -> Path:
     """Writes an artifact to `out`: a Hugging Face directory in the format `gptq`, `awq` or
     `compressed-tensors`, in which nothing is rounded again; a `gguf` file for llama.cpp; as `onnx` a
-    directory that ONNX Runtime, ONNX Runtime GenAI and `load(out, device="onnx:cpu")` run; or as
-    `torchscript` (legacy) one for libtorch and `load(out, device="torchscript")`.
+    directory that ONNX Runtime, ONNX Runtime GenAI and `load(out, device="onnx:cpu")` run; as
+    `pt2` one with an AOTInductor package for libtorch and `load(out, device="pt2:cpu")`; or as `torchscript`
+    (legacy) one for libtorch and `load(out, device="torchscript")`.
 
     options: checkpoint_format ("gptq" or "gptq_v2"); for gguf type (of gristmill.export.gguf_tensors.TYPES,
     such as "q4_0") and note, called with what is worth telling; for onnx plain (True: standard operators
     alone), kv ("f32"), activations ("int8", "f32", or "f16" for `load(out, device="onnx:cuda")`) and max_len;
-    force. Needs the extra [compile], [gguf] or [onnx]. Raises GristmillError for what the format cannot
-    express.
+    for pt2 device ("cpu"); force. Needs the extra [compile], [gguf] or [onnx]. Raises GristmillError for what
+    the format cannot express.
     """
     from gristmill.runtime.errors import GristmillError
 
@@ -98,6 +99,10 @@ def export_checkpoint(
             from gristmill.export.torchscript_folder import export_torchscript
 
             return export_torchscript(str(artifact), str(out), **options)
+        if to == "pt2":
+            from gristmill.export.pt2_folder import export_pt2
+
+            return export_pt2(str(artifact), str(out), **options)
         from gristmill.export.huggingface import export_checkpoint as export
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "gguf", "onnx"):

@@ -8,11 +8,11 @@ import click
 
 from gristmill.cli_output import echo_json, note, progress_bar
 
-TARGETS = ("gptq", "awq", "compressed-tensors", "gguf", "onnx", "torchscript")
+TARGETS = ("gptq", "awq", "compressed-tensors", "gguf", "onnx", "pt2", "torchscript")
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_0", "q4_1", "q4_0")
 OWN_OPTIONS = {
     "checkpoint_format": "gptq", "type": "gguf", "plain": "onnx", "kv": "onnx", "activations": "onnx",
-    "max_len": "onnx",
+    "max_len": "onnx", "device": "pt2",
 }  # fmt: skip  # option → the only target that has it
 
 
@@ -38,6 +38,7 @@ OWN_OPTIONS = {
     "compiled]",
 )
 @click.option("--max-len", type=int, help="onnx: positions of a sequence.  [default: as compiled]")
+@click.option("--device", help="pt2: what to compile for; cpu alone so far.  [default: cpu]")
 @click.option("--force", is_flag=True, help="Replace an export that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def export_command(artifact: str, out: str, to: str, as_json: bool, **options: Any) -> None:
@@ -45,8 +46,9 @@ def export_command(artifact: str, out: str, to: str, as_json: bool, **options: A
 
     gptq, awq and compressed-tensors are Hugging Face directories that transformers or vLLM load; gguf is a
     file for llama.cpp; onnx is a directory for ONNX Runtime, ONNX Runtime GenAI and `--device onnx:cpu`;
-    torchscript is legacy: a directory for libtorch programs that still need it, and for `--device
-    torchscript`.
+    pt2 is a directory with an AOTInductor package (decode and prefill, compiled here for processors and a
+    torch like these; needs g++ and minutes) for libtorch programs and `--device pt2:cpu`; torchscript is
+    legacy: a directory for libtorch programs that still need it, and for `--device torchscript`.
 
     \b
     gristmill export model.grist --to gptq -o model-gptq
@@ -54,6 +56,7 @@ def export_command(artifact: str, out: str, to: str, as_json: bool, **options: A
     gristmill export model.grist --to gguf -o model.gguf
     gristmill export model.grist --to gguf --type q4_0 -o model-q4_0.gguf
     gristmill export model.grist --to onnx -o model-onnx
+    gristmill export model.grist --to pt2 -o model-pt2
     """
     import gristmill
 

@@ -13,8 +13,8 @@ DEVICE = click.option(
     type=click.Choice(list(DEVICES)),
     default="cpu",
     show_default=True,
-    help="Where to run; onnx:cpu, onnx:cuda and torchscript: folders from `export --to onnx` and "
-    "`--to torchscript`.",
+    help="Where to run; onnx:cpu, onnx:cuda, torchscript and pt2:cpu: folders from `export --to onnx`, "
+    "`--to torchscript` and `--to pt2`.",
 )
 PIN = click.option("--pin", is_flag=True, help="Keep each thread on a processor of its own.")
 HUGEPAGES = click.option(

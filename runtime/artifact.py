@@ -52,11 +52,15 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Artifact:
-    """An opened artifact: what it says of itself, and its files, each read only after its hash agreed."""
+    """An opened artifact: what it says of itself, and its files, each read only after its hash agreed.
+
+    listing: the file that holds the hashes. again: what to do where they do not agree."""
 
     path: Path
     manifest: dict[str, Any]
     files: dict[str, FileEntry]
+    listing: str = MANIFEST
+    again: str = _AGAIN
 
     @property
     def weights_path(self) -> Path:
@@ -72,7 +76,7 @@ class Artifact:
             raise GristmillError(f"{self.path} has no {name}")
         data = _read_bytes(self.path / name)
         if hashlib.sha256(data).hexdigest() != self.files[name].sha256:
-            raise GristmillError(f"{self.path / name} does not agree with its hash in {MANIFEST}; {_AGAIN}")
+            raise self._damaged(name)
         return data
 
     def json(self, name: str) -> dict[str, Any]:
@@ -83,9 +87,12 @@ class Artifact:
         """Reads and hashes every file, the weights included."""
         for name, entry in self.files.items():
             if _hash_file(self.path / name) != entry.sha256:
-                raise GristmillError(
-                    f"{self.path / name} does not agree with its hash in {MANIFEST}; {_AGAIN}"
-                )
+                raise self._damaged(name)
+
+    def _damaged(self, name: str) -> GristmillError:
+        return GristmillError(
+            f"{self.path / name} does not agree with its hash in {self.listing}; {self.again}"
+        )
 
 
 def open_artifact(path: str | Path) -> Artifact:
@@ -171,7 +178,7 @@ def _refuse_export(root: Path) -> None:
     """Names the device for a folder that `gristmill export` wrote."""
     if (root / EXPORT).is_file():
         to = parse_json(_read_bytes(root / EXPORT), root / EXPORT).get("to")
-        device = {"onnx": "onnx:cpu"}.get(str(to), to)
+        device = {"onnx": "onnx:cpu", "pt2": "pt2:cpu"}.get(str(to), to)
         raise GristmillError(f"{root} is an export to {to}: load it with device={device!r}")
 
 

@@ -33,6 +33,7 @@ DEVICES = {
         Device("onnx:cpu", exported="onnx"),
         Device("onnx:cuda", exported="onnx", bench=False),
         Device("torchscript", exported="torchscript"),
+        Device("pt2:cpu", exported="pt2"),
     )
 }
 EXPORTS = {device.name: device.exported for device in DEVICES.values() if device.exported is not None}

@@ -42,7 +42,8 @@ def open_export(path: str | Path, to: str) -> Artifact:
             raise GristmillError(
                 f"{root / name} is missing or has another size than {EXPORT} says; export again"
             )
-    return Artifact(root, found, {name: FileEntry(e["size"], e["sha256"]) for name, e in files.items()})
+    entries = {name: FileEntry(e["size"], e["sha256"]) for name, e in files.items()}
+    return Artifact(root, found, entries, EXPORT, "export again")
 
 
 def open_executor_of(

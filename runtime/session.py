@@ -97,7 +97,8 @@ def load(
     """Opens the artifact in directory `path`.
 
     device: "cpu", "cuda" for the current NVIDIA GPU, for which threads, hugepages and pin are not, or for a
-    folder that was exported to ONNX or TorchScript "onnx:cpu", "onnx:cuda" or "torchscript".
+    folder that was exported to ONNX, TorchScript or an AOTInductor package "onnx:cpu", "onnx:cuda",
+    "torchscript" or "pt2:cpu".
     threads: default one for each physical core this process may use. max_len: positions per slot, default
     what the artifact was compiled for, at most what its model can address. max_slots: sequences at once,
     default 8 unless compiled otherwise. hugepages: copy the weights into huge pages instead of mapping the
@@ -109,6 +110,11 @@ def load(
     """
     known = ("device", "threads", "max_len", "max_slots", "hugepages", "pin", "max_waiting", "draft")
     refuse_unknown(unknown, known, "load")
+    if device == "pt2:cuda":
+        raise GristmillError(
+            "device 'pt2:cuda' is not supported: packages are for CPUs so far; load the folder with "
+            "'pt2:cpu', or the artifact that it was exported from with 'cuda', which uses CUDA Graphs"
+        )
     if device not in DEVICES:
         raise GristmillError(f"device {device!r} is not supported, expected one of {', '.join(DEVICES)}")
     found = DEVICES[device]

@@ -13,11 +13,15 @@ import numpy as np
 from programs import DTYPES, Array, Format, Llama, llama
 from programs import Program as Built
 from tiny import VOCABULARY, byte_tokenizer
+from torch import Tensor, nn
 
 import gristmill
+from gristmill.export.entry_points import Decode, Prefill
 from gristmill.export.support import Target
-from gristmill.runtime.artifact import MODEL_CONFIG
+from gristmill.runtime.artifact import MODEL_CONFIG, Artifact
 from gristmill.runtime.artifact_writer import ArtifactWriter
+from gristmill.runtime.program import Program
+from gristmill.runtime.pt2.package import DECODE, PACKAGE, PREFILL
 from gristmill.runtime.weights_file import TensorSpec
 
 BASE = Llama(
@@ -122,6 +126,17 @@ def runs_on(target: Target) -> str:
 @cache
 def session(target: Target, case: str) -> gristmill.Session:
     return gristmill.load(exported(target, case), runs_on(target), threads=1, max_slots=4)
+
+
+def write_uncompiled(path: Path, program: Program, *_: object) -> None:
+    """In place of pt2_folder.write_package, which compiles for a minute: the program to be compiled."""
+    path.write_bytes(program.to_bytes())
+
+
+def uncompiled_runners(folder: Artifact, weights: dict[str, Tensor]) -> dict[str, nn.Module]:
+    """What a package of `write_uncompiled` would have been compiled from."""
+    program = Program.from_json(json.loads(folder.read(PACKAGE)))
+    return {DECODE: Decode(program, weights), PREFILL: Prefill(program, weights)}
 
 
 def logits(session: gristmill.Session, tokens: Array, slot: int, sizes: list[int]) -> Array:

@@ -17,7 +17,7 @@ from test_executor import tokens_for
 from test_program_module import in_chunks
 
 import gristmill
-from gristmill.export import support
+from gristmill.export import pt2_folder, support
 from gristmill.export.program_module import module_of
 from gristmill.export.support import ACTIVATIONS, CACHES, RUNS, SHAPES, TARGETS, WEIGHTS, Target
 from gristmill.runtime.bench import BenchOptions, bench
@@ -56,6 +56,13 @@ CUDA_TESTS = {
     "sinks": "test_cuda_executor.py::test_equals_the_interpreter_of_programs",
     "heads": "kernels/test_triton_attention.py::test_shapes_of_heads",
 }
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages of pt2 take a minute each: here they are the torch modules before that."""
+    monkeypatch.setattr(pt2_folder, "write_package", cases.write_uncompiled)
+    monkeypatch.setattr("gristmill.runtime.pt2.executor._runners", cases.uncompiled_runners)
 
 
 def pairs(targets: list[Target], features: Any) -> list[Any]:

@@ -33,6 +33,13 @@ def linear(
     whose first half of rows is the gate and whose second half is the up projection (arXiv 2002.05202).
     """
     y = torch.cat([functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -1)
+    return finish(y, residual, activation, glu, scale, softcap)
+
+
+def finish(
+    y: Tensor, residual: Tensor | None, activation: str, glu: bool, scale: float, softcap: float
+) -> Tensor:
+    """What follows the products [..., N] of `linear`."""
     if glu:
         gate, up = y.chunk(2, -1)
         y = ACTIVATIONS[activation](gate) * up
