@@ -485,7 +485,7 @@ def test_pinned_threads_stay_on_processors_of_their_own(artifact: Path) -> None:
         ({"max_slots": -1}, "max_slots"),
         ({"threads": 0}, "threads"),
         ({"threads": "2"}, "threads"),
-        ({"device": "gpu"}, "expected one of cpu, cuda, onnx:cpu, torchscript, pt2:cpu"),
+        ({"device": "gpu"}, "expected one of cpu, cuda, onnx:cpu, onnx:cuda, torchscript, pt2:cpu"),
         ({"device": "cuda", "threads": 2}, "are for device 'cpu'"),
         ({"thread": 2}, "did you mean threads"),
     ],
