@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from .columns import SHAPE_OPS
-from .graph import EXAMPLE_ROWS, Traced, arguments, aten, evaluate, is_op, ours, shape, swap
+from .graph import EXAMPLE_ROWS, Traced, ancestors, arguments, aten, evaluate, is_op, ours, shape, swap
 from .lift_positions import made
 from .rule import Report
 
@@ -139,7 +139,7 @@ def _hides(traced: Traced, value: Any) -> bool:
 
 def _depends_on_rows(node: Any) -> bool:
     """Whether a product is among what a node is computed from: masks are made without."""
-    return any(is_op(n, *PRODUCTS) for n in _ancestors(node))
+    return any(is_op(n, *PRODUCTS) for n in ancestors(node))
 
 
 def _scaled(node: fx.Node, scale: float) -> tuple[float, fx.Node]:
@@ -264,7 +264,7 @@ def _values(traced: Traced, mask: fx.Node, rows: int) -> Tensor:
     """The mask over ``rows`` positions of one sequence."""
     env: dict[fx.Node, Any] = {}
     tokens = torch.zeros(1, rows, dtype=torch.long)
-    for node in _ancestors(mask):
+    for node in ancestors(mask):
         if node.op != "placeholder":
             env[node] = evaluate(node.target, node.args, node.kwargs, env.__getitem__)
         elif node.name in traced.weights:
@@ -283,16 +283,5 @@ def _values(traced: Traced, mask: fx.Node, rows: int) -> Tensor:
 
 def _only_sizes(tokens: fx.Node, mask: fx.Node) -> bool:
     """Whether a mask asks the token ids for nothing but how many there are."""
-    inner = set(_ancestors(mask))
+    inner = set(ancestors(mask))
     return all(is_op(user, aten.sym_size.int) for user in tokens.users if user in inner)
-
-
-def _ancestors(node: fx.Node) -> list[fx.Node]:
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current not in seen:
-            seen.add(current)
-            stack += current.all_input_nodes
-    return [n for n in node.graph.nodes if n in seen]

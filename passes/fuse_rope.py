@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from . import probe_rope
-from .graph import EXAMPLE_ROWS, Lazy, Traced, aten, call, evaluate, is_op, ours, width
+from .graph import EXAMPLE_ROWS, Lazy, Traced, ancestors, aten, call, evaluate, is_op, ours, width
 from .rule import Report, Rule
 
 END = 9223372036854775807
@@ -48,14 +48,14 @@ def _tables(traced: Traced, found: dict[str, Any], style: str) -> tuple[Tensor, 
     values = []
     for name, op in (("cos", aten.cos.default), ("sin", aten.sin.default)):
         node = found[name]
-        ancestors = _ancestors(node)
-        angles = [n for n in ancestors if is_op(n, op)]
+        before = ancestors(node)
+        angles = [n for n in before if is_op(n, op)]
         if len(angles) != 1:
             return f"{name} is not computed from one angle"
-        inputs = [n for n in ancestors if n.op == "placeholder" and n.name not in traced.weights]
+        inputs = [n for n in before if n.op == "placeholder" and n.name not in traced.weights]
         if [n.name for n in inputs] != ["positions"]:
             return f"{name} depends on more than the positions"
-        values.append(_evaluate(traced, ancestors, node, angles[0].args[0]))
+        values.append(_evaluate(traced, before, node, angles[0].args[0]))
     (cos, angle), (sin, _) = values
     scale, wrong = float(cos[0, 0]), float("inf")
     for inv_freq in _frequencies(angle[1], cos.shape[1]):
@@ -79,17 +79,6 @@ def _frequencies(angle: Tensor, dims: int) -> list[Tensor]:
 
 def _spread(freqs: Tensor, style: str) -> Tensor:
     return torch.cat([freqs, freqs], -1) if style == "half" else freqs.repeat_interleave(2, -1)
-
-
-def _ancestors(node: fx.Node) -> list[fx.Node]:
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current not in seen:
-            seen.add(current)
-            stack += current.all_input_nodes
-    return [n for n in node.graph.nodes if n in seen]
 
 
 def _evaluate(traced: Traced, nodes: list[fx.Node], *wanted: Any) -> list[Tensor]:

@@ -172,6 +172,18 @@ def evaluate(target: Any, args: Any, kwargs: Any, value: Callable[[fx.Node], Any
     return target(*fx.map_arg(args, value), **fx.map_arg(kwargs, value))
 
 
+def ancestors(node: fx.Node, known: fx.Node | None = None) -> list[fx.Node]:
+    """``node`` and all that it is computed from, in order; ``known``: what of that is not looked behind."""
+    seen: set[fx.Node] = set() if known is None else {known}
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current not in seen:
+            seen.add(current)
+            stack += current.all_input_nodes
+    return [n for n in node.graph.nodes if n in seen]
+
+
 def only_user(node: fx.Node) -> bool:
     return len(node.users) == 1
 

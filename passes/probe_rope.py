@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..kernels.reference.attention import rope
 from .columns import trace_heads
-from .graph import EXAMPLE_ROWS, Lazy, Traced, aten, call, evaluate, is_op, ours, shape
+from .graph import EXAMPLE_ROWS, Lazy, Traced, ancestors, aten, call, evaluate, is_op, ours, shape
 from .rule import Report
 
 TOLERANCE = 1e-4  # of the scale: what angles in float32 lose by position 1728
@@ -151,7 +150,7 @@ def _matrices(traced: Traced, node: fx.Node, source: fx.Node, positions: Tensor)
     """What becomes of every unit vector at each position: [positions, D, D], a row for each vector."""
     _, heads, rows, width = shape(node)
     turned = shape(source) != shape(node)
-    nodes = _between(source, node)
+    nodes = ancestors(node, source)
     answers = torch.zeros(rows, width, width)
     for first in range(0, width, heads):
         units = torch.zeros(1, heads, rows, width)
@@ -171,17 +170,6 @@ def _matrices(traced: Traced, node: fx.Node, source: fx.Node, positions: Tensor)
     if float((out - linear).abs().max()) > 1e-4 * float(out.abs().max()):
         return "q or k is not linear in its heads"
     return answers
-
-
-def _between(source: fx.Node, node: fx.Node) -> list[fx.Node]:
-    """Everything that ``node`` needs when ``source`` is known."""
-    seen, stack = {source}, [node]
-    while stack:
-        current = stack.pop()
-        if current not in seen:
-            seen.add(current)
-            stack += current.all_input_nodes
-    return [n for n in node.graph.nodes if n in seen]
 
 
 def _run(
@@ -252,5 +240,6 @@ def _distance(matrices: Tensor, positions: Tensor, rotation: Rotation) -> float:
     """How far the rotation's own answers are from the graph's."""
     width = matrices.shape[1]
     units = torch.eye(width)[None, :, None, :].expand(1, width, len(positions), width)
+    rope = ours.rope.default
     expected = rope(units, positions[None], rotation.inv_freq, rotation.style, rotation.scale)
     return float((expected[0].transpose(0, 1) - matrices).abs().max())
