@@ -343,7 +343,7 @@ CASES = [
 def same_as_transformers(model: Path, artifact: Path, prompts: list[str]) -> None:
     for found in compare(model, gristmill.load(artifact), prompts, CASES, max_new_tokens=24):
         assert found.equal, found
-        assert found.score_error < 2e-6, found
+        assert found.score_error < 5e-6, found
 
 
 def test_sequences_of_transformers_on_code(py7m: Path, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import pytest
 import torch
 from interpreter import Reference
@@ -101,13 +100,6 @@ def test_chunks_equal_the_whole_within_rounding(tmp_path: Path) -> None:
     tokens = tokens_for(program, 7)
     executor = make(program, tmp_path)
     assert_close(in_chunks(executor, tokens, [2, 5]), in_chunks(executor, tokens, [7], 1), MANY_TOLERANCE)
-
-
-@pytest.fixture
-def rows_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter multiplies by BLAS, whose order of summing depends on a row's place on some
-    processors; a device's does not."""
-    monkeypatch.setattr(np, "matmul", lambda a, b, dtype=None: np.einsum("ij,jk->ik", a, b, dtype=dtype))
 
 
 @pytest.mark.usefixtures("rows_by_themselves")

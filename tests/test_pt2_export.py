@@ -142,6 +142,7 @@ def sessions(exported: Pair) -> Iterator[tuple[gristmill.Session, gristmill.Sess
     )
 
 
+@pytest.mark.minutes  # a package is compiled
 def test_a_session_runs_it(sessions: tuple[gristmill.Session, gristmill.Session]) -> None:
     ours, theirs = sessions
     ids = ours.tokenizer.encode("def read_lines(path):")
@@ -163,6 +164,7 @@ def test_a_session_runs_it(sessions: tuple[gristmill.Session, gristmill.Session]
     assert [b.token_ids for b in beams[0]] == [b.token_ids for b in beams[1]]
 
 
+@pytest.mark.minutes  # a package is compiled
 def test_weights_lie_outside_the_package(exported: Pair) -> None:
     artifact, out = exported
     assert (out / "weights.safetensors").read_bytes() == (artifact / "weights.safetensors").read_bytes()
@@ -173,6 +175,7 @@ def test_weights_lie_outside_the_package(exported: Pair) -> None:
     assert set(runners["decode"].get_constant_fqns()) <= set(constants(out / "weights.safetensors", program))
 
 
+@pytest.mark.minutes  # a package is compiled
 def test_commands_run_it(exported: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, text = str(exported[1]), tmp_path / "text.txt"
     text.write_text("a line of text\n" * 20)
@@ -190,6 +193,7 @@ def changed(folder: Path, **settings: str) -> None:
     (folder / EXPORT).write_text(json.dumps(found))
 
 
+@pytest.mark.minutes  # a package is compiled
 @pytest.mark.parametrize(
     "setting, value",
     [("torch", "2.1.0"), ("machine", "riscv64"), ("instructions", "AVX9"), ("device", "cuda")],
@@ -210,6 +214,7 @@ def copied(folder: Path, to: Path) -> Path:
     return Path(shutil.copytree(folder, to / "copy"))
 
 
+@pytest.mark.minutes  # a package is compiled
 def test_damaged_folders_are_refused(exported: Pair, tmp_path: Path) -> None:
     folder = copied(exported[1], tmp_path)
     package = (folder / "model.pt2").read_bytes()

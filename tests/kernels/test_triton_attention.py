@@ -105,6 +105,7 @@ def test_splits_are_combined(window, dtype):
 
 @pytest.mark.parametrize("case", [Case("int8", "int8", 4, 2, 16, 16), Case("f16", "fp8", 3, 1, 16, 16, 90)])
 @pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.usefixtures("rows_by_themselves")
 def test_a_row_has_the_same_bits_in_any_company(case, splits):
     context = full(Context(case, 300), 300)
     tiles = Tiling(8, 32, splits, 4, 2)
