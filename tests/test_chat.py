@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -294,6 +295,7 @@ def terminal(artifact: str) -> Iterator[tuple[Callable[[str, str], str], int]]:
         environment = {**os.environ, "PYTHONPATH": path, "TERM": "dumb"}
         long = ["--max-new-tokens", "90000", "--ignore-eos", "--no-lookup"]
         os.chdir("/")
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
         os.execve(sys.executable, [sys.executable, "-m", "gristmill", "run", artifact, *long], environment)
     shown = ""
 
