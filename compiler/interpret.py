@@ -19,7 +19,7 @@ def run(traced: Traced, inputs: dict[str, Tensor]) -> Tensor:
     with torch.inference_mode():
         for step in steps(traced):
             _execute(step, env, _leaves(traced, inputs))
-    return env[result(traced)]
+    return env[traced.logits]
 
 
 def run_with(traced: Traced, inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
@@ -28,7 +28,7 @@ def run_with(traced: Traced, inputs: Mapping[str, Tensor], weights: Mapping[str,
     env: dict[fx.Node, Any] = {}
     for step in steps(traced):
         _execute(step, env, {**weights, **inputs}.__getitem__, REFERENCES)
-    out: Tensor = env[result(traced)]
+    out: Tensor = env[traced.logits]
     return out
 
 
@@ -47,7 +47,7 @@ def logits_by_group(traced: Traced, inputs: dict[str, Tensor], groups: Sequence[
             tail = dict(env)
             for step in ordered[cut:]:
                 _execute(step, tail, _leaves(traced, inputs | {"rows": rows}))
-            yield tail[result(traced)][0]
+            yield tail[traced.logits][0]
 
 
 Step = tuple[fx.Node, list[fx.Node]]
@@ -60,13 +60,8 @@ def steps(traced: Traced) -> list[Step]:
     for node in calls:
         for source in node.all_input_nodes:
             last[source] = node
-    kept = result(traced)
+    kept = traced.logits
     return [(n, [s for s in n.all_input_nodes if last[s] is n and s is not kept]) for n in calls]
-
-
-def result(traced: Traced) -> fx.Node:
-    output = next(n for n in reversed(traced.graph.nodes) if n.op == "output")
-    return output.args[0][0]
 
 
 def _leaves(traced: Traced, inputs: Mapping[str, Tensor]) -> Callable[[str], Tensor]:

@@ -104,8 +104,7 @@ class _Lowering:
         self.roles = _roles(traced)
 
     def run(self) -> Lowered:
-        output = next(n for n in reversed(self.traced.graph.nodes) if n.op == "output")
-        self.head = output.args[0][0]
+        self.head = self.traced.logits
         for node in self._calls():
             if is_op(node, aten.slice.Tensor):
                 self.views[node] = self._slice(node)

@@ -143,7 +143,7 @@ def float_model(source: Source, export: Export | None = None) -> FloatModel:
     traced = source.trace(limits.max_len, export)
     rewrite(traced, options)
     max_len = min(limits.max_len, narrow(limits, traced).max_position)
-    return FloatModel(traced, tokenizer, max_len, _vocabulary(traced))
+    return FloatModel(traced, tokenizer, max_len, traced.vocabulary)
 
 
 def plan_limits(config: Any, options: CompileOptions) -> Limits:
@@ -169,7 +169,7 @@ def _first_of(config: Any, *names: str) -> int | None:
 
 def rewrite(traced: Traced, options: CompileOptions) -> list[Entry]:
     """All passes over the graph, and what each did. Raises GristmillError for what cannot be lowered."""
-    evaluate = partial(_example_logits, vocabulary=_vocabulary(traced)) if options.check_passes else None
+    evaluate = partial(_example_logits, vocabulary=traced.vocabulary) if options.check_passes else None
     kind = getattr(traced.config, "model_type", "model")
     try:
         ledger = run_passes(traced, (*PASSES, rotate) if options.rotate else PASSES, evaluate)
@@ -188,11 +188,6 @@ def _refuse_unrotated(ledger: list[Entry], options: CompileOptions, kind: str) -
         raise GristmillError(
             f"{kind}: the residual stream cannot be rotated: {reason} ({where}); compile without rotate"
         )
-
-
-def _vocabulary(traced: Traced) -> int:
-    output = next(n for n in reversed(traced.graph.nodes) if n.op == "output")
-    return int(output.args[0][0].meta["val"].shape[-1])
 
 
 def _example_logits(traced: Traced, vocabulary: int) -> torch.Tensor:

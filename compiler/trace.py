@@ -94,7 +94,7 @@ def _build(config: Any) -> torch.nn.Module:
             model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=torch.float32)
         model.tie_weights()
     except Exception as error:  # any part of a model's construction may refuse its configuration
-        raise GristmillError(f"the model cannot be built from its config ({_first_line(error)})") from error
+        raise GristmillError(f"the model cannot be built from its config ({first_line(error)})") from error
     return model.eval()
 
 
@@ -166,7 +166,7 @@ def _export(model: torch.nn.Module) -> tuple[torch.export.ExportedProgram, list[
         raise
     except Exception as error:  # the exporter raises whatever the model's code raises
         raise GristmillError(
-            f"{type(model).__name__} cannot be traced ({_first_line(error)}); see the README for the families"
+            f"{type(model).__name__} cannot be traced ({first_line(error)}); see the README for the families"
         ) from error
 
 
@@ -227,7 +227,7 @@ def _lift(
             extent = tuple(node.meta["val"].shape)
             weights[node.name] = _stored(checkpoint, source, extent, name in turned)
         else:
-            weights[node.name] = _constant(program, signature, node)
+            weights[node.name] = constant(program, node)
     return Traced(graph, weights, config)
 
 
@@ -279,12 +279,20 @@ def _turned_weights(model: torch.nn.Module) -> set[str]:
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
-def _constant(program: torch.export.ExportedProgram, signature: Any, node: fx.Node) -> Lazy:
+def held_tensor(program: torch.export.ExportedProgram, name: str) -> Tensor:
+    """A parameter, buffer or constant of an exported program, by the name that its signature has."""
+    stored: Any = program.state_dict.get(name)
+    found: Any = program.constants[name] if stored is None else stored
+    return found.detach()
+
+
+def constant(program: torch.export.ExportedProgram, node: fx.Node) -> Lazy:
+    """The buffer or constant that a placeholder stands for, kept as it is now."""
+    signature = program.graph_signature
     name = (
         signature.inputs_to_buffers.get(node.name) or signature.inputs_to_lifted_tensor_constants[node.name]
     )
-    stored = program.state_dict.get(name)
-    value = (program.constants[name] if stored is None else stored).detach().clone()
+    value = held_tensor(program, name).clone()
     return Lazy(tuple(value.shape), (name.removeprefix("model."),), lambda: value, "constant")
 
 
@@ -296,6 +304,7 @@ def _aliases(model: torch.nn.Module) -> dict[str, tuple[str, ...]]:
     return {n: (n, *(o for o in group if o != n)) for group in groups.values() for n in group}
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line that an error says, shortened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:200]

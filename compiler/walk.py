@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from ..passes.graph import Traced, evaluate
-from .interpret import result, steps
+from .interpret import steps
 
 CHUNK_ROWS = 1024  # rows evaluated together, whole samples each: bounds what an op needs besides its result
 
@@ -36,7 +36,7 @@ class Walk:
         self.traced = traced
         self.inputs = _chunks(samples)
         self.steps = steps(traced)
-        self.result = result(traced)
+        self.result = traced.logits
         self.at = 0
         self.values: dict[fx.Node, Values] = {}
 

@@ -46,9 +46,8 @@ class EntryPoint(Named):
         self, tokens: Tensor, positions: Tensor, rows: Tensor, caches: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Logits [R, vocabulary] and hidden states [R, hidden], or an empty tensor, of the `rows` [R]."""
-        call = _PackedCall(self, {"tokens": tokens, "positions": positions, "rows": rows}, caches)
-        logits, view = call.run(), self.program.hidden
-        return logits, logits.new_zeros(0) if view is None else call.read(view)
+        ids = {"tokens": tokens, "positions": positions, "rows": rows}
+        return _PackedCall(self, ids, caches).results()
 
 
 class Prefill(EntryPoint):

@@ -110,8 +110,7 @@ class ProgramModule(Named):
     ) -> tuple[Tensor, Tensor]:
         """`forward`, and the hidden states [R, hidden] f32, none where the program has none to give."""
         call = Call(self, {"tokens": tokens, "positions": positions, "rows": rows}, caches)
-        logits, view = call.run(), self.program.hidden
-        return logits, logits.new_zeros(0) if view is None else call.read(view)
+        return call.results()
 
 
 class Call:
@@ -126,6 +125,11 @@ class Call:
         for instruction in self.program.instructions:
             self.write(instruction.out, getattr(self, f"_{instruction.op}")(instruction))
         return self.values[-1]
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """Logits, and hidden states of the same rows, an empty tensor where the program has none to give."""
+        logits, view = self.run(), self.program.hidden
+        return logits, logits.new_zeros(0) if view is None else self.read(view)
 
     def read(self, view: View) -> Tensor:
         return self.values[view.value][:, view.column : view.column + view.width]

@@ -18,6 +18,7 @@ from .graph import (
     aten,
     call,
     evaluate,
+    exchanged,
     is_op,
     ours,
     shape,
@@ -93,14 +94,10 @@ def _same_value(node: fx.Node) -> fx.Node | None:
         return first
     if is_op(node, aten.slice.Tensor) and shape(node) == shape(first):
         return first
-    if is_op(node, aten.transpose.int) and is_op(first, aten.transpose.int) and _dims(node) == _dims(first):
+    transposed = is_op(node, aten.transpose.int) and is_op(first, aten.transpose.int)
+    if transposed and exchanged(node) == exchanged(first):
         return first.args[0]  # type: ignore[return-value]
     return None
-
-
-def _dims(transpose: fx.Node) -> set[Any]:
-    """The two dimensions that change places."""
-    return {d % len(shape(transpose)) for d in transpose.args[1:]}  # type: ignore[operator]
 
 
 def _dtype(node: fx.Node) -> torch.dtype:

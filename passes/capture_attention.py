@@ -15,7 +15,19 @@ import torch
 from torch import Tensor, fx
 
 from .columns import SHAPE_OPS
-from .graph import EXAMPLE_ROWS, Traced, ancestors, arguments, aten, evaluate, is_op, ours, shape, swap
+from .graph import (
+    EXAMPLE_ROWS,
+    Traced,
+    ancestors,
+    arguments,
+    aten,
+    evaluate,
+    exchanged,
+    is_op,
+    ours,
+    shape,
+    swap,
+)
 from .lift_positions import made
 from .rule import Report
 
@@ -150,9 +162,8 @@ def _scaled(node: fx.Node, scale: float) -> tuple[float, fx.Node]:
 
 def _turned(traced: Traced, node: fx.Node) -> fx.Node:
     """k of a node that is k^T."""
-    if is_op(node, aten.transpose.int) and {d % len(shape(node)) for d in node.args[1:]} == {  # type: ignore
-        len(shape(node)) - 2, len(shape(node)) - 1
-    }:  # fmt: skip
+    last = len(shape(node)) - 1
+    if is_op(node, aten.transpose.int) and exchanged(node) == {last - 1, last}:
         return node.args[0]  # type: ignore[return-value]
     return made(traced, node.next, aten.transpose.int, node, -2, -1)
 
@@ -238,7 +249,7 @@ def _window(traced: Traced, masks: tuple[tuple[fx.Node, str], ...], causal: bool
 def _mask_rows(traced: Traced, masks: tuple[tuple[fx.Node, str], ...], max_len: int) -> int:
     if not masks:
         return EXAMPLE_ROWS
-    """All that the program will hold: a window may begin far out."""
+    # all that the program will hold: a window may begin far out
     rows = min(max_len, traced.max_position or max_len)
     if rows > LARGEST_MASK:
         raise NotAttention(

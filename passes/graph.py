@@ -97,6 +97,16 @@ class Traced:
         with self.graph.inserting_before(next(iter(self.graph.nodes))):
             return self.graph.placeholder(name)
 
+    @property
+    def logits(self) -> Any:
+        """The node whose value is the graph's result."""
+        return next(n for n in reversed(self.graph.nodes) if n.op == "output").args[0][0]
+
+    @property
+    def vocabulary(self) -> int:
+        """How wide the logits are."""
+        return int(self.logits.meta["val"].shape[-1])
+
     def clean(self) -> None:
         """Drop dead nodes and weights that nothing uses."""
         self.graph.eliminate_dead_code()
@@ -109,6 +119,11 @@ class Traced:
 
 def is_op(node: Any, *targets: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def exchanged(transpose: fx.Node) -> set[Any]:
+    """The two dimensions that aten.transpose exchanges, counted from the first."""
+    return {d % len(shape(transpose)) for d in transpose.args[1:]}  # type: ignore[operator]
 
 
 def shape(node: fx.Node) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from programs import Array, Format, Llama, llama
 from test_executor import assert_close, tokens_for
-from test_onnx_export import CHUNKS, PROMPT, executor_of, of_slot, relative
+from test_onnx_export import CHUNKS, PROMPT, by_genai, executor_of, of_slot, relative
 from test_program_module import in_chunks as of_module
 from test_program_module import module, of_executor
 
@@ -161,15 +161,8 @@ def test_half_precision_behind_a_session_and_in_genai(half: Path, py7m_int4: Pat
     assert {kinds["past_key_values.0.key"], kinds["present.0.value"]} == {onnx.TensorProto.FLOAT16}
     assert kinds["logits"] == onnx.TensorProto.FLOAT
     og = pytest.importorskip("onnxruntime_genai")
-    model = og.Model(str(half))
-    parameters = og.GeneratorParams(model)
-    parameters.set_search_options(do_sample=False, min_length=len(ids) + 8, max_length=len(ids) + 8)
-    generator = og.Generator(model, parameters)
-    generator.append_tokens(np.array(ids, np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
     text = session.generate(ids, max_new_tokens=8, ignore_eos=True).token_ids
-    assert [int(i) for i in generator.get_sequence(0)][len(ids) :] == text
+    assert by_genai(og.Model(str(half)), ids, 8) == text
 
 
 # ---- CUDA, as far as a machine without it goes

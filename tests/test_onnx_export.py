@@ -135,6 +135,19 @@ def logits(run: Any, ids: list[int]) -> Array:
     return of_executor(run, tokens, sizes)
 
 
+def by_genai(model: Any, ids: list[int], count: int) -> list[int]:
+    """The greedy tokens that ONNX Runtime GenAI goes on with."""
+    import onnxruntime_genai as og
+
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(do_sample=False, min_length=len(ids) + count, max_length=len(ids) + count)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(np.array(ids, np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(i) for i in generator.get_sequence(0)][len(ids) :]
+
+
 def relative(got: Array, want: Array) -> float:
     return float(np.abs(got - want).max() / np.abs(want).max())
 
@@ -200,13 +213,7 @@ def test_onnx_runtime_genai_generates(plain: bool, exact: Pair, tmp_path: Path) 
     ids = [int(i) for i in tokenizer.encode(PROMPT)]
     want = gristmill.load(artifact).generate(PROMPT, max_new_tokens=40, ignore_eos=True)
     assert ids == gristmill.load(artifact).tokenizer.encode(PROMPT)
-    parameters = og.GeneratorParams(model)
-    parameters.set_search_options(do_sample=False, min_length=len(ids) + 40, max_length=len(ids) + 40)
-    generator = og.Generator(model, parameters)
-    generator.append_tokens(np.array(ids, np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
-    found = [int(i) for i in generator.get_sequence(0)][len(ids) :]
+    found = by_genai(model, ids, 40)
     assert found == want.token_ids
     assert tokenizer.decode(np.array(found, np.int32)) == want.text
 

@@ -27,7 +27,7 @@ from ...passes.rule import Report
 from ...quant.scheme import FORMATS, parse
 from ...runtime.errors import GristmillError
 from ..options import CompileOptions
-from .export_module import first_line
+from ..trace import first_line, held_tensor
 from .regions import Kernel, Region, regions
 
 NAME = "gristmill"
@@ -232,8 +232,7 @@ def _traced(
             )
             if node.name in kind
         )  # fmt: skip
-        stored: Any = program.state_dict.get(name)
-        weights[node.name] = _weight(name, (program.constants[name] if stored is None else stored).detach())
+        weights[node.name] = _weight(name, held_tensor(program, name))
     return Traced(graph, weights, None), leaves
 
 

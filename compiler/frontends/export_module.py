@@ -13,11 +13,12 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ...passes.graph import Lazy, Traced, place
 from ...runtime.errors import GristmillError
+from ..trace import constant, first_line
 from .forward import POSITIONS, TOKENS, Call, Rows, example_inputs
 from .memory import MemoryCheckpoint
 
@@ -88,10 +89,8 @@ def lift(
         if parameter is not None:
             name = parameter.removeprefix("model.")
             weights[node.name] = _stored(checkpoint, first.get(name, name))
-        elif node.name in signature.inputs_to_buffers:
-            weights[node.name] = _constant(program, signature.inputs_to_buffers[node.name])
-        elif node.name in signature.inputs_to_lifted_tensor_constants:
-            weights[node.name] = _constant(program, signature.inputs_to_lifted_tensor_constants[node.name])
+        elif node.name in signature.inputs_to_buffers | signature.inputs_to_lifted_tensor_constants:
+            weights[node.name] = constant(program, node)
     outputs = next(n for n in reversed(graph.nodes) if n.op == "output")
     outputs.args = ((outputs.args[0][0],),)
     return Traced(graph, weights, config, _most_rows(program, graph))
@@ -106,12 +105,6 @@ def first_names(module: nn.Module) -> dict[str, str]:
 
 def _stored(checkpoint: MemoryCheckpoint, name: str) -> Lazy:
     return Lazy(checkpoint.shape(name), (name,), lambda: checkpoint.read(name), "checkpoint")
-
-
-def _constant(program: torch.export.ExportedProgram, name: str) -> Lazy:
-    stored: Any = program.state_dict.get(name)
-    value: Tensor = (program.constants[name] if stored is None else stored).detach().clone()
-    return Lazy(tuple(value.shape), (name.removeprefix("model."),), lambda: value, "constant")
 
 
 def _most_rows(program: torch.export.ExportedProgram, graph: fx.Graph) -> int | None:
@@ -150,9 +143,3 @@ def _where(error: BaseException, module: nn.Module) -> str:
                 line = f"{frame.f_code.co_filename.rpartition('/')[2]}:{number}"
     told = ", ".join(text for text in (part, line) if text)
     return f" (at {told})" if told else ""
-
-
-def first_line(error: BaseException) -> str:
-    """The first line that an error says, shortened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]

@@ -61,7 +61,7 @@ class ModuleSource(Source):
     @property
     def vocabulary(self) -> int:
         assert self.traced is not None
-        return vocabulary_of(self.traced)
+        return self.traced.vocabulary
 
     def refuse(self, options: CompileOptions) -> None:
         """Raises GristmillError for options that need a tokenizer, where there is none."""
@@ -100,7 +100,7 @@ class ModuleSource(Source):
                 "gristmill.attention, or scaled_dot_product_attention with is_causal=True"
             )
         canonicalize.run(traced, Report())
-        check_rows(traced, self.name, vocabulary_of(traced))
+        check_rows(traced, self.name, traced.vocabulary)
         return traced
 
     def check(self, traced: Traced) -> None:
@@ -109,7 +109,7 @@ class ModuleSource(Source):
         module, call = self.eager
         rows = min(EXAMPLE_ROWS, traced.max_position or EXAMPLE_ROWS)
         tokens = torch.randint(0, 64, (1, rows), generator=torch.Generator().manual_seed(1))
-        tokens %= vocabulary_of(traced)
+        tokens %= traced.vocabulary
         expected, kind = run_eager(module, call, tokens)
         positions = torch.arange(rows)
         inputs = {
@@ -126,11 +126,6 @@ class ModuleSource(Source):
                 f"{self.name}: the traced graph differs from the module run eagerly by {difference:.1e} of "
                 "the largest logit; does its forward keep state, or branch on values?"
             )
-
-
-def vocabulary_of(traced: Traced) -> int:
-    output = next(n for n in reversed(traced.graph.nodes) if n.op == "output")
-    return int(output.args[0][0].meta["val"].shape[-1])
 
 
 def run_eager(module: Any, call: Call, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
@@ -169,9 +164,9 @@ def graph_source(module: nn.Module, call: Call, name: str, tokenizer: Any, eager
     config = ModuleConfig(name, traced.max_position or MOST_POSITIONS)
     traced.config = config
     files = files_of(tokenizer)
-    if files and (size := Tokenizer.of_files(files).size) > vocabulary_of(traced):
+    if files and (size := Tokenizer.of_files(files).size) > traced.vocabulary:
         raise GristmillError(
-            f"{name}: the tokenizer has {size} ids, the logits are {vocabulary_of(traced)} wide; give the "
+            f"{name}: the tokenizer has {size} ids, the logits are {traced.vocabulary} wide; give the "
             "tokenizer of this model"
         )
     held: Any = checkpoint  # a Checkpoint in all but where it reads from
@@ -193,8 +188,7 @@ def checkpoint_of(module: nn.Module, name: str) -> MemoryCheckpoint:
 
 
 def _refuse_ends(name: str, traced: Traced) -> None:
-    output = next(n for n in reversed(traced.graph.nodes) if n.op == "output")
-    logits = output.args[0][0].meta["val"]
+    logits = traced.logits.meta["val"]
     if not lift_positions.is_rows(logits.shape[1], traced):
         raise GristmillError(
             f"{name}: forward returns logits [1, {logits.shape[1]}, {logits.shape[2]}] for [1, T] tokens; "

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from ...kernels import ops as _ops  # noqa: F401  (files may call gristmill's attention)
 from ...runtime.errors import GristmillError
-from .export_module import first_line
+from ..trace import first_line
 from .forward import Call, call_of, example_inputs
 from .module import ModuleSource, graph_source
 

@@ -265,7 +265,7 @@ class Engine:
         return not (self._scheduler.running or self._scheduler.waiting)
 
     def _after_step(self) -> None:
-        rows = self.session._scheduler.statistics.rows
+        rows = self._scheduler.statistics.rows
         if rows > self._rows:
             self.measurements.batch_rows.add(rows - self._rows)
             self._rows = rows

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gristmill.runtime.server.engine import Engine
 from gristmill.runtime.server.errors import RequestError
 from gristmill.runtime.server.logs import log_event
-from gristmill.runtime.server.reply import refusal
+from gristmill.runtime.server.reply import CLIENT_GONE, refusal
 from gristmill.runtime.server.settings import Keys, Settings
 
 OPEN_PATHS = ("/health",)  # need no key
@@ -42,7 +42,7 @@ class Gate:
         try:
             await self._pass(scope, receive, self._noting(send, record))
         except ClientGone:
-            record["status"] = 499
+            record["status"] = CLIENT_GONE
         except BaseException:
             record["status"] = record["status"] or 500
             raise
