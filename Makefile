@@ -13,7 +13,7 @@ EDITABLE := --no-build-isolation --config-settings editable_mode=strict --editab
 
 REPORT ?= $(if $(filter command line,$(origin OUT)),$(OUT),reports/$(notdir $(MODEL:%/=%)))
 
-.PHONY: compile run test test-gpu test-aarch64 check sanitize bench bench-gpu report wheel clean install force
+.PHONY: compile run test test-gpu test-aarch64 check sanitize bench bench-gpu report wheel c-library clean install force
 
 compile: install
 	$(BIN)/gristmill compile $(MODEL) -o $(OUT) --force $(ARGS)
@@ -62,6 +62,10 @@ build/links: force
 # make report [MODEL=directory or artifacts] [OUT=directory] [ARGS="--peer llama.cpp:FILE.gguf"]: what each choice costs.
 report: .venv/.report
 	$(BIN)/gristmill report $(MODEL) -o $(REPORT) $(ARGS)
+
+# The library, header and pkg-config file for C, in build/c: make c-library [ARGS="install PREFIX=/usr/local"].
+c-library:
+	$(MAKE) -f runtime/c_api/Makefile $(ARGS)
 
 wheel: .venv/.dev
 	$(BIN)/python -m build --wheel --no-isolation
