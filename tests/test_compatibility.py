@@ -1,7 +1,7 @@
 """Artifacts of format 1 load for ever and compute what they did when they were written (2026-11-27).
 
-`tests/golden/v1` was written by `python tests/test_compatibility.py`, once, from tiny random models. It is never
-written again: where a change makes these tests fail, the change breaks artifacts that people have.
+`tests/golden/v1` was written by `python tests/test_compatibility.py`, once, from tiny random models. It is
+never written again: where a change makes these tests fail, the change breaks artifacts that people have.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ MADE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "gemma2", {},
         {"weights": "int8", "group_size": 32, "kv": "fp8", "keep": ("int2:*.up_proj", "fp8:*.q_proj")},
     ),
-    "floats": ("gpt2", {"n_embd": 48, "n_head": 3}, {"weights": "bf16", "kv": "f16", "keep": ("f16:*.c_attn", "f32:*.c_proj")}),
+    "floats": (
+        "gpt2", {"n_embd": 48, "n_head": 3},
+        {"weights": "bf16", "kv": "f16", "keep": ("f16:*.c_attn", "f32:*.c_proj")},
+    ),
 }  # fmt: skip
 PROMPT = [5, 250, 17, 3, 99, 42, 42, 7, 201, 8, 64, 300, 11]
 TEXT = "Stones remember"
@@ -97,7 +100,7 @@ def copied(tmp_path: Path, name: str = "integers") -> Path:
 def test_a_newer_format_is_refused_with_the_version_it_needs(tmp_path: Path) -> None:
     artifact = copied(tmp_path)
     resign(artifact, format=FORMAT_VERSION + 1)
-    said = f"has format {FORMAT_VERSION + 1}, this gristmill reads up to {FORMAT_VERSION}; install a newer one"
+    said = f"has format {FORMAT_VERSION + 1}, this gristmill reads up to {FORMAT_VERSION}; install a newer"
     with pytest.raises(GristmillError, match=re.escape(said)):
         gristmill.load(artifact)
 
@@ -128,6 +131,38 @@ def test_what_a_newer_gristmill_would_write_is_refused_by_name(
         gristmill.load(artifact)
     assert run_command(["run", str(artifact), "--prompt", "x"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_this_machine_lacks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = str(GOLDEN / "integers")
+
+    def checked(*options: str) -> tuple[int, dict[str, Any]]:
+        code = run_command(["inspect", artifact, "--check-machine", "--json", *options])
+        result = json.loads(capsys.readouterr().out)
+        return code, {r["what"]: r for r in result["requirements"]} | {"ok": result["ok"]}
+
+    code, found = checked()
+    assert code == 0 and found["ok"] and found["format"]["verdict"] == "ok"
+    monkeypatch.setattr("gristmill.runtime.machine.available_memory_bytes", lambda: 1 << 20)
+    code, found = checked()
+    memory = found["memory for caches and values"]
+    assert code == 1 and not found["ok"] and memory["verdict"] == "missing" and memory["found"] == "1 MiB"
+    assert "max_slots 2" in memory["remedy"]
+    assert run_command(["inspect", artifact, "--check-machine"]) == 1
+    assert "load with less than max_len 128 or max_slots 2" in capsys.readouterr().out
+    assert run_command(["inspect", artifact, "--check-machine", "--device", "tpu"]) == 1
+    assert capsys.readouterr().err == (
+        "error: device is 'tpu', expected cpu or cuda: others run exported folders\n"
+    )
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert run_command(["inspect", str(GOLDEN / "floats"), "--check-machine", "--device", "cuda"]) == 1
+    out = capsys.readouterr().out
+    assert "missing" in out and "device 'cuda'" in out
 
 
 def write() -> None:

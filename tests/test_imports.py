@@ -103,7 +103,10 @@ def test_only_a_load_for_a_device_imports_its_executor() -> None:
         for name in imported(path, at_import)
         if name.startswith(tuple(f"gristmill.runtime.{device}" for device in DEVICES))
     ]
-    assert importers == [("runtime/session.py", "gristmill.runtime.cuda.open_executor")]
+    assert importers == [
+        ("runtime/check_machine.py", "gristmill.runtime.cuda.device_for"),
+        ("runtime/session.py", "gristmill.runtime.cuda.open_executor"),
+    ]
 
 
 def test_only_serving_imports_what_a_server_needs() -> None:
