@@ -67,8 +67,10 @@ report: .venv/.report
 c-library:
 	$(MAKE) -f runtime/c_api/Makefile $(ARGS)
 
+# Into dist, for this Python, with the oldest manylinux tag that its symbols allow.
 wheel: .venv/.dev
-	$(BIN)/python -m build --wheel --no-isolation
+	rm -rf build/wheel && $(BIN)/python -m build --wheel --no-isolation --outdir build/wheel
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --wheel-dir dist build/wheel/gristmill-*.whl
 
 clean:
 	rm -rf build dist artifacts *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
