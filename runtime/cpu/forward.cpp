@@ -7,7 +7,8 @@
 
 namespace gristmill {
 void Executor::forward(const int32_t* tokens, const int32_t* positions, const int32_t* slots, int64_t rows,
-                       const int32_t* wanted, int64_t wanted_rows, float* logits, float* hidden) {
+                       const int32_t* wanted, int64_t wanted_rows, float* logits, float* hidden,
+                       const Cuts* cuts) {
   const std::lock_guard<std::mutex> lock(mutex_);
   Batch& batch = machine_.batch;
   batch.tokens = tokens;
@@ -30,9 +31,29 @@ void Executor::forward(const int32_t* tokens, const int32_t* positions, const in
     fail("this program has no hidden states to give: its last instruction is not the head, a linear that "
          "writes the logits");
   cut_blocks();
-  pool_.run(*this, static_cast<int64_t>(steps_.size()), tiny());
-  if (profiling_) note_time(-1);
+  run_steps(cuts);
   if (hidden) copy_hidden(hidden);
+}
+
+void Executor::run_steps(const Cuts* cuts) {
+  int64_t first = 0;
+  for (size_t i = 0; cuts && i < cuts->after.size(); i++) {
+    int64_t last = first;
+    while (last < static_cast<int64_t>(steps_.size()) &&
+           step_instruction_[static_cast<size_t>(last)] <= cuts->after[i])
+      last++;
+    run_steps(first, last);
+    cuts->between(i);
+    first = last;
+  }
+  run_steps(first, static_cast<int64_t>(steps_.size()));
+}
+
+void Executor::run_steps(int64_t first, int64_t last) {
+  if (first == last) return;
+  first_step_ = first;
+  pool_.run(*this, last - first, tiny());
+  if (profiling_) note_time(-1);
 }
 
 // What the head multiplies, where the head comes last: nothing has overwritten its input then.
@@ -105,13 +126,14 @@ bool Executor::tiny() const {
 }
 
 int64_t Executor::open(int64_t phase) noexcept {
+  phase += first_step_;
   if (profiling_) note_time(phase);
   if (stall_.count()) wait_busily(phase);
   return steps_[static_cast<size_t>(phase)]->open();
 }
 
 void Executor::work(int64_t phase, int64_t begin, int64_t end, int thread) noexcept {
-  steps_[static_cast<size_t>(phase)]->work(begin, end, thread);
+  steps_[static_cast<size_t>(first_step_ + phase)]->work(begin, end, thread);
 }
 
 // At the first step of each instruction.

@@ -56,7 +56,8 @@ struct Machine {
   Batch batch;
 
   Rows rows(const View& view) const {
-    if (view.value == View::kLogits) return {batch.logits, program->vocabulary, batch.wanted_rows};
+    if (view.value == View::kLogits)
+      return {batch.logits + view.column, program->vocabulary, batch.wanted_rows};
     const Value& value = program->values[static_cast<size_t>(view.value)];
     float* base = reinterpret_cast<float*>(arena + value.offset);
     return {base + view.column, value.width, value.requested ? batch.wanted_rows : batch.rows};
