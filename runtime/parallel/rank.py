@@ -10,7 +10,7 @@ import numpy as np
 
 from gristmill.runtime.parallel.exchange import Exchanges, Group
 from gristmill.runtime.parallel.slices import sliced_weights
-from gristmill.runtime.parallel.split import split
+from gristmill.runtime.parallel.split import GATHER_PAYS, split
 from gristmill.runtime.program import Program
 from gristmill.runtime.session import native
 
@@ -19,21 +19,22 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Share:
-    """What a rank opens. threads: its own."""
+    """What a rank opens. threads: its own; gather_pays: see `split`."""
 
     rank: int
     world: int
     threads: int
     max_len: int
     max_slots: int
-    hugepages: bool
+    hugepages: bool = False
+    gather_pays: int = GATHER_PAYS
 
 
 class Rank:
     """Opened by the parent and by each worker; `connect` before the first forward."""
 
     def __init__(self, program: Program, weights: Path, share: Share) -> None:
-        self.made = split(program, share.rank, share.world)
+        self.made = split(program, share.rank, share.world, share.gather_pays)
         with sliced_weights(weights, self.made) as own:
             self.executor = native().Executor(
                 self.made.program.to_bytes(), own, threads=share.threads, max_len=share.max_len,
