@@ -25,10 +25,14 @@ from gristmill.runtime.program import CacheSpec
 from gristmill.runtime.session import Session, load
 
 
+HOW = ("device", "threads", "hugepages", "pin", "tensor_parallel")  # what goes to `load`
+
+
 @dataclass(frozen=True)
 class BenchOptions:
     """prompt: tokens of the timed prefill; tokens: decoded tokens per round; context: positions before the
-    first of them; profile: also time every instruction; device, hugepages, pin: as in `load`.
+    first of them; profile: also time every instruction; device, hugepages, pin,
+    tensor_parallel: as in `load`.
     """
 
     prompt: int = 256
@@ -40,6 +44,7 @@ class BenchOptions:
     hugepages: bool = False
     pin: bool = False
     device: str = "cpu"
+    tensor_parallel: int | None = None
 
 
 def bench(path: str | Path, options: BenchOptions) -> dict[str, Any]:
@@ -49,7 +54,7 @@ def bench(path: str | Path, options: BenchOptions) -> dict[str, Any]:
     check_options(options)
     needed = max(options.prompt, options.context + options.tokens)
     started = time.perf_counter()
-    how = {name: getattr(options, name) for name in ("device", "threads", "hugepages", "pin")}
+    how = {name: getattr(options, name) for name in HOW}
     device = DEVICES.get(options.device)
     if options.profile and device is not None and not device.profile:
         raise GristmillError(
@@ -64,7 +69,7 @@ def bench(path: str | Path, options: BenchOptions) -> dict[str, Any]:
     load_s = time.perf_counter() - started
     if needed > session.max_len:
         session = load(path, max_slots=1, max_len=needed, **how)
-    probe = probe_of(session)
+    probe, ranks = probe_of(session), options.tensor_parallel or 1
     rounds = [measure_round(session, options, probe) for _ in range(options.rounds)]
     decode, prefill, stream = (statistics.median(column) for column in zip(*rounds, strict=True))
     read_bytes = decode_read_bytes(session, options.context + options.tokens // 2)
@@ -78,6 +83,8 @@ def bench(path: str | Path, options: BenchOptions) -> dict[str, Any]:
         "load_s": load_s,
         "device": options.device,
         "threads": session.threads,
+        "tensor_parallel": ranks,
+        **({"communication_s": probe.communication(Forward(1, options.context))} if ranks > 1 else {}),
         "prompt": options.prompt,
         "tokens": options.tokens,
         "context": options.context,
