@@ -68,13 +68,14 @@ def bench(path: str | Path, options: BenchOptions) -> dict[str, Any]:
     session = load(path, max_slots=1, **how)
     load_s = time.perf_counter() - started
     if needed > session.max_len:
+        session.close()
         session = load(path, max_slots=1, max_len=needed, **how)
     probe, ranks = probe_of(session), options.tensor_parallel or 1
     rounds = [measure_round(session, options, probe) for _ in range(options.rounds)]
     decode, prefill, stream = (statistics.median(column) for column in zip(*rounds, strict=True))
     read_bytes = decode_read_bytes(session, options.context + options.tokens // 2)
     share = statistics.median(decode_tok_s * read_bytes / 1e9 / gb_s for decode_tok_s, _, gb_s in rounds)
-    return {
+    found = {
         "decode_tok_s": decode,
         "prefill_tok_s": prefill,
         "read_gb_s": decode * read_bytes / 1e9,
@@ -92,6 +93,8 @@ def bench(path: str | Path, options: BenchOptions) -> dict[str, Any]:
         **session.memory,
         **({"profile": _profiles(session, options, probe, stream)} if options.profile else {}),
     }
+    session.close()
+    return found
 
 
 def _profiles(session: Session, options: BenchOptions, probe: Probe, stream_gb_s: float) -> dict[str, Any]:

@@ -139,8 +139,8 @@ class Kind:
 
 @dataclass(frozen=True)
 class Transfer:
-    """Exchanges of one kind between ranks in a forward: how many, bytes that a rank sends, seconds until all is
-    there, waits for slower ranks included."""
+    """Exchanges of one kind between ranks in a forward: how many, bytes that a rank sends, seconds until all
+    is there, waits for slower ranks included."""
 
     name: str
     count: int

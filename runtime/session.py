@@ -113,7 +113,8 @@ def load(
     cannot do.
     """
     known = (
-        "device", "threads", "max_len", "max_slots", "hugepages", "pin", "max_waiting", "draft", "tensor_parallel",
+        "device", "threads", "max_len", "max_slots", "hugepages", "pin", "max_waiting", "draft",
+        "tensor_parallel",
     )  # fmt: skip
     refuse_unknown(unknown, known, "load")
     if device == "pt2:cuda":
@@ -145,7 +146,7 @@ def _ranks(tensor_parallel: int | None, device: str, pin: bool) -> int:
             f"tensor_parallel is for device 'cpu' so far, got {device!r}: it was never run on several GPUs"
         )
     if ranks > 1 and pin:
-        raise GristmillError("pin is for one process: ranks would share processors; leave it or tensor_parallel out")
+        raise GristmillError("pin is for one process, ranks would share processors; leave one of the two out")
     return ranks
 
 
@@ -233,6 +234,13 @@ class Session:
         self._async_driver.after_fork()
         if "_constrainer" in self.__dict__:
             self._constrainer.after_fork()
+
+    def close(self) -> None:
+        """Ends the other processes of a tensor-parallel session, which otherwise end with it; nothing works
+        afterwards. Of other sessions there is nothing to end."""
+        end = getattr(self.executor, "close", None)
+        if end is not None:
+            end()
 
     @property
     def max_len(self) -> int:

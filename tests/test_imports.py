@@ -24,7 +24,7 @@ MAY_IMPORT = {  # folder -> prefixes of gristmill.* it may import, besides itsel
 }
 HEAVY = {"torch", "triton", "transformers", "huggingface_hub", "sentencepiece", "onnx", "onnxruntime"}
 SERVING = {"fastapi", "starlette", "uvicorn", "httptools", "pydantic", "prometheus_client"}
-DEVICES = ("cuda", "onnx", "torchscript", "pt2")  # folders of the runtime that a load for them imports
+DEVICES = ("cuda", "onnx", "torchscript", "pt2", "parallel")  # folders of the runtime that a load for them imports
 
 
 def files(folder: str) -> list[Path]:
@@ -103,7 +103,10 @@ def test_only_a_load_for_a_device_imports_its_executor() -> None:
         for name in imported(path, at_import)
         if name.startswith(tuple(f"gristmill.runtime.{device}" for device in DEVICES))
     ]
-    assert importers == [("runtime/session.py", "gristmill.runtime.cuda.open_executor")]
+    assert importers == [
+        ("runtime/session.py", "gristmill.runtime.cuda.open_executor"),
+        ("runtime/session.py", "gristmill.runtime.parallel.open_executor"),
+    ]
 
 
 def test_only_serving_imports_what_a_server_needs() -> None:

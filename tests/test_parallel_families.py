@@ -86,7 +86,9 @@ def compiled(family: str, folder: Path) -> Iterator[tuple[str, Path, Path]]:
     config = config_of(family, **SHAPE | FAMILIES[family])
     graph = fused(traced_of(random_model(config), config))
     for weights in ("f32", "int4"):
-        options = CompileOptions.of(weights=weights, kv="f32", **({"group_size": 32} if weights == "int4" else {}))
+        options = CompileOptions.of(
+            weights=weights, kv="f32", **({"group_size": 32} if weights == "int4" else {})
+        )
         lowered = lower(graph, Formats.of(options).scheme, options.cache_format, Limits(32, 4, 64, 128))
         plan_arena(lowered.program)
         name = f"{family}_{weights}"
@@ -154,4 +156,6 @@ def test_ranks_compute_what_one_process_does(ran: Path, name: str) -> None:
         difference = np.abs(found[0] - expected) / np.abs(expected).max()
         tolerance = INTEGER_TOLERANCE if any(groups) else FLOAT_TOLERANCE
         assert difference.max() < tolerance, f"{world} ranks: {difference.max():.2e}"
-        assert difference.mean() < (INTEGER_MEAN if any(groups) else FLOAT_TOLERANCE), f"{difference.mean():.2e}"
+        assert difference.mean() < (INTEGER_MEAN if any(groups) else FLOAT_TOLERANCE), (
+            f"{difference.mean():.2e}"
+        )

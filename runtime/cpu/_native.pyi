@@ -27,8 +27,8 @@ class Executor:
 
         `huge_pages`: weights are copied into them, caches and arena lie in them, where the system has any.
         A forward of fewer than `alone_below` multiplications stays on the calling thread.
-        For a rank's program: `base_weights` is the file of tensors that its own lacks, and with `partial` other
-        ranks write the columns that it does not.
+        For a rank's program: `base_weights` is the file of tensors that its own lacks, and with `partial`
+        other ranks write the columns that it does not.
         """
     def forward(
         self,

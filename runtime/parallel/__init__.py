@@ -15,9 +15,11 @@ from gristmill.runtime.program import Program
 if TYPE_CHECKING:
     from gristmill.runtime.parallel.executor import ParallelExecutor
 
+
 def open_executor(
-    artifact: Artifact, program: Program, world: int, threads: int, max_len: int, max_slots: int, hugepages: bool
-) -> ParallelExecutor:
+    artifact: Artifact, program: Program, world: int, threads: int, max_len: int, max_slots: int,
+    hugepages: bool,
+) -> ParallelExecutor:  # fmt: skip
     """An executor whose rank 0 is this process and whose other ranks are processes of its own, on the CPU.
 
     threads: of all ranks together, at least one each. Raises GristmillError where torch is missing, the
@@ -33,7 +35,7 @@ def open_executor(
             f"tensor_parallel needs torch ({error}); pip install 'gristmill[compile]'"
         ) from error
     if not dist.is_available() or not hasattr(dist, "ProcessGroupGloo"):
-        raise GristmillError("tensor_parallel needs torch.distributed with gloo, which this torch is built without")
+        raise GristmillError("tensor_parallel needs torch.distributed with gloo, and this torch has none")
     from gristmill.runtime.parallel.executor import ParallelExecutor
 
     return ParallelExecutor(artifact, program, world, threads, max_len, max_slots, hugepages)

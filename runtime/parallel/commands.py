@@ -39,7 +39,9 @@ def obey(rank: Rank, connection: Connection) -> None:
             return
         try:
             _run(rank, given)
-        except GristmillError:  # what rank 0 refuses as well, in the same words, before anything was exchanged
+        except (
+            GristmillError
+        ):  # what rank 0 refuses as well, in the same words, before anything was exchanged
             continue
 
 

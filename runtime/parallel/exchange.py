@@ -1,8 +1,8 @@
 """What ranks send each other: parts of a sum, and columns of a value.
 
-A sum adds the ranks' parts in the order of the ranks, element by element, whatever its size: so all ranks get
-the same bits, in every run, and a row's do not depend on the rows beside it (a ring would add in an order that
-depends on the place in the buffer). Few bytes go from each rank to all; of more, each rank sums a share and
+A sum adds the ranks' parts in the order of the ranks, element by element, whatever its size: so all ranks
+get the same bits, in every run, and a row's do not depend on the rows beside it (a ring would add in an order
+that depends on the place in the buffer). Few bytes go from each rank to all; of more, each rank sums a share and
 gives it to the others, which moves 2 (world - 1) / world of the bytes instead of (world - 1) times them.
 
 All of it is sends and receives: gloo runs its own collectives in threads of its own, which on busy processors
@@ -115,7 +115,9 @@ class Group:
 class Exchanges:
     """The exchanges of a rank's program, over the executor's memory."""
 
-    def __init__(self, group: Group, program: Program, exchanges: list[Exchange], arena: NDArray[np.uint8]) -> None:
+    def __init__(
+        self, group: Group, program: Program, exchanges: list[Exchange], arena: NDArray[np.uint8]
+    ) -> None:
         self._group, self._program, self._arena = group, program, arena
         at = sorted({exchange.before - 1 for exchange in exchanges})
         self.after = at

@@ -1,5 +1,5 @@
-"""The executor of rank 0, in the process that loads: it starts the other ranks, tells them what to do, does its
-own share and has the result."""
+"""The executor of rank 0, in the process that loads: it starts the other ranks, tells them what to do, does
+its own share and has the result."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,6 +40,7 @@ Array = np.ndarray[Any, Any]
 Result = TypeVar("Result")
 END_WITHIN_S = 5.0
 LAST_WORDS_S = 2.0
+ENDED = "the tensor-parallel session has ended: {}; load the artifact again"
 START = "import sys; sys.path[:] = {path!r}; from gristmill.runtime.parallel.worker import main; main()"
 
 
@@ -148,12 +150,12 @@ class ParallelExecutor:
     # ---- the other ranks
 
     def _together(self, command: bytes, run: Callable[[], Result]) -> Result:
-        """Sends the command, and does the same here. Signals wait meanwhile: what interrupted this rank between
-        two exchanges would leave the others waiting."""
+        """Sends the command, and does the same here. Signals wait meanwhile: what interrupted this rank
+        between two exchanges would leave the others waiting."""
         if os.getpid() != self._owner:
-            raise GristmillError("a tensor-parallel session does not go on in a forked process; load it there")
+            raise GristmillError("a tensor-parallel session does not go on in a fork; load it there")
         if self._ended is not None:
-            raise GristmillError(f"the tensor-parallel session has ended: {self._ended}; load the artifact again")
+            raise GristmillError(ENDED.format(self._ended))
         with uninterrupted():
             try:
                 for worker in self._workers:
@@ -169,9 +171,7 @@ class ParallelExecutor:
     def _fail(self, error: Exception) -> NoReturn:
         self._ended = self._last_words() or _line(error)
         self._finalizer()
-        raise GristmillError(
-            f"the tensor-parallel session has ended: {self._ended}; load the artifact again"
-        ) from error
+        raise GristmillError(ENDED.format(self._ended)) from error
 
     def _last_words(self) -> str | None:
         """What a rank said before it ended, or that it was ended."""
@@ -189,7 +189,9 @@ class ParallelExecutor:
             try:
                 said = worker.connection.recv_bytes()
             except (EOFError, OSError) as error:
-                raise GristmillError(f"rank {worker.rank} did not start: it ended {_how(worker.process)}") from error
+                raise GristmillError(
+                    f"rank {worker.rank} did not start: it ended {_how(worker.process)}"
+                ) from error
             if said != READY:
                 raise GristmillError(f"rank {worker.rank} did not start: {said.decode()}")
 
@@ -216,10 +218,8 @@ def _end(workers: list[Worker], folder: str, owner: int) -> None:
     if os.getpid() != owner:
         return
     for worker in workers:
-        try:
+        with suppress(OSError):
             worker.connection.send_bytes(end_command())
-        except OSError:
-            pass
         worker.connection.close()
     for worker in workers:
         try:

@@ -1,4 +1,4 @@
-"""Signals that wait: Ctrl-C in the middle of a forward would leave the other ranks in the middle of theirs."""
+"""Signals that wait: Ctrl-C within a forward would leave the other ranks in the middle of theirs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def uninterrupted() -> Iterator[None]:
         yield
         return
     came: list[tuple[int, FrameType | None]] = []
-    before: dict[signal.Signals, Any] = {n: handler for n in WAITING if callable(handler := signal.getsignal(n))}
+    found: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in WAITING}
+    before = {number: handler for number, handler in found.items() if callable(handler)}
     for number in before:
         signal.signal(number, lambda n, frame: came.append((n, frame)))
     try:

@@ -11,8 +11,8 @@ Span = tuple[int, int]  # columns [start, stop)
 
 @dataclass(frozen=True)
 class Parts:
-    """owned: of each rank the columns of the whole value that it holds, ascending; a rank's own value has them
-    one after the other."""
+    """owned: of each rank the columns of the whole value that it holds, ascending; a rank's own value has
+    them one after the other."""
 
     owned: tuple[tuple[Span, ...], ...]
 

@@ -44,7 +44,9 @@ class Rank:
     def connect(self, group: Group) -> None:
         self.exchanges = Exchanges(group, self.made.program, self.made.exchanges, self.executor.arena)
 
-    def forward(self, tokens: Array, positions: Array, slots: Array, rows: Array, hidden: bool = False) -> Any:
+    def forward(
+        self, tokens: Array, positions: Array, slots: Array, rows: Array, hidden: bool = False
+    ) -> Any:
         """Logits [R, vocabulary], and with ``hidden`` the hidden states; all ranks get the same."""
         run = self.executor.forward_hidden if hidden else self.executor.forward
 

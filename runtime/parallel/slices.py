@@ -121,7 +121,9 @@ def _groups(source: Segment, columns: Span) -> Span:
     if not source.group:
         return (0, 1)
     start, stop = columns
-    assert start % source.group == 0 and (stop % source.group == 0 or stop == source.k), "cut inside of a group"
+    assert start % source.group == 0 and (stop % source.group == 0 or stop == source.k), (
+        "cut inside of a group"
+    )
     return start // source.group, -(-stop // source.group)
 
 

@@ -1,9 +1,9 @@
-"""A Program split over ranks: each rank's own Program, the slices of the weights that it multiplies, and where
-the ranks exchange values.
+"""A Program split over ranks: each rank's own Program, the slices of the weights that it multiplies, and
+where the ranks exchange values.
 
-A linear whose input every rank holds is cut by columns of its output: q, k, v by heads, gate and up by columns
-that are shared out evenly. What reads the cut value next, attention or the linear behind it, works on the
-rank's own columns; that linear (o, down) is cut by rows, each rank's product is a part of the sum, and the sum
+A linear whose input every rank holds is cut by columns of its output: q, k, v by heads, gate and up by
+columns that are shared out evenly. What reads the cut value next, attention or the linear behind it, works on
+the rank's own columns; that linear (o, down) is cut by rows, each rank's product is a part of the sum, and the sum
 is taken where something needs it: one all-reduce for o and one for down, and one for both where a block adds
 them in parallel. Residual and bias are added by rank 0 alone, unless the residual is such a part itself.
 
@@ -100,25 +100,25 @@ def refuse_unsplittable(program: Program, world: int) -> None:
             f"tensor_parallel cannot split the instruction {other!r} of this model, dense decoders alone; "
             "load it without"
         )
-    pairs = {(i.attribute("heads"), program.caches[i.attribute("cache")].kv_heads) for i in _attentions(program)}
+    pairs = {
+        (i.attribute("heads"), program.caches[i.attribute("cache")].kv_heads)
+        for i in program.instructions
+        if i.op == "attention"
+    }
     most = min((heads for heads, _ in pairs), default=world)
     if not all(Heads.fit(heads, kv_heads, world) for heads, kv_heads in pairs):
         fitting = [w for w in range(2, most + 1) if all(Heads.fit(h, kv, w) for h, kv in pairs)]
         texts = [f"{h} heads over {kv} of keys and values" for h, kv in sorted(pairs)]
         instead = f"; it can be {', '.join(map(str, fitting))}" if fitting else "; load it without"
         raise GristmillError(
-            f"tensor_parallel is {world}, and this model's attention has {' and '.join(texts)}, which cannot be "
-            f"shared out evenly{instead}"
+            f"tensor_parallel is {world}, and this model's attention has {' and '.join(texts)}, which cannot "
+            f"be shared out evenly{instead}"
         )
 
 
-def _attentions(program: Program) -> Iterator[Instruction]:
-    return (i for i in program.instructions if i.op == "attention")
-
-
 class _Splitter:
-    """Goes through the instructions once; ``parts`` has the values that are cut, ``sums`` those of which every
-    rank has a part of the sum so far, all others are whole on every rank."""
+    """Goes through the instructions once; ``parts`` has the values that are cut, ``sums`` those of which
+    every rank has a part of the sum so far, all others are whole on every rank."""
 
     def __init__(self, program: Program, rank: int, world: int, gather_pays: int) -> None:
         self.whole, self.rank, self.world, self.gather_pays = program, rank, world, gather_pays
@@ -196,7 +196,8 @@ class _Splitter:
             return
         out = self._cut_output(whole.out, owned)
         mine = Parts(owned).within(self.rank, whole.out)
-        rows = [*mine, *((a + whole.out.width, b + whole.out.width) for a, b in mine if whole.attribute("glu"))]
+        half = whole.out.width
+        rows = [*mine, *((half + a, half + b) for a, b in mine if whole.attribute("glu"))]
         views, vectors = dict(whole.views), dict(whole.vectors)
         if "residual" in views:
             residual = _one(views["residual"])
@@ -240,7 +241,8 @@ class _Splitter:
     def _regions(self, attention: Instruction, heads: Heads) -> dict[str, tuple[Span, int]]:
         """Of q, k and v the heads, and the columns of one."""
         cache = self.whole.caches[attention.attribute("cache")]
-        return {"q": (heads.queries, cache.k_dim), "k": (heads.keys, cache.k_dim), "v": (heads.keys, cache.v_dim)}
+        k_dim, v_dim = cache.k_dim, cache.v_dim
+        return {"q": (heads.queries, k_dim), "k": (heads.keys, k_dim), "v": (heads.keys, v_dim)}
 
     def _output_spans(self, whole: Instruction) -> tuple[tuple[Span, ...], ...] | None:
         """Which columns each rank computes of what a linear writes; None: all of them."""
@@ -264,7 +266,7 @@ class _Splitter:
         if not readers or any(i.op != "attention" for i, _, _ in readers):
             return None
         views = {view for _, _, view in readers}
-        if any(a != b and a.column < b.column + b.width and b.column < a.column + a.width for a in views for b in views):
+        if any(a != b and _overlap(a, b) for a in views for b in views):
             return None
         owned = []
         for rank in range(self.world):
@@ -380,6 +382,10 @@ class _Splitter:
         if all(v.made != made for v in self.made.vectors):
             self.made.vectors.append(VectorSlice(source, spans, made))
         return made
+
+
+def _overlap(a: View, b: View) -> bool:
+    return a.column < b.column + b.width and b.column < a.column + a.width
 
 
 def _named_views(instruction: Instruction) -> Iterator[tuple[str, View]]:

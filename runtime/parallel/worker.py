@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -31,10 +32,8 @@ def main() -> None:
         pass
     except Exception as error:  # whatever it is, rank 0 has to say it, and this process to end
         kind = "" if isinstance(error, GristmillError) else f"{type(error).__name__}: "
-        try:
+        with suppress(OSError):
             connection.send_bytes(f"{kind}{error}".encode())
-        except OSError:
-            pass
     os._exit(0)  # threads of a broken connection must not hold the process
 
 
