@@ -85,7 +85,8 @@ def show_profile(profiles: dict[str, Any], phase: str) -> None:
     for transfer in found["transfers"]:
         seconds = max(transfer["seconds"], 1e-12)
         table.add_row(
-            transfer["name"], str(transfer["count"]), f"{seconds * 1e3:.3f}", f"{seconds / found['seconds']:.1%}",
+            transfer["name"], str(transfer["count"]), f"{seconds * 1e3:.3f}",
+            f"{seconds / found['seconds']:.1%}",
             f"{transfer['bytes'] / seconds / 1e9:.1f}", "", "communication", "",
         )  # fmt: skip
     _console(stderr=False).print(table)

@@ -24,7 +24,6 @@ from gristmill.runtime.profile import Forward, Probe, probe_of, random_ids, take
 from gristmill.runtime.program import CacheSpec
 from gristmill.runtime.session import Session, load
 
-
 HOW = ("device", "threads", "hugepages", "pin", "tensor_parallel")  # what goes to `load`
 
 

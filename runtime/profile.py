@@ -97,8 +97,9 @@ class CpuProbe:
     ) -> Profile:  # fmt: skip
         return profile(self._session, roofs, forward, repeats, filled, seconds)
 
-    def communication(self, forward: Forward) -> None:
-        """The threads share one memory."""
+    def communication(self, forward: Forward) -> float | None:
+        """None: the threads share one memory."""
+        return None
 
 
 def probe_of(session: Session) -> Probe:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from gristmill.runtime.errors import GristmillError
-from gristmill.runtime.parallel.exchange import Group
+from gristmill.runtime.parallel.exchange import Group, file_store
 from gristmill.runtime.parallel.rank import Rank, Share
 from gristmill.runtime.program import Program
 
@@ -40,7 +39,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     """folder: store; cases.json: name -> [program.json, weights, gather_pays]; NAME.RANK.npy is written, or
     NAME.RANK.txt with the words of a refusal."""
     torch.set_num_threads(1)
-    group = Group(dist.FileStore(str(folder / f"store{world}"), world), rank, world, local=True)
+    group = Group(file_store(str(folder / f"store{world}"), world), rank, world, local=True)
     for name, (program_file, weights, gather_pays) in json.loads((folder / "cases.json").read_text()).items():
         program = Program.from_json(json.loads(Path(program_file).read_bytes()))
         share = Share(rank, world, 1, 64, 3, gather_pays=gather_pays)

@@ -24,7 +24,7 @@ MAY_IMPORT = {  # folder -> prefixes of gristmill.* it may import, besides itsel
 }
 HEAVY = {"torch", "triton", "transformers", "huggingface_hub", "sentencepiece", "onnx", "onnxruntime"}
 SERVING = {"fastapi", "starlette", "uvicorn", "httptools", "pydantic", "prometheus_client"}
-DEVICES = ("cuda", "onnx", "torchscript", "pt2", "parallel")  # folders of the runtime that a load for them imports
+DEVICES = ("cuda", "onnx", "torchscript", "pt2", "parallel")  # folders of the runtime that loads import
 
 
 def files(folder: str) -> list[Path]:

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from gristmill.runtime.weights_file import WeightsWriter
 WORLDS = (2, 4)
 FLOAT_TOLERANCE = 2e-5  # of the largest logit, f32 summed in another order
 INTEGER_TOLERANCE = 2e-2  # an activation rounded the other way moves by 1/127 of its group's largest
-INTEGER_MEAN = 1e-3
+INTEGER_MEAN = 3e-3
 # Heads of 32 columns and 8 units of 64 in the middle: 4 ranks can be cut at every border of groups.
 SHAPE = {
     "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -59,6 +59,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4": {"head_dim": 32},
     "opt": {"ffn_dim": 512, "word_embed_proj_dim": 256},
 }
+# One of each way that a block is built: norms around it, parts in parallel, matrices merged or apart.
+QUICK = ("llama", "phi3", "gemma2", "gpt_neox", "cohere", "olmo2", "opt")
 WIDE = Llama(hidden=256, intermediate=512, heads=8, kv_heads=4, k_dim=32, v_dim=32, rope_dims=32)
 PROGRAMS: dict[str, Llama] = {
     "one_kv_head": replace(WIDE, kv_heads=1),
@@ -78,7 +80,6 @@ PROGRAMS: dict[str, Llama] = {
     "odd_heads": Llama(form=Format("int4", 32), act_group=32, hidden=72, intermediate=104, kv_heads=4),
     "float_odd": Llama(intermediate=103, kv_heads=4),
 }
-FEWER_BORDERS = ("uneven_groups", "odd_heads")
 
 
 def compiled(family: str, folder: Path) -> Iterator[tuple[str, Path, Path]]:
@@ -111,15 +112,13 @@ class _OneFile:
         return WeightsWriter(self._stream, specs, metadata)
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_ranks(folder: Path, families: Iterable[str], programs: Mapping[str, Llama]) -> Path:
     """The folder where processes of each world have left what they computed of every case."""
-    folder = tmp_path_factory.mktemp("ranks")
     cases: dict[str, tuple[str, str, int]] = {}
-    for family in FAMILIES:
+    for family in families:
         for name, program, weights in compiled(family, folder):
             cases[name] = (str(program), str(weights), 0 if family in ("llama", "olmo2") else GATHER_PAYS)
-    for name, made in PROGRAMS.items():
+    for name, made in programs.items():
         weights = llama(made).write(folder / name)
         cases[name] = (str(folder / name / "program.json"), str(weights), 0)
     (folder / "cases.json").write_text(json.dumps(cases))
@@ -139,23 +138,43 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-NAMES = [f"{family}_{weights}" for family in FAMILIES for weights in ("f32", "int4")] + list(PROGRAMS)
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_ranks(tmp_path_factory.mktemp("ranks"), QUICK, PROGRAMS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.fixture(scope="module")
+def ran_slowly(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_ranks(tmp_path_factory.mktemp("ranks"), [f for f in FAMILIES if f not in QUICK], {})
+
+
+def names(families: Iterable[str]) -> list[str]:
+    return [f"{family}_{weights}" for family in families for weights in ("f32", "int4")]
+
+
+@pytest.mark.parametrize("name", [*names(QUICK), *PROGRAMS])
 def test_ranks_compute_what_one_process_does(ran: Path, name: str) -> None:
-    program, weights, _ = json.loads((ran / "cases.json").read_text())[name]
+    compare(ran, name)
+
+
+@pytest.mark.minutes
+@pytest.mark.parametrize("name", names(family for family in FAMILIES if family not in QUICK))
+def test_the_other_families(ran_slowly: Path, name: str) -> None:
+    compare(ran_slowly, name)
+
+
+def compare(folder: Path, name: str) -> None:
+    """All ranks have the same bits, and those of one process within the tolerances."""
+    program, weights, _ = json.loads((folder / "cases.json").read_text())[name]
     text = Path(program).read_bytes()
     one = _native.Executor(text, weights, threads=1, max_len=64, max_slots=3)
     expected = forwards(one, one.vocabulary)
-    groups = [i.get("act_group") for i in json.loads(text)["instructions"]]
+    rounded = any(i.get("act_group") for i in json.loads(text)["instructions"])
+    most, mean = (INTEGER_TOLERANCE, INTEGER_MEAN) if rounded else (FLOAT_TOLERANCE, FLOAT_TOLERANCE)
     for world in WORLDS:
-        found = [np.load(ran / f"{name}.{world}.{rank}.npy") for rank in range(world)]
+        found = [np.load(folder / f"{name}.{world}.{rank}.npy") for rank in range(world)]
         for other in found[1:]:
             assert np.array_equal(found[0], other), "ranks disagree"
         difference = np.abs(found[0] - expected) / np.abs(expected).max()
-        tolerance = INTEGER_TOLERANCE if any(groups) else FLOAT_TOLERANCE
-        assert difference.max() < tolerance, f"{world} ranks: {difference.max():.2e}"
-        assert difference.mean() < (INTEGER_MEAN if any(groups) else FLOAT_TOLERANCE), (
-            f"{difference.mean():.2e}"
-        )
+        assert difference.max() < most, f"{world} ranks: {difference.max():.2e} at most"
+        assert difference.mean() < mean, f"{world} ranks: {difference.mean():.2e} in the mean"

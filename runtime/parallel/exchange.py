@@ -2,11 +2,11 @@
 
 A sum adds the ranks' parts in the order of the ranks, element by element, whatever its size: so all ranks
 get the same bits, in every run, and a row's do not depend on the rows beside it (a ring would add in an order
-that depends on the place in the buffer). Few bytes go from each rank to all; of more, each rank sums a share and
-gives it to the others, which moves 2 (world - 1) / world of the bytes instead of (world - 1) times them.
+that depends on the place in the buffer). Few bytes go from each rank to all; of more, each rank sums a share
+and gives it to the others, which moves 2 (world - 1) / world of the bytes instead of (world - 1) times them.
 
-All of it is sends and receives: gloo runs its own collectives in threads of its own, which on busy processors
-wait for a time slice (4 to 8 ms were seen where a send with a receive took 0.1).
+All of it is sends and receives: gloo runs its own collectives in threads of its own, which on busy
+processors wait for a time slice (4 to 8 ms were seen where a send with a receive took 0.1).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
+import torch.distributed
 from numpy.typing import NDArray
 
 from gristmill.runtime.parallel.layout import Span
@@ -41,19 +41,26 @@ class Traffic:
     seconds: float = 0.0
 
 
+def file_store(path: str, world: int) -> Any:
+    """Where the ranks of one machine find each other: a file, and nothing that listens."""
+    distributed: Any = torch.distributed
+    return distributed.FileStore(path, world)
+
+
 class Group:
     """The ranks' connection, by torch.distributed's gloo; independent of torch's default group."""
 
     def __init__(self, store: Any, rank: int, world: int, local: bool) -> None:
         """local: all ranks are on this machine, and talk through its loopback interface alone."""
-        options = dist.ProcessGroupGloo._Options()
+        gloo: Any = torch.distributed.ProcessGroupGloo  # its stubs lack most of it
+        options = gloo._Options()
         options._timeout = TIMEOUT
         options._threads = 1
         if local:
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+            options._devices = [gloo.create_device(hostname="127.0.0.1")]
         else:
-            options._devices = [dist.ProcessGroupGloo.create_default_device()]
-        self._gloo = dist.ProcessGroupGloo(store, rank, world, options)
+            options._devices = [gloo.create_default_device()]
+        self._gloo = gloo(store, rank, world, options)
         self.rank, self.world = rank, world
         self._buffers: dict[str, Floats] = {}
 
@@ -62,9 +69,9 @@ class Group:
         flat = part.reshape(-1)
         if self.world > 2 and flat.nbytes >= SHARED_FROM:
             return self._sum_shared(flat)
-        parts = self._buffer("parts", self.world * flat.size).reshape(self.world, flat.size)
+        parts = list(self._buffer("parts", self.world * flat.size).reshape(self.world, flat.size))
         self._swap([flat] * self.world, parts)
-        parts[self.rank] = flat
+        parts[self.rank][:] = flat
         np.add(parts[0], parts[1], out=flat)
         for other in parts[2:]:
             flat += other
@@ -75,9 +82,9 @@ class Group:
         borders = [flat.size * rank // self.world for rank in range(self.world + 1)]
         shares = [flat[a:b] for a, b in zip(borders, borders[1:], strict=False)]
         mine = shares[self.rank]
-        parts = self._buffer("parts", self.world * mine.size).reshape(self.world, mine.size)
+        parts = list(self._buffer("parts", self.world * mine.size).reshape(self.world, mine.size))
         self._swap(shares, parts)
-        parts[self.rank] = mine
+        parts[self.rank][:] = mine
         np.add(parts[0], parts[1], out=mine)
         for other in parts[2:]:
             mine += other

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
-import torch.distributed as dist
 
 from gristmill.runtime.artifact import Artifact
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.footprint import kv_bytes
 from gristmill.runtime.parallel.commands import batch_command, copy_command, end_command
-from gristmill.runtime.parallel.exchange import Group, Traffic
+from gristmill.runtime.parallel.exchange import Group, Traffic, file_store
 from gristmill.runtime.parallel.interrupts import uninterrupted
 from gristmill.runtime.parallel.rank import Rank, Share
 from gristmill.runtime.parallel.split import split
@@ -75,7 +74,7 @@ class ParallelExecutor:
             self._await_all()
             for worker in self._workers:
                 worker.connection.send_bytes(READY)
-            self._rank.connect(Group(dist.FileStore(store, world), 0, world, local=True))
+            self._rank.connect(Group(file_store(store, world), 0, world, local=True))
             self._await_all()
         except (OSError, RuntimeError) as error:
             self._finalizer()

@@ -28,5 +28,5 @@ def uninterrupted() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number, frame in came:
-            before[signal.Signals(number)](number, frame)
+        for signaled, frame in came:
+            before[signal.Signals(signaled)](signaled, frame)

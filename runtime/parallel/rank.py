@@ -38,7 +38,8 @@ class Rank:
         with sliced_weights(weights, self.made) as own:
             self.executor = native().Executor(
                 self.made.program.to_bytes(), own, threads=share.threads, max_len=share.max_len,
-                max_slots=share.max_slots, huge_pages=share.hugepages, base_weights=str(weights), partial=True,
+                max_slots=share.max_slots, huge_pages=share.hugepages, base_weights=str(weights),
+                partial=True,
             )  # fmt: skip
 
     def connect(self, group: Group) -> None:

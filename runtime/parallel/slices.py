@@ -48,8 +48,8 @@ class Tensors:
 
 @contextmanager
 def sliced_weights(path: Path, share: RankProgram) -> Iterator[str]:
-    """The path of a file with the slices of ``share``, of the artifact's weights at ``path``; it lives as long
-    as something has it open or mapped."""
+    """The path of a file with the slices of ``share``, of the artifact's weights at ``path``; it lives as
+    long as something has it open or mapped."""
     descriptor = os.memfd_create("gristmill weights")
     try:
         with os.fdopen(os.dup(descriptor), "wb") as file:
@@ -102,8 +102,8 @@ def _matrix_pieces(tensors: Tensors, piece: MatrixSlice) -> Iterator[tuple[Tenso
 
 
 def _columns(stored: Bytes, source: Segment, columns: Span) -> Bytes:
-    """Bytes of the columns, in whole blocks where the format has blocks: what fills the last one up counts for
-    nothing."""
+    """Bytes of the columns, in whole blocks where the format has blocks: what fills the last one up counts
+    for nothing."""
     start, stop = columns
     if source.format in FLOAT_BYTES:
         size = FLOAT_BYTES[source.format]

@@ -3,9 +3,10 @@ where the ranks exchange values.
 
 A linear whose input every rank holds is cut by columns of its output: q, k, v by heads, gate and up by
 columns that are shared out evenly. What reads the cut value next, attention or the linear behind it, works on
-the rank's own columns; that linear (o, down) is cut by rows, each rank's product is a part of the sum, and the sum
-is taken where something needs it: one all-reduce for o and one for down, and one for both where a block adds
-them in parallel. Residual and bias are added by rank 0 alone, unless the residual is such a part itself.
+the rank's own columns; that linear (o, down) is cut by rows, each rank's product is a part of the sum, and
+the sum is taken where something needs it: one all-reduce for o and one for down, and one for both where a
+block adds them in parallel. Residual and bias are added by rank 0 alone, unless the residual is such a part
+itself.
 
 Quantized weights and activations are cut at the borders of their groups only, so that a rank multiplies the
 integers that one process would. Where borders do not allow that, and where something needs a whole cut value
@@ -126,8 +127,8 @@ class _Splitter:
         self.sums: dict[int, View] = {}
         self.made = RankProgram(
             Program(
-                program.vocabulary, program.limits, [replace(v) for v in program.values], list(program.caches),
-                program.ropes, {}, [], program.arena_bytes, program.name,
+                program.vocabulary, program.limits, [replace(v) for v in program.values],
+                list(program.caches), program.ropes, {}, [], program.arena_bytes, program.name,
             ),
             rank, world, [], [], [],
         )  # fmt: skip

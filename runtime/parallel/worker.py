@@ -39,10 +39,9 @@ def main() -> None:
 
 def _serve(connection: Connection, given: dict[str, object]) -> None:
     import torch
-    import torch.distributed as dist
 
     from gristmill.runtime.parallel.commands import obey
-    from gristmill.runtime.parallel.exchange import Group
+    from gristmill.runtime.parallel.exchange import Group, file_store
     from gristmill.runtime.parallel.rank import Rank, Share
 
     torch.set_num_threads(1)
@@ -52,7 +51,7 @@ def _serve(connection: Connection, given: dict[str, object]) -> None:
     rank = Rank(program, Path(artifact.weights_path), share)
     connection.send_bytes(READY)
     connection.recv_bytes()
-    store = dist.FileStore(str(given["store"]), share.world)
+    store = file_store(str(given["store"]), share.world)
     rank.connect(Group(store, share.rank, share.world, local=True))
     connection.send_bytes(READY)
     obey(rank, connection)
