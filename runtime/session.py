@@ -141,9 +141,9 @@ def load(
 
 def _ranks(tensor_parallel: int | None, device: str, pin: bool) -> int:
     ranks = within("tensor_parallel", tensor_parallel, 1, MOST_RANKS)
-    if ranks > 1 and device != "cpu":
+    if ranks > 1 and not DEVICES[device].ranks:
         raise GristmillError(
-            f"tensor_parallel is for device 'cpu' so far, got {device!r}: it was never run on several GPUs"
+            f"tensor_parallel is for device 'cpu' so far, got {device!r}; leave it out, or load with 'cpu'"
         )
     if ranks > 1 and pin:
         raise GristmillError("pin is for one process, ranks would share processors; leave one of the two out")

@@ -14,6 +14,7 @@ from gristmill.runtime.parallel.exchange import Group, file_store
 from gristmill.runtime.parallel.rank import Rank, Share
 from gristmill.runtime.program import Program
 
+BAND = 5  # rows; the first batch of 16 has a short last band
 BATCHES = [  # (tokens, first position, slot) of the sequences of a forward
     [(11, 0, 0), (5, 0, 1)],
     [(1, 11, 0), (1, 5, 1)],
@@ -42,7 +43,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     group = Group(file_store(str(folder / f"store{world}"), world), rank, world, local=True)
     for name, (program_file, weights, gather_pays) in json.loads((folder / "cases.json").read_text()).items():
         program = Program.from_json(json.loads(Path(program_file).read_bytes()))
-        share = Share(rank, world, 1, 64, 3, gather_pays=gather_pays)
+        share = Share(rank, world, 1, 64, 3, gather_pays=gather_pays, band=BAND if gather_pays == 0 else 0)
         try:
             made = Rank(program, Path(weights), share)
         except GristmillError as error:

@@ -86,6 +86,13 @@ def test_odd_heads_are_refused_with_what_can_be(heads, kv_heads, world, instead)
         split(program, 0, world)
 
 
+def test_instructions_that_it_does_not_know_are_refused() -> None:
+    program = program_of(Llama(kv_heads=4))
+    program.instructions[2].op = "experts"
+    with pytest.raises(GristmillError, match="cannot split the instruction 'experts'.*load it without"):
+        split(program, 0, 2)
+
+
 def test_a_block_has_two_sums_and_the_head_a_gather() -> None:
     made = split(program_of(Llama(kv_heads=4)), 1, 2, gather_pays=0)
     assert [e.kind for e in made.exchanges] == ["all_reduce"] * 4 + ["all_gather"]

@@ -38,13 +38,14 @@ class Executor:
         rows: NDArray[np.int32],
         *,
         after: Sequence[int] = (),
-        between: Callable[[int, NDArray[np.float32]], object] | None = None,
+        band: Sequence[int] = (),
+        between: Callable[[int, int, int, NDArray[np.float32]], object] | None = None,
     ) -> NDArray[np.float32]:
         """tokens, positions, slots: i32 [T]; rows: i32 [R], indices below T. -> logits f32 [R, vocabulary].
 
         Appends each row's K and V at (slot, position), then attends. Releases the GIL; callers take turns.
-        When instruction after[i] (ascending) is done, between(i, logits) is called; what it raises ends the
-        forward.
+        When instruction after[i] (ascending) is done for rows [first, first + rows), between(i, first, rows,
+        logits) is called; what it raises ends the forward. band[i]: rows that it does at a time, 0: all.
         """
     def forward_hidden(
         self,
@@ -54,7 +55,8 @@ class Executor:
         rows: NDArray[np.int32],
         *,
         after: Sequence[int] = (),
-        between: Callable[[int, NDArray[np.float32]], object] | None = None,
+        band: Sequence[int] = (),
+        between: Callable[[int, int, int, NDArray[np.float32]], object] | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """`forward`, and the hidden states f32 [R, hidden_width] of the same rows: what the head multiplies.
 

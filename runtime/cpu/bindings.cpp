@@ -26,18 +26,22 @@ Ids ids(const py::object& given, const char* name) {
 
 using Floats = py::array_t<float>;
 
-// Calls `between(i, logits)`, with the interpreter, after the instructions `after`.
-Cuts cuts_of(const std::vector<int64_t>& after, const py::function& between, const Floats& logits) {
-  return {after, [&](size_t i) {
+// Where a forward stops to call `between(i, first, rows, logits)`, with the interpreter; see Cuts.
+struct Stops {
+  std::vector<int64_t> after, band;
+  py::object between;
+};
+
+Cuts cuts_of(const Stops& stops, const py::function& between, const Floats& logits) {
+  return {stops.after, stops.band, [&](size_t i, int64_t first, int64_t rows) {
             const py::gil_scoped_acquire acquire;
-            between(i, logits);
+            between(i, first, rows, logits);
           }};
 }
 
 // The logits; *hidden, if asked for, becomes the hidden states.
 Floats run(Executor& executor, const py::object& tokens, const py::object& positions,
-           const py::object& slots, const py::object& rows, const std::vector<int64_t>& after,
-           const py::object& between, Floats* hidden) {
+           const py::object& slots, const py::object& rows, const Stops& stops, Floats* hidden) {
   const Ids t = ids(tokens, "tokens"), p = ids(positions, "positions"), s = ids(slots, "slots"),
             r = ids(rows, "rows");
   if (p.size() != t.size() || s.size() != t.size())
@@ -48,8 +52,8 @@ Floats run(Executor& executor, const py::object& tokens, const py::object& posit
   Floats logits({r.size(), static_cast<py::ssize_t>(executor.program().vocabulary)});
   if (hidden) *hidden = Floats({r.size(), static_cast<py::ssize_t>(executor.hidden_width())});
   std::optional<py::function> call;
-  if (!after.empty()) call = py::function(between);
-  const Cuts cuts = call ? cuts_of(after, *call, logits) : Cuts{};
+  if (!stops.after.empty()) call = py::function(stops.between);
+  const Cuts cuts = call ? cuts_of(stops, *call, logits) : Cuts{};
   float* hidden_data = hidden ? hidden->mutable_data() : nullptr;
   {
     const py::gil_scoped_release release;
@@ -61,16 +65,16 @@ Floats run(Executor& executor, const py::object& tokens, const py::object& posit
 
 Floats forward(Executor& executor, const py::object& tokens, const py::object& positions,
                const py::object& slots, const py::object& rows, const std::vector<int64_t>& after,
-               const py::object& between) {
-  return run(executor, tokens, positions, slots, rows, after, between, nullptr);
+               const std::vector<int64_t>& band, const py::object& between) {
+  return run(executor, tokens, positions, slots, rows, {after, band, between}, nullptr);
 }
 
 std::pair<Floats, Floats> forward_hidden(Executor& executor, const py::object& tokens,
                                          const py::object& positions, const py::object& slots,
                                          const py::object& rows, const std::vector<int64_t>& after,
-                                         const py::object& between) {
+                                         const std::vector<int64_t>& band, const py::object& between) {
   Floats hidden;
-  const Floats logits = run(executor, tokens, positions, slots, rows, after, between, &hidden);
+  const Floats logits = run(executor, tokens, positions, slots, rows, {after, band, between}, &hidden);
   return {logits, hidden};
 }
 
@@ -122,10 +126,11 @@ PYBIND11_MODULE(_native, module) {
            py::arg("alone_below") = Options{}.alone_below, py::arg("base_weights") = "",
            py::arg("partial") = false)
       .def("forward", &forward, py::arg("tokens"), py::arg("positions"), py::arg("slots"), py::arg("rows"),
-           py::kw_only(), py::arg("after") = std::vector<int64_t>{}, py::arg("between") = py::none())
+           py::kw_only(), py::arg("after") = std::vector<int64_t>{}, py::arg("band") = std::vector<int64_t>{},
+           py::arg("between") = py::none())
       .def("forward_hidden", &forward_hidden, py::arg("tokens"), py::arg("positions"), py::arg("slots"),
            py::arg("rows"), py::kw_only(), py::arg("after") = std::vector<int64_t>{},
-           py::arg("between") = py::none())
+           py::arg("band") = std::vector<int64_t>{}, py::arg("between") = py::none())
       .def_property_readonly("arena", [](const py::object& self) {
         const auto& executor = self.cast<const Executor&>();
         return py::array_t<uint8_t>({executor.program().arena_bytes}, {1},

@@ -33,11 +33,13 @@ struct Options {
   int64_t alone_below = int64_t{1} << 20;
 };
 
-// Where a forward stops, in ascending order: `between(i)` is called, on the caller's thread and with nothing
-// else at work, when instruction after[i] is done. What it throws ends the forward.
+// Where a forward stops, in ascending order: `between(i, first, rows)` is called, on the caller's thread and
+// with nothing else at work, when instruction after[i] is done, for all rows (0, T). With band[i] > 0 that
+// instruction, a linear over rows T that quantizes its input itself, does so many rows at a time, and the call
+// comes after each band. What it throws ends the forward.
 struct Cuts {
-  std::vector<int64_t> after;
-  std::function<void(size_t)> between;
+  std::vector<int64_t> after, band;
+  std::function<void(size_t, int64_t, int64_t)> between;
 };
 
 // What an instruction took, summed over forwards.
@@ -95,6 +97,9 @@ class Executor final : private Job {
   void lay_out_attention(Carver& carver);
   void run_steps(const Cuts* cuts);
   void run_steps(int64_t first, int64_t last);
+  void run_bands(const Cuts& cuts, size_t cut, int64_t first, int64_t last);
+  void check_cuts(const Cuts& cuts) const;
+  int64_t step_after(int64_t instruction) const;
   void check_rows(const int32_t* rows, int64_t count, int64_t limit, const char* what) const;
   void check_slots();
   void cut_blocks();

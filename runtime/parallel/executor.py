@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 
+from gristmill.runtime import machine
 from gristmill.runtime.artifact import Artifact
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.footprint import kv_bytes
@@ -39,6 +40,7 @@ Array = np.ndarray[Any, Any]
 Result = TypeVar("Result")
 END_WITHIN_S = 5.0
 LAST_WORDS_S = 2.0
+BAND = 128  # rows; as many as a tile of the products has. Moving bytes takes a processor that is to spare
 ENDED = "the tensor-parallel session has ended: {}; load the artifact again"
 START = "import sys; sys.path[:] = {path!r}; from gristmill.runtime.parallel.worker import main; main()"
 
@@ -60,7 +62,8 @@ class ParallelExecutor:
         hugepages: bool,
     ) -> None:  # fmt: skip
         each = max(1, threads // world)
-        shares = [Share(rank, world, each, max_len, max_slots, hugepages) for rank in range(world)]
+        band = BAND if machine.usable_cpus() > each * world else 0
+        shares = [Share(rank, world, each, max_len, max_slots, hugepages, band=band) for rank in range(world)]
         self._folder = tempfile.mkdtemp(prefix="gristmill-ranks-")
         self._workers: list[Worker] = []
         self._ended: str | None = None
@@ -100,8 +103,7 @@ class ParallelExecutor:
 
         Raises GristmillError also when a rank has ended; then nothing works any more.
         """
-        batch = (tokens, positions, slots, rows)
-        found: Array = self._together(batch_command(False, *batch), lambda: self._rank.forward(*batch))
+        found: Array = self._forward(tokens, positions, slots, rows, hidden=False)
         return found
 
     def forward_hidden(
@@ -110,10 +112,16 @@ class ParallelExecutor:
         """`forward`, and the hidden states [R, hidden] f32 of the same rows."""
         if not self._hidden:
             raise GristmillError(NO_HIDDEN_STATES)
-        batch = (tokens, positions, slots, rows)
-        run = lambda: self._rank.forward(*batch, hidden=True)  # noqa: E731
-        found: tuple[Array, Array] = self._together(batch_command(True, *batch), run)
+        found: tuple[Array, Array] = self._forward(tokens, positions, slots, rows, hidden=True)
         return found
+
+    def _forward(self, *batch: Array, hidden: bool) -> Any:
+        tokens, positions, slots, rows = batch
+        command = batch_command(hidden, tokens, positions, slots, rows)
+        result = self._together(command, lambda: self._rank.forward(tokens, positions, slots, rows, hidden))
+        if self._profiling:
+            self.history.append(self._rank.exchanges.traffic)
+        return result
 
     def copy_slot(self, source: int, target: int, length: int, start: int = 0) -> None:
         """Gives ``target`` positions ``start`` to ``length`` of ``source``; those before, both hold alike."""
@@ -159,12 +167,9 @@ class ParallelExecutor:
             try:
                 for worker in self._workers:
                     worker.connection.send_bytes(command)
-                self._rank.exchanges.reset()
                 result = run()
             except (OSError, RuntimeError) as error:
                 self._fail(error)
-        if self._profiling:
-            self.history.append(self._rank.exchanges.traffic)
         return result
 
     def _fail(self, error: Exception) -> NoReturn:
