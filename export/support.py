@@ -32,6 +32,7 @@ RUNS = {
     "tune": "`gristmill tune`",
     "threads": "`--threads`",
     "pages": "`--hugepages`, `--pin`",
+    "ranks": "`--tensor-parallel`",
 }
 WEIGHTS = {name: name for name in (*FLOATS, *INTEGERS, "fp8")} | {
     "asymmetric": "int4 with zero points",
@@ -91,6 +92,7 @@ def _sessions(device: Device | None) -> Cells:
         "tune": YES if device.tune else Cell("no", "has nothing to tune"),
         "threads": YES if device.threads else Cell("no", "for device 'cpu'"),
         "pages": YES if device.pages else Cell("no", "for device 'cpu'"),
+        "ranks": YES if device.ranks else Cell("no", "for device 'cpu'"),
     }
 
 

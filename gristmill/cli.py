@@ -17,7 +17,16 @@ import click
 from gristmill import __version__
 from gristmill.cli_compile import compile_command
 from gristmill.cli_export import export_command
-from gristmill.cli_options import ARTIFACT, DEVICE, HUGEPAGES, JSON, MAX_LEN, PIN, THREADS
+from gristmill.cli_options import (
+    ARTIFACT,
+    DEVICE,
+    HUGEPAGES,
+    JSON,
+    MAX_LEN,
+    PIN,
+    TENSOR_PARALLEL,
+    THREADS,
+)
 from gristmill.cli_output import Rows, echo_json, note, show_profile, show_table
 from gristmill.cli_plan import plan_command
 from gristmill.cli_report import report_command
@@ -174,10 +183,11 @@ def verify(artifact: str, selftest: bool, device: str, threads: int | None, as_j
 @MAX_LEN
 @DEVICE
 @THREADS
+@TENSOR_PARALLEL
 @JSON
 def eval_command(
     artifact: str, text: str | None, window: int | None, max_tokens: int | None, last_word: str | None,
-    max_len: int | None, device: str, threads: int | None, as_json: bool,
+    max_len: int | None, device: str, threads: int | None, tensor_parallel: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure perplexity on a text, or how often the last word of a passage is predicted.
 
@@ -190,13 +200,14 @@ def eval_command(
 
     if (text is None) == (last_word is None):
         raise click.UsageError("give either --text or --last-word")
+    how: dict[str, Any] = {"threads": threads, "max_len": max_len, "tensor_parallel": tensor_parallel}
     if last_word is not None:
         if window is not None or max_tokens is not None:
             raise click.UsageError("--window and --max-tokens are for --text")
-        _show_last_words(load(artifact, device, threads=threads, max_len=max_len), last_word, as_json)
+        _show_last_words(load(artifact, device, **how), last_word, as_json)
         return
     assert text is not None
-    session = load(artifact, device, threads=threads, max_len=max_len, max_slots=1)
+    session = load(artifact, device, max_slots=1, **how)
     score = score_text(session, read_text(text), window, max_tokens)
     if as_json:
         echo_json({"nll": score.nll, "ppl": score.ppl, "tokens": score.tokens, "window": score.window})
@@ -230,6 +241,7 @@ def _show_last_words(session: Session, path: str, as_json: bool) -> None:
 @click.option("--profile", is_flag=True, help="Also time every kind of instruction, beside its roof.")
 @DEVICE
 @THREADS
+@TENSOR_PARALLEL
 @HUGEPAGES
 @PIN
 @JSON
@@ -254,10 +266,17 @@ def bench(artifact: str, as_json: bool, **options: Any) -> None:
         ("load", f"{result['load_s'] * 1000:.1f} ms"),
         ("threads", str(result["threads"])) if result["device"] == "cpu" else ("device", result["device"]),
     ]
+    if result["tensor_parallel"] > 1:
+        rows.append(("processes", f"{result['tensor_parallel']}, which share the threads"))
+        rows.append(("communication", _exchanged(result["communication_s"], result["decode_tok_s"])))
     show_table(rows, stderr=False)
     if options["profile"]:
         show_profile(result["profile"], "decode")
         show_profile(result["profile"], "prefill")
+
+
+def _exchanged(seconds: float, tok_s: float) -> str:
+    return f"{seconds * 1e3:.2f} ms of a token, {seconds * tok_s:.1%}; see --profile"
 
 
 @cli.command(no_args_is_help=True)

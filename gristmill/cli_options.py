@@ -16,6 +16,11 @@ DEVICE = click.option(
     help="Where to run; onnx:cpu, onnx:cuda, torchscript and pt2:cpu: folders from `export --to onnx`, "
     "`--to torchscript` and `--to pt2`.",
 )
+TENSOR_PARALLEL = click.option(
+    "--tensor-parallel",
+    type=int,
+    help="Processes that share the model, its products and --threads; CPU alone.  [default: 1]",
+)
 PIN = click.option("--pin", is_flag=True, help="Keep each thread on a processor of its own.")
 HUGEPAGES = click.option(
     "--hugepages",

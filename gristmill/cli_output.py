@@ -82,6 +82,13 @@ def show_profile(profiles: dict[str, Any], phase: str) -> None:
             f"{kind['operations'] / seconds / 1e9:.1f}" if kind["operations"] else "",
             kind["bound"], f"{kind['floor'] / seconds:.0%}" if bound else "",
         )  # fmt: skip
+    for transfer in found["transfers"]:
+        seconds = max(transfer["seconds"], 1e-12)
+        table.add_row(
+            transfer["name"], str(transfer["count"]), f"{seconds * 1e3:.3f}",
+            f"{seconds / found['seconds']:.1%}",
+            f"{transfer['bytes'] / seconds / 1e9:.1f}", "", "communication", "",
+        )  # fmt: skip
     _console(stderr=False).print(table)
 
 

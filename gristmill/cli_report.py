@@ -44,6 +44,10 @@ FILES = ("report.html", "report.md", "report.json")
     "--peer-python", "pythons", multiple=True, metavar="KIND=PYTHON", help="A Python that has that engine."
 )
 @click.option("--threads", type=int, help="Threads, of peers as well.  [default: one for each physical core]")
+@click.option(
+    "--tensor-parallel", type=int,
+    help="Processes that share a model where speed and why are measured; CPU alone.  [default: 1]",
+)  # fmt: skip
 @click.option("--samples", type=int, default=64, show_default=True, help="Calibration samples.")
 @click.option("--rounds", type=int, default=3, show_default=True, help="Rounds of speed over all points.")
 @click.option("--fresh", is_flag=True, help="Measure accuracy anew as well; artifacts are kept.")

@@ -14,7 +14,7 @@ from gristmill.cli_generation import (
     generation_keywords,
     generation_options,
 )
-from gristmill.cli_options import ARTIFACT, DEVICE, HUGEPAGES, JSON, MAX_LEN, PIN, THREADS
+from gristmill.cli_options import ARTIFACT, DEVICE, HUGEPAGES, JSON, MAX_LEN, PIN, TENSOR_PARALLEL, THREADS
 from gristmill.cli_output import echo_json, note
 from gristmill.runtime.errors import GristmillError
 
@@ -52,13 +52,15 @@ MOST_SLOTS = 8  # for several answers: more wait in turn
 @MAX_LEN
 @DEVICE
 @THREADS
+@TENSOR_PARALLEL
 @HUGEPAGES
 @PIN
 @JSON
 def run_command(
     artifact: str, prompt: str | None, chat: bool | None, system: str | None, max_len: int | None,
-    device: str, threads: int | None, hugepages: bool, pin: bool, draft: str | None, beams: int | None,
-    length_penalty: float | None, penalty_alpha: float | None, as_json: bool, **given: Any,
+    device: str, threads: int | None, tensor_parallel: int | None, hugepages: bool, pin: bool,
+    draft: str | None, beams: int | None, length_penalty: float | None, penalty_alpha: float | None,
+    as_json: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Continue a text, or answer with --chat; without --prompt, the text comes from stdin.
 
@@ -84,7 +86,7 @@ def run_command(
     text = prompt if prompt is not None or interactive else _read_stdin()
     session = load(
         artifact, device, threads=threads, max_len=max_len, max_slots=_slots(beams, penalty_alpha, given),
-        hugepages=hugepages, pin=pin, draft=draft,
+        hugepages=hugepages, pin=pin, draft=draft, tensor_parallel=tensor_parallel,
     )  # fmt: skip
     if text is None:
         _converse(session, options, chat, system)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from gristmill.cli_options import ARTIFACT, DEVICE, HUGEPAGES, MAX_LEN, PIN, THREADS
+from gristmill.cli_options import ARTIFACT, DEVICE, HUGEPAGES, MAX_LEN, PIN, TENSOR_PARALLEL, THREADS
 from gristmill.cli_output import note
 from gristmill.runtime.errors import GristmillError
 
@@ -62,12 +62,13 @@ NEEDED = ("fastapi", "uvicorn", "httptools", "prometheus_client", "pydantic", "s
 @MAX_LEN
 @DEVICE
 @THREADS
+@TENSOR_PARALLEL
 @HUGEPAGES
 @PIN
 def serve_command(
     artifact: str, host: str, port: int, model_name: str | None, api_key_file: str | None,
     max_slots: int | None, log_path: str | None, draft: str | None, max_len: int | None, device: str,
-    threads: int | None, hugepages: bool, pin: bool, **limits: Any,
+    threads: int | None, tensor_parallel: int | None, hugepages: bool, pin: bool, **limits: Any,
 ) -> None:  # fmt: skip
     """Serve an artifact over HTTP, as OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models.
 
@@ -93,7 +94,7 @@ def serve_command(
     settings = Settings(model=name, keys=read_keys(api_key_file), **limits)
     session = load(
         artifact, device, threads=threads, max_len=max_len, max_slots=max_slots, hugepages=hugepages, pin=pin,
-        max_waiting=NO_QUEUE_OF_ITS_OWN, draft=draft,
+        max_waiting=NO_QUEUE_OF_ITS_OWN, draft=draft, tensor_parallel=tensor_parallel,
     )  # fmt: skip
     session.tokenizer  # noqa: B018  an artifact without one is refused before anything listens
     listening = bind(host, port)

@@ -39,11 +39,12 @@ FURTHER = 16  # times the context, to see what attention takes for each position
 @dataclass(frozen=True)
 class WhyOptions:
     """context, long_context: positions before a decoded token; batch: sequences; prompt: rows; each is cut to
-    what fits. seconds: of one measurement. device, threads, max_len: as in `load`."""
+    what fits. seconds: of one measurement. device, threads, max_len, tensor_parallel: as in `load`."""
 
     device: str = "cpu"
     threads: int | None = None
     max_len: int | None = None
+    tensor_parallel: int | None = None
     context: int = 16
     long_context: int = 4096
     batch: int = 8
@@ -64,9 +65,11 @@ def explain(artifact: str | Path, options: WhyOptions | None = None) -> tuple[Ph
     batch = min(options.batch, limits.max_slots, limits.max_tokens)
     session = load(
         artifact, device=options.device, threads=options.threads, max_len=options.max_len,
-        max_slots=max(batch, 1) + 1,
+        max_slots=max(batch, 1) + 1, tensor_parallel=options.tensor_parallel,
     )  # fmt: skip
-    return explain_session(session, replace(options, batch=batch))
+    found = explain_session(session, replace(options, batch=batch))
+    session.close()
+    return found
 
 
 def explain_session(session: Session, options: WhyOptions | None = None) -> tuple[PhaseWhy, ...]:

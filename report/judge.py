@@ -72,7 +72,7 @@ def reason(
     words = {
         "memory": f"reading {_amount(read)}B ({_ms(sum(kind.memory_floor for kind in memory))} at the roof)",
         "compute": f"{_amount(done)}op ({_ms(sum(kind.compute_floor for kind in compute))} at the peak)",
-        "communication": "transfers between host and device",
+        "communication": "transfers between ranks, or host and device",
         "overhead": f"what does not grow with the work ({_ms(around)} of it around the instructions)",
     }
     ordered = sorted(parts, key=lambda part: -parts[part])

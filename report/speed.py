@@ -50,11 +50,13 @@ class SpeedOptions:
     """prompts, contexts, batches: tokens, positions and sequences; what does not fit is cut to what does or
     left out. rounds: at most; budget: seconds after which no further round begins; seconds: least time of one
     measurement within a round. latency_prompt, latency_tokens: of the generations that are watched, `rounds`
-    of them. memory: start the process whose memory is watched. device, threads, max_len: as in `load`.
+    of them. memory: start the process whose memory is watched, one alone. device, threads, tensor_parallel,
+    max_len: as in `load`.
     """
 
     device: str = "cpu"
     threads: int | None = None
+    tensor_parallel: int | None = None
     max_len: int | None = None
     prompts: tuple[int, ...] = (128, 512, 2048)
     contexts: tuple[int, ...] = (16, 1024, 4096)
@@ -96,9 +98,10 @@ def measure_speed(artifact: str | Path, options: SpeedOptions | None = None) -> 
     """Loads the artifact and measures it. Raises GristmillError for one that this machine cannot run."""
     options = options or SpeedOptions()
     found = _measured_here(artifact, options)
-    if not options.memory:
+    if not options.memory or (options.tensor_parallel or 1) > 1:  # it is watched of one process
         return found
-    asked = MemoryOptions(**_how(options), prompt=options.latency_prompt, tokens=options.latency_tokens)
+    how = {name: value for name, value in _how(options).items() if name != "tensor_parallel"}
+    asked = MemoryOptions(**how, prompt=options.latency_prompt, tokens=options.latency_tokens)
     loaded = measure_memory(artifact, asked)
     return replace(found, memory=loaded.memory, load_seconds=loaded.load_seconds)
 
@@ -110,7 +113,7 @@ def _measured_here(artifact: str | Path, options: SpeedOptions) -> SpeedResult:
     session = load(artifact, max_slots=max(options.batches) + 1, **_how(options))
     load_seconds = time.perf_counter() - started
     points, roofs = measure_points(session, points_of(session, options), options, probe_of(session))
-    return SpeedResult(
+    found = SpeedResult(
         roofs,
         points,
         measure_latency(session, options) if session.has_tokenizer else None,
@@ -120,10 +123,12 @@ def _measured_here(artifact: str | Path, options: SpeedOptions) -> SpeedResult:
         session.threads,
         str(getattr(session.executor, "isa", "")),
     )
+    session.close()
+    return found
 
 
 def _how(options: SpeedOptions) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ("device", "threads", "max_len")}
+    return {name: getattr(options, name) for name in ("device", "threads", "max_len", "tensor_parallel")}
 
 
 def machine_of(result: SpeedResult, device: str = "cpu") -> Machine:

@@ -268,6 +268,7 @@ class _Sweep:
                     "device": subject.device, "threads": self._threads(subject), "rounds": 1, "budget": 0.0,
                     "seconds": self.options.seconds,
                     "memory": number == 0, "latency_prompt": LATENCY[0], "latency_tokens": LATENCY[1],
+                    **self._ranks(),
                 }  # fmt: skip
                 arguments = {"artifact": str(subject.artifact), "options": options}
                 self._round(subject, "speed", number, options, arguments)
@@ -306,6 +307,7 @@ class _Sweep:
                 continue
             options = {
                 "device": subject.device, "threads": self._threads(subject), "seconds": self.options.seconds,
+                **self._ranks(),
             }  # fmt: skip
             arguments = {"artifact": str(subject.artifact), "options": options}
             key = self._speed_key(subject, options)
@@ -321,6 +323,11 @@ class _Sweep:
         if subject.peer and not subject.content:
             subject.content = file_digest(subject.peer.path)
         return [subject.content, subject.peer.kind, subject.peer.python] if subject.peer else subject.content
+
+    def _ranks(self) -> dict[str, int]:
+        """Said where it is asked for: what was measured before is still known by its options."""
+        asked = self.options.tensor_parallel
+        return {} if asked is None else {"tensor_parallel": asked}
 
     def _threads(self, subject: Subject) -> int | None:
         return self.options.threads if subject.device == "cpu" else None

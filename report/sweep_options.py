@@ -43,6 +43,7 @@ class SweepOptions:
     reference: Path | None = None
     peers: tuple[Peer, ...] = ()
     threads: int | None = None
+    tensor_parallel: int | None = None
     samples: int = 64
     rounds: int = 3
     seconds: float = 0.3
@@ -91,12 +92,14 @@ def check(options: SweepOptions) -> None:
     """Raises GristmillError for what would fail later, each in one line."""
     for name, value, least in (
         ("tokens", options.tokens, 2), ("rounds", options.rounds, 1), ("samples", options.samples, 1),
-        ("threads", options.threads, 1),
+        ("threads", options.threads, 1), ("tensor_parallel", options.tensor_parallel, 1),
     ):  # fmt: skip
         if value is not None and value < least:
             raise GristmillError(f"{name} is {value}, expected {least} or more")
     if options.threads is not None and options.devices == ("cuda",):
         raise GristmillError("--threads is for the device cpu; leave it out")
+    if (options.tensor_parallel or 1) > 1 and options.devices != ("cpu",):
+        raise GristmillError("--tensor-parallel is for the device cpu; leave it or the other devices out")
     if options.out.exists() and not options.out.is_dir():
         raise GristmillError(f"{options.out} is a file; give -o a directory")
     if is_artifact(options.out):

@@ -24,11 +24,14 @@ from gristmill.runtime.profile import Forward, Probe, probe_of, random_ids, take
 from gristmill.runtime.program import CacheSpec
 from gristmill.runtime.session import Session, load
 
+HOW = ("device", "threads", "hugepages", "pin", "tensor_parallel")  # what goes to `load`
+
 
 @dataclass(frozen=True)
 class BenchOptions:
     """prompt: tokens of the timed prefill; tokens: decoded tokens per round; context: positions before the
-    first of them; profile: also time every instruction; device, hugepages, pin: as in `load`.
+    first of them; profile: also time every instruction; device, hugepages, pin,
+    tensor_parallel: as in `load`.
     """
 
     prompt: int = 256
@@ -40,6 +43,7 @@ class BenchOptions:
     hugepages: bool = False
     pin: bool = False
     device: str = "cpu"
+    tensor_parallel: int | None = None
 
 
 def bench(path: str | Path, options: BenchOptions) -> dict[str, Any]:
@@ -49,7 +53,7 @@ def bench(path: str | Path, options: BenchOptions) -> dict[str, Any]:
     check_options(options)
     needed = max(options.prompt, options.context + options.tokens)
     started = time.perf_counter()
-    how = {name: getattr(options, name) for name in ("device", "threads", "hugepages", "pin")}
+    how = {name: getattr(options, name) for name in HOW}
     device = DEVICES.get(options.device)
     if options.profile and device is not None and not device.profile:
         raise GristmillError(
@@ -63,13 +67,14 @@ def bench(path: str | Path, options: BenchOptions) -> dict[str, Any]:
     session = load(path, max_slots=1, **how)
     load_s = time.perf_counter() - started
     if needed > session.max_len:
+        session.close()
         session = load(path, max_slots=1, max_len=needed, **how)
-    probe = probe_of(session)
+    probe, ranks = probe_of(session), options.tensor_parallel or 1
     rounds = [measure_round(session, options, probe) for _ in range(options.rounds)]
     decode, prefill, stream = (statistics.median(column) for column in zip(*rounds, strict=True))
     read_bytes = decode_read_bytes(session, options.context + options.tokens // 2)
     share = statistics.median(decode_tok_s * read_bytes / 1e9 / gb_s for decode_tok_s, _, gb_s in rounds)
-    return {
+    found = {
         "decode_tok_s": decode,
         "prefill_tok_s": prefill,
         "read_gb_s": decode * read_bytes / 1e9,
@@ -78,6 +83,8 @@ def bench(path: str | Path, options: BenchOptions) -> dict[str, Any]:
         "load_s": load_s,
         "device": options.device,
         "threads": session.threads,
+        "tensor_parallel": ranks,
+        **({"communication_s": probe.communication(Forward(1, options.context))} if ranks > 1 else {}),
         "prompt": options.prompt,
         "tokens": options.tokens,
         "context": options.context,
@@ -85,6 +92,8 @@ def bench(path: str | Path, options: BenchOptions) -> dict[str, Any]:
         **session.memory,
         **({"profile": _profiles(session, options, probe, stream)} if options.profile else {}),
     }
+    session.close()
+    return found
 
 
 def _profiles(session: Session, options: BenchOptions, probe: Probe, stream_gb_s: float) -> dict[str, Any]:

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Device:
     """exported: what the folders it runs were exported to, which names a package of the runtime; None: it
-    runs artifacts. threads: whether `threads` is for it. pages: `hugepages` and `pin`. bench: `bench`
-    measures the memory it is held against. profile: instructions are timed one by one. tune: products are.
-    batched: rows of many sequences are multiplied together. alike: a row's bits do not depend on the rows
-    beside it."""
+    runs artifacts. threads: whether `threads` is for it. pages: `hugepages` and `pin`. ranks:
+    `tensor_parallel`. bench: `bench` measures the memory it is held against. profile: instructions are timed
+    one by one. tune: products are. batched: rows of many sequences are multiplied together. alike: a row's
+    bits do not depend on the rows beside it."""
 
     name: str
     exported: str | None = None
     threads: bool = True
     pages: bool = False
+    ranks: bool = False
     bench: bool = True
     profile: bool = False
     tune: bool = False
@@ -28,7 +29,7 @@ class Device:
 DEVICES = {
     device.name: device
     for device in (
-        Device("cpu", pages=True, profile=True, batched=True, alike=True),
+        Device("cpu", pages=True, ranks=True, profile=True, batched=True, alike=True),
         Device("cuda", threads=False, profile=True, tune=True, batched=True),
         Device("onnx:cpu", exported="onnx"),
         Device("onnx:cuda", exported="onnx", bench=False),

@@ -97,8 +97,9 @@ class CpuProbe:
     ) -> Profile:  # fmt: skip
         return profile(self._session, roofs, forward, repeats, filled, seconds)
 
-    def communication(self, forward: Forward) -> None:
-        """The threads share one memory."""
+    def communication(self, forward: Forward) -> float | None:
+        """None: the threads share one memory."""
+        return None
 
 
 def probe_of(session: Session) -> Probe:
@@ -138,16 +139,28 @@ class Kind:
 
 
 @dataclass(frozen=True)
+class Transfer:
+    """Exchanges of one kind between ranks in a forward: how many, bytes that a rank sends, seconds until all
+    is there, waits for slower ranks included."""
+
+    name: str
+    count: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Profile:
-    """kinds: slowest first; seconds: of one forward, of which `kinds` are the parts; shared_phases: how often
-    the threads waited for each other in it, None where there are no threads; around: seconds of the call
-    before, between and after the instructions, None where these are not timed in their forward."""
+    """kinds: slowest first; seconds: of one forward, of which `kinds` and `transfers` are the parts;
+    shared_phases: how often the threads waited for each other in it, None where there are no threads; around:
+    seconds of the call before, between and after these, None where they are not timed in their forward."""
 
     forward: Forward
     kinds: list[Kind]
     seconds: float
     shared_phases: int | None
     around: float | None = None
+    transfers: tuple[Transfer, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         kinds = [asdict(kind) | {"bound": kind.bound} for kind in self.kinds]
@@ -157,6 +170,7 @@ class Profile:
             "shared_phases": self.shared_phases,
             "around": self.around,
             "kinds": kinds,
+            "transfers": [asdict(transfer) for transfer in self.transfers],
         }
 
 

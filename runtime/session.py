@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from gristmill.runtime.decoding.generate_beams import BeamText
 
 MAX_WAITING = 4096
+MOST_RANKS = 64  # of tensor_parallel
 Result = TypeVar("Result")
 
 
@@ -92,6 +93,7 @@ def load(
     pin: bool = False,
     max_waiting: int | None = None,
     draft: str | Path | None = None,
+    tensor_parallel: int | None = None,
     **unknown: Any,
 ) -> Session:
     """Opens the artifact in directory `path`.
@@ -105,10 +107,15 @@ def load(
     file, which takes time at the start and memory that no other process shares, and spares misses of the
     address translation. pin: all threads but the caller's stay on processors of their own. max_waiting:
     sequences that may wait for a slot before more are refused, default 4096. draft: the artifact of a smaller
-    model with the same tokenizer, which proposes tokens: the same text in less time. Raises GristmillError
-    for a damaged artifact and for what this machine or model cannot do.
+    model with the same tokenizer, which proposes tokens: the same text in less time. tensor_parallel: so many
+    processes share the model and its products, this one and others that it starts, on device "cpu"; threads
+    are then of all together. Raises GristmillError for a damaged artifact and for what this machine or model
+    cannot do.
     """
-    known = ("device", "threads", "max_len", "max_slots", "hugepages", "pin", "max_waiting", "draft")
+    known = (
+        "device", "threads", "max_len", "max_slots", "hugepages", "pin", "max_waiting", "draft",
+        "tensor_parallel",
+    )  # fmt: skip
     refuse_unknown(unknown, known, "load")
     if device == "pt2:cuda":
         raise GristmillError(
@@ -124,11 +131,23 @@ def load(
     how: dict[str, Any] = {
         "threads": threads, "max_len": max_len, "max_slots": max_slots, "hugepages": hugepages, "pin": pin,
     }  # fmt: skip
-    session = _open(path, device, max_waiting, **how)
+    ranks = _ranks(tensor_parallel, device, pin)
+    session = _open(path, device, max_waiting, ranks=ranks, **how)
     if draft is not None:
         how.update(max_len=session.max_len, max_slots=session.max_slots)
         session.draft_with(_open(draft, device, None, **how))
     return session
+
+
+def _ranks(tensor_parallel: int | None, device: str, pin: bool) -> int:
+    ranks = within("tensor_parallel", tensor_parallel, 1, MOST_RANKS)
+    if ranks > 1 and not DEVICES[device].ranks:
+        raise GristmillError(
+            f"tensor_parallel is for device 'cpu' so far, got {device!r}; leave it out, or load with 'cpu'"
+        )
+    if ranks > 1 and pin:
+        raise GristmillError("pin is for one process, ranks would share processors; leave one of the two out")
+    return ranks
 
 
 def _open(
@@ -140,6 +159,7 @@ def _open(
     max_slots: int | None,
     hugepages: bool,
     pin: bool,
+    ranks: int = 1,
 ) -> Session:
     artifact = open_export(path, EXPORTS[device]) if device in EXPORTS else open_artifact(path)
     program_json = artifact.read(PROGRAM)
@@ -161,6 +181,11 @@ def _open(
     if device in EXPORTS:
         other = open_executor_of(device, artifact, program, threads, max_len, max_slots)
         return Session(artifact, program, other, max_waiting=max_waiting)
+    if ranks > 1:
+        from gristmill.runtime.parallel import open_executor as open_parallel
+
+        shared = open_parallel(artifact, program, ranks, threads, max_len, max_slots, hugepages)
+        return Session(artifact, program, shared, max_waiting=max_waiting)
     executor = native().Executor(
         program_json, str(weights), threads=threads, max_len=max_len, max_slots=max_slots,
         huge_pages=hugepages, pinned=pin,
@@ -209,6 +234,13 @@ class Session:
         self._async_driver.after_fork()
         if "_constrainer" in self.__dict__:
             self._constrainer.after_fork()
+
+    def close(self) -> None:
+        """Ends the other processes of a tensor-parallel session, which otherwise end with it; nothing works
+        afterwards. Of other sessions there is nothing to end."""
+        end = getattr(self.executor, "close", None)
+        if end is not None:
+            end()
 
     @property
     def max_len(self) -> int:

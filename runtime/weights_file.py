@@ -153,20 +153,28 @@ def read_header_bytes(path: Path) -> bytes:
 
 def read_tensors(path: Path) -> dict[str, TensorSpec]:
     """The tensors of a weights file by name, without the padding."""
+    return {name: spec for name, (spec, _) in read_tensor_offsets(path).items()}
+
+
+def read_tensor_offsets(path: Path) -> dict[str, tuple[TensorSpec, int]]:
+    """The tensors by name, without the padding, each with its offset in the data section."""
     try:
         entries = json.loads(read_header_bytes(path)[8:])
-        specs = {
-            name: TensorSpec(name, entry["dtype"], tuple(int(n) for n in entry["shape"]))
+        found = {
+            name: (
+                TensorSpec(name, entry["dtype"], tuple(int(n) for n in entry["shape"])),
+                int(entry["data_offsets"][0]),
+            )
             for name, entry in entries.items()
             if not name.startswith("__")
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, GristmillError):
             raise
         raise GristmillError(f"the header of {path.name} is damaged; compile the model again") from error
-    unknown = [spec for spec in specs.values() if spec.dtype not in DTYPE_BYTES]
+    unknown = [spec for spec, _ in found.values() if spec.dtype not in DTYPE_BYTES]
     if unknown:
         raise GristmillError(
             f"{path.name}: tensor {unknown[0].name} has an unknown type {unknown[0].dtype!r}"
         )
-    return specs
+    return found

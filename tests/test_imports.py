@@ -24,7 +24,7 @@ MAY_IMPORT = {  # folder -> prefixes of gristmill.* it may import, besides itsel
 }
 HEAVY = {"torch", "triton", "transformers", "huggingface_hub", "sentencepiece", "onnx", "onnxruntime"}
 SERVING = {"fastapi", "starlette", "uvicorn", "httptools", "pydantic", "prometheus_client"}
-DEVICES = ("cuda", "onnx", "torchscript", "pt2")  # folders of the runtime that a load for them imports
+DEVICES = ("cuda", "onnx", "torchscript", "pt2", "parallel")  # folders of the runtime that loads import
 
 
 def files(folder: str) -> list[Path]:
@@ -103,9 +103,10 @@ def test_only_a_load_for_a_device_imports_its_executor() -> None:
         for name in imported(path, at_import)
         if name.startswith(tuple(f"gristmill.runtime.{device}" for device in DEVICES))
     ]
-    assert importers == [
+    assert sorted(importers) == [
         ("runtime/check_machine.py", "gristmill.runtime.cuda.device_for"),
         ("runtime/session.py", "gristmill.runtime.cuda.open_executor"),
+        ("runtime/session.py", "gristmill.runtime.parallel.open_executor"),
     ]
 
 

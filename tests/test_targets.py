@@ -103,9 +103,9 @@ def test_cells_of_cuda_have_their_tests(feature: str) -> None:
 # ---- sessions
 
 
-@pytest.mark.parametrize("feature", ["threads", "pages"])
+@pytest.mark.parametrize("feature", ["threads", "pages", "ranks"])
 def test_options_that_cuda_refuses(feature: str) -> None:
-    how: Any = {"threads": {"threads": 1}, "pages": {"pin": True}}[feature]
+    how: Any = {"threads": {"threads": 1}, "pages": {"pin": True}, "ranks": {"tensor_parallel": 2}}[feature]
     target = next(t for t in TARGETS if t.name == "cuda")
     assert refused(target, feature, lambda: gristmill.load(cases.artifact("f32"), "cuda", **how))
 
@@ -222,10 +222,25 @@ def _pages(target: Target, session: Session) -> None:
         assert (cases.logits(opened(), tokens, 0, [4]) == cases.logits(session, tokens, 0, [4])).all()
 
 
+def _ranks(target: Target, session: Session) -> None:
+    device = target.device
+    assert device is not None
+
+    def opened() -> Session:
+        return gristmill.load(cases.exported(target, "f32"), device.name, tensor_parallel=2)
+
+    def compared() -> None:
+        tokens, ranks = tokens_for(cases.program("f32"), 4), opened()
+        close(cases.logits(ranks, tokens, 0, [4]), cases.logits(session, tokens, 0, [4]), TOLERANCE)
+        ranks.close()
+
+    refused(target, "ranks", compared)
+
+
 RUN_TESTS: dict[str, Callable[[Target, Session], None]] = {
     "batch": _batch, "chunks": _chunks, "speculation": _speculation, "copies": _copies, "hidden": _hidden,
     "alike": _alike, "bench": _bench, "profile": _profile, "tune": _tune, "threads": _threads,
-    "pages": _pages,
+    "pages": _pages, "ranks": _ranks,
 }  # fmt: skip
 
 

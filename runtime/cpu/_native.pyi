@@ -1,5 +1,7 @@
 """The C++ executor of compiled programs. Users' errors come as gristmill.runtime.errors.GristmillError."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,12 +18,17 @@ class Executor:
         max_slots: int,
         isa: str = "auto",
         huge_pages: bool = False,
+        pinned: bool = False,
         alone_below: int = 1048576,
+        base_weights: str = "",
+        partial: bool = False,
     ) -> None:
         """`threads` 0: physical cores of this process. A second Executor of the same file shares its pages.
 
         `huge_pages`: weights are copied into them, caches and arena lie in them, where the system has any.
         A forward of fewer than `alone_below` multiplications stays on the calling thread.
+        For a rank's program: `base_weights` is the file of tensors that its own lacks, and with `partial`
+        other ranks write the columns that it does not.
         """
     def forward(
         self,
@@ -29,10 +36,16 @@ class Executor:
         positions: NDArray[np.int32],
         slots: NDArray[np.int32],
         rows: NDArray[np.int32],
+        *,
+        after: Sequence[int] = (),
+        band: Sequence[int] = (),
+        between: Callable[[int, int, int, NDArray[np.float32]], object] | None = None,
     ) -> NDArray[np.float32]:
         """tokens, positions, slots: i32 [T]; rows: i32 [R], indices below T. -> logits f32 [R, vocabulary].
 
         Appends each row's K and V at (slot, position), then attends. Releases the GIL; callers take turns.
+        When instruction after[i] (ascending) is done for rows [first, first + rows), between(i, first, rows,
+        logits) is called; what it raises ends the forward. band[i]: rows that it does at a time, 0: all.
         """
     def forward_hidden(
         self,
@@ -40,6 +53,10 @@ class Executor:
         positions: NDArray[np.int32],
         slots: NDArray[np.int32],
         rows: NDArray[np.int32],
+        *,
+        after: Sequence[int] = (),
+        band: Sequence[int] = (),
+        between: Callable[[int, int, int, NDArray[np.float32]], object] | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """`forward`, and the hidden states f32 [R, hidden_width] of the same rows: what the head multiplies.
 
@@ -74,6 +91,9 @@ class Executor:
         """Columns of a hidden state; 0: the program has none to give."""
     @property
     def isa(self) -> str: ...
+    @property
+    def arena(self) -> NDArray[np.uint8]:
+        """The memory of the program's values, shared: for who exchanges them between instructions."""
     @property
     def arena_bytes(self) -> int: ...
     @property

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "error.h"
 #include "executor.h"
 #include "roof.h"
@@ -24,9 +26,22 @@ Ids ids(const py::object& given, const char* name) {
 
 using Floats = py::array_t<float>;
 
+// Where a forward stops to call `between(i, first, rows, logits)`, with the interpreter; see Cuts.
+struct Stops {
+  std::vector<int64_t> after, band;
+  py::object between;
+};
+
+Cuts cuts_of(const Stops& stops, const py::function& between, const Floats& logits) {
+  return {stops.after, stops.band, [&](size_t i, int64_t first, int64_t rows) {
+            const py::gil_scoped_acquire acquire;
+            between(i, first, rows, logits);
+          }};
+}
+
 // The logits; *hidden, if asked for, becomes the hidden states.
 Floats run(Executor& executor, const py::object& tokens, const py::object& positions,
-           const py::object& slots, const py::object& rows, Floats* hidden) {
+           const py::object& slots, const py::object& rows, const Stops& stops, Floats* hidden) {
   const Ids t = ids(tokens, "tokens"), p = ids(positions, "positions"), s = ids(slots, "slots"),
             r = ids(rows, "rows");
   if (p.size() != t.size() || s.size() != t.size())
@@ -36,34 +51,49 @@ Floats run(Executor& executor, const py::object& tokens, const py::object& posit
     fail("got ", r.size(), " rows, expected 0 to ", executor.program().max_tokens, " in one forward");
   Floats logits({r.size(), static_cast<py::ssize_t>(executor.program().vocabulary)});
   if (hidden) *hidden = Floats({r.size(), static_cast<py::ssize_t>(executor.hidden_width())});
+  std::optional<py::function> call;
+  if (!stops.after.empty()) call = py::function(stops.between);
+  const Cuts cuts = call ? cuts_of(stops, *call, logits) : Cuts{};
   float* hidden_data = hidden ? hidden->mutable_data() : nullptr;
   {
     const py::gil_scoped_release release;
     executor.forward(t.data(), p.data(), s.data(), t.size(), r.data(), r.size(), logits.mutable_data(),
-                     hidden_data);
+                     hidden_data, &cuts);
   }
   return logits;
 }
 
 Floats forward(Executor& executor, const py::object& tokens, const py::object& positions,
-               const py::object& slots, const py::object& rows) {
-  return run(executor, tokens, positions, slots, rows, nullptr);
+               const py::object& slots, const py::object& rows, const std::vector<int64_t>& after,
+               const std::vector<int64_t>& band, const py::object& between) {
+  return run(executor, tokens, positions, slots, rows, {after, band, between}, nullptr);
 }
 
 std::pair<Floats, Floats> forward_hidden(Executor& executor, const py::object& tokens,
                                          const py::object& positions, const py::object& slots,
-                                         const py::object& rows) {
+                                         const py::object& rows, const std::vector<int64_t>& after,
+                                         const std::vector<int64_t>& band, const py::object& between) {
   Floats hidden;
-  const Floats logits = run(executor, tokens, positions, slots, rows, &hidden);
+  const Floats logits = run(executor, tokens, positions, slots, rows, {after, band, between}, &hidden);
   return {logits, hidden};
 }
 
 std::unique_ptr<Executor> make(const py::bytes& program, const std::string& path, int threads,
                                int64_t max_len, int64_t max_slots, const std::string& isa,
-                               bool huge_pages, bool pinned, int64_t alone_below) {
+                               bool huge_pages, bool pinned, int64_t alone_below,
+                               const std::string& base_weights, bool partial) {
   const std::string_view json = program;
   const py::gil_scoped_release release;
-  const Options options{threads, max_len, max_slots, isa, huge_pages, pinned, alone_below};
+  Options options;
+  options.threads = threads;
+  options.max_len = max_len;
+  options.max_slots = max_slots;
+  options.isa = isa;
+  options.huge_pages = huge_pages;
+  options.base_weights = base_weights;
+  options.partial = partial;
+  options.pinned = pinned;
+  options.alone_below = alone_below;
   return std::make_unique<Executor>(json, path, options);
 }
 
@@ -93,10 +123,19 @@ PYBIND11_MODULE(_native, module) {
       .def(py::init(&make), py::arg("program_json"), py::arg("weights_path"), py::kw_only(),
            py::arg("threads"), py::arg("max_len"), py::arg("max_slots"), py::arg("isa") = "auto",
            py::arg("huge_pages") = false, py::arg("pinned") = false,
-           py::arg("alone_below") = Options{}.alone_below)
-      .def("forward", &forward, py::arg("tokens"), py::arg("positions"), py::arg("slots"), py::arg("rows"))
+           py::arg("alone_below") = Options{}.alone_below, py::arg("base_weights") = "",
+           py::arg("partial") = false)
+      .def("forward", &forward, py::arg("tokens"), py::arg("positions"), py::arg("slots"), py::arg("rows"),
+           py::kw_only(), py::arg("after") = std::vector<int64_t>{}, py::arg("band") = std::vector<int64_t>{},
+           py::arg("between") = py::none())
       .def("forward_hidden", &forward_hidden, py::arg("tokens"), py::arg("positions"), py::arg("slots"),
-           py::arg("rows"))
+           py::arg("rows"), py::kw_only(), py::arg("after") = std::vector<int64_t>{},
+           py::arg("band") = std::vector<int64_t>{}, py::arg("between") = py::none())
+      .def_property_readonly("arena", [](const py::object& self) {
+        const auto& executor = self.cast<const Executor&>();
+        return py::array_t<uint8_t>({executor.program().arena_bytes}, {1},
+                                    reinterpret_cast<uint8_t*>(executor.arena()), self);
+      })
       .def("copy_slot", &Executor::copy_slot, py::arg("src"), py::arg("dst"), py::arg("length"),
            py::arg("start") = 0, py::call_guard<py::gil_scoped_release>())
       .def("profile", &Executor::profile, py::arg("enable"), py::call_guard<py::gil_scoped_release>())

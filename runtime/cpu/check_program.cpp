@@ -14,8 +14,8 @@ namespace {
 
 class Checker {
  public:
-  explicit Checker(const Program& program)
-      : program_(program), written_(program.values.size()), attended_(program.caches.size()) {}
+  Checker(const Program& program, bool partial)
+      : program_(program), partial_(partial), written_(program.values.size()), attended_(program.caches.size()) {}
 
   void check() {
     for (index_ = 0; index_ < program_.instructions.size(); index_++)
@@ -189,7 +189,7 @@ class Checker {
   // Marks the columns as holding data, and whatever shares bytes with this value as lost.
   void write(const View& out) {
     if (out.value == View::kLogits) {
-      need(out.width == program_.vocabulary, "writes ", out.width, " of ", program_.vocabulary, " logits");
+      need(partial_ || out.width == program_.vocabulary, "writes ", out.width, " of ", program_.vocabulary, " logits");
       need(!logits_written_, "writes the logits a second time");
       logits_written_ = true;
       return;
@@ -198,7 +198,9 @@ class Checker {
       if (static_cast<int32_t>(i) != out.value && !written_[i].empty() &&
           share_bytes(program_.values[i], value(out)))
         written_[i].clear();
-    add(written_[static_cast<size_t>(out.value)], out.column, out.column + out.width);
+    Columns& columns = written_[static_cast<size_t>(out.value)];
+    if (partial_) return add(columns, 0, value(out).width);
+    add(columns, out.column, out.column + out.width);
   }
 
   static void add(Columns& columns, int64_t begin, int64_t end) {
@@ -216,6 +218,7 @@ class Checker {
   }
 
   const Program& program_;
+  const bool partial_;
   size_t index_ = 0;
   std::vector<Columns> written_;
   std::vector<const Instruction*> attended_;
@@ -224,6 +227,6 @@ class Checker {
 
 }  // namespace
 
-void check_program(const Program& program) { Checker(program).check(); }
+void check_program(const Program& program, bool partial) { Checker(program, partial).check(); }
 
 }  // namespace gristmill

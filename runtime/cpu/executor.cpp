@@ -30,7 +30,8 @@ const Kernels* choose_kernels(const std::string& isa) {
 
 Executor::Executor(std::string_view program_json, const std::string& weights_path, const Options& options)
     : weights_(Weights::open(weights_path, options.huge_pages)),
-      program_(parse_program(program_json, *weights_)),
+      base_weights_(options.base_weights.empty() ? nullptr : Weights::open(options.base_weights)),
+      program_(parse_program(program_json, *weights_, {base_weights_.get(), options.partial})),
       pool_(choose_threads(options.threads), options.pinned) {
   alone_below_ = options.alone_below;
   machine_.program = &program_;

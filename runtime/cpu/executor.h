@@ -1,6 +1,7 @@
 // Runs a Program on the CPU: all memory is laid out at construction, a forward allocates nothing.
 #pragma once
 #include <chrono>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -25,9 +26,21 @@ struct Options {
   std::string isa = "auto";
   // Weights, caches and arena in huge pages: fewer misses of the address translation, paid for by a copy.
   bool huge_pages = false;
+  // A rank's program: the weights that its own file lacks, and columns that other ranks write; see Split.
+  std::string base_weights;
+  bool partial = false;
   bool pinned = false;  // threads stay on processors of their own, see Pool
   // A forward of fewer multiplications stays on the calling thread: waking others costs more than it brings.
   int64_t alone_below = int64_t{1} << 20;
+};
+
+// Where a forward stops, in ascending order: `between(i, first, rows)` is called, on the caller's thread and
+// with nothing else at work, when instruction after[i] is done, for all rows (0, T). With band[i] > 0 that
+// instruction, a linear over rows T that quantizes its input itself, does so many rows at a time, and the call
+// comes after each band. What it throws ends the forward.
+struct Cuts {
+  std::vector<int64_t> after, band;
+  std::function<void(size_t, int64_t, int64_t)> between;
 };
 
 // What an instruction took, summed over forwards.
@@ -44,7 +57,8 @@ class Executor final : private Job {
   // One step for `rows` rows: logits[r] is of row wanted[r], and so is hidden[r] [hidden_width()], what the
   // head multiplies, where it is not null. Every argument is checked; calls from several threads take turns.
   void forward(const int32_t* tokens, const int32_t* positions, const int32_t* slots, int64_t rows,
-               const int32_t* wanted, int64_t wanted_rows, float* logits, float* hidden = nullptr);
+               const int32_t* wanted, int64_t wanted_rows, float* logits, float* hidden = nullptr,
+               const Cuts* cuts = nullptr);
   // Slot `to` gets positions `start` to `length` of slot `from`; those before, both hold alike. Of a window's
   // ring, neither slot may have gone on so far past `length` that rows within the window are overwritten.
   void copy_slot(int64_t from, int64_t to, int64_t length, int64_t start = 0);
@@ -58,6 +72,7 @@ class Executor final : private Job {
   int64_t shared_phases() const { return pool_.shared_phases(); }
 
   const Program& program() const { return program_; }
+  char* arena() const { return machine_.arena; }
   const char* isa() const { return machine_.kernels->name; }
   int threads() const { return pool_.threads(); }
   int64_t max_len() const { return machine_.max_len; }
@@ -83,6 +98,11 @@ class Executor final : private Job {
   size_t lay_out_scratch(Carver carver);
   void lay_out_quantized(Carver& carver);
   void lay_out_attention(Carver& carver);
+  void run_steps(const Cuts* cuts);
+  void run_steps(int64_t first, int64_t last);
+  void run_bands(const Cuts& cuts, size_t cut, int64_t first, int64_t last);
+  void check_cuts(const Cuts& cuts) const;
+  int64_t step_after(int64_t instruction) const;
   void check_rows(const int32_t* rows, int64_t count, int64_t limit, const char* what) const;
   void check_slots();
   void cut_blocks();
@@ -92,7 +112,7 @@ class Executor final : private Job {
   void note_time(int64_t next_step);
   void wait_busily(int64_t step) const;
 
-  std::shared_ptr<const Weights> weights_;
+  std::shared_ptr<const Weights> weights_, base_weights_;  // the second is null but for a rank's program
   Program program_;
   Region arena_, kv_, scratch_;
   Machine machine_;
@@ -100,6 +120,7 @@ class Executor final : private Job {
   std::vector<int64_t> step_instruction_;  // of each step; -1: none
   std::vector<std::pair<int64_t, int32_t>>
       order_;  // (slot, position) and row, sorted; reserved for max_tokens
+  int64_t first_step_ = 0;  // of the piece at work
   int64_t shortest_ring_ = 0;
   int64_t alone_below_ = 0;
   int64_t weight_elements_ = 0;  // multiplied for each row

@@ -7,7 +7,8 @@
 
 namespace gristmill {
 void Executor::forward(const int32_t* tokens, const int32_t* positions, const int32_t* slots, int64_t rows,
-                       const int32_t* wanted, int64_t wanted_rows, float* logits, float* hidden) {
+                       const int32_t* wanted, int64_t wanted_rows, float* logits, float* hidden,
+                       const Cuts* cuts) {
   const std::lock_guard<std::mutex> lock(mutex_);
   Batch& batch = machine_.batch;
   batch.tokens = tokens;
@@ -29,10 +30,72 @@ void Executor::forward(const int32_t* tokens, const int32_t* positions, const in
   if (hidden && !head_input())
     fail("this program has no hidden states to give: its last instruction is not the head, a linear that "
          "writes the logits");
+  if (cuts) check_cuts(*cuts);
   cut_blocks();
-  pool_.run(*this, static_cast<int64_t>(steps_.size()), tiny());
-  if (profiling_) note_time(-1);
+  run_steps(cuts);
   if (hidden) copy_hidden(hidden);
+}
+
+void Executor::run_steps(const Cuts* cuts) {
+  int64_t first = 0;
+  machine_.batch.band_rows = 0;
+  for (size_t i = 0; cuts && i < cuts->after.size(); i++) {
+    const int64_t last = step_after(cuts->after[i]);
+    if (cuts->band[i] > 0 && cuts->band[i] < machine_.batch.rows) {
+      const int64_t banded = step_after(cuts->after[i] - 1);
+      run_steps(first, banded);
+      run_bands(*cuts, i, banded, last);
+    } else {
+      run_steps(first, last);
+      cuts->between(i, 0, machine_.batch.rows);
+    }
+    first = last;
+  }
+  run_steps(first, static_cast<int64_t>(steps_.size()));
+}
+
+void Executor::run_bands(const Cuts& cuts, size_t cut, int64_t first, int64_t last) {
+  Batch& batch = machine_.batch;
+  for (int64_t row = 0; row < batch.rows; row += cuts.band[cut]) {
+    batch.band_first = row;
+    batch.band_rows = std::min(cuts.band[cut], batch.rows - row);
+    run_steps(first, last);
+    cuts.between(cut, batch.band_first, batch.band_rows);
+  }
+  batch.band_rows = 0;
+}
+
+void Executor::check_cuts(const Cuts& cuts) const {
+  const auto count = static_cast<int64_t>(program_.instructions.size());
+  if (cuts.band.size() != cuts.after.size())
+    fail("got ", cuts.after.size(), " cuts and ", cuts.band.size(), " bands, expected as many of each");
+  for (size_t i = 0; i < cuts.after.size(); i++) {
+    const int64_t at = cuts.after[i];
+    if (at < (i ? cuts.after[i - 1] + 1 : 0) || at >= count)
+      fail("cut ", i, " is after instruction ", at, ", expected ascending ones below ", count);
+    const auto& in = program_.instructions[static_cast<size_t>(at)];
+    const auto whole = [&](const View& view) {
+      return view.value != View::kLogits && !program_.values[static_cast<size_t>(view.value)].requested;
+    };
+    if (cuts.band[i] && (in.op != Op::linear || in.order || !whole(in.out)))
+      fail("cut ", i, " has bands, and instruction ", at, " is no linear over rows T in plain order");
+    const auto* before = at ? &program_.instructions[static_cast<size_t>(at) - 1] : nullptr;
+    if (cuts.band[i] && before && before->op == Op::linear && before->in == in.in)
+      fail("cut ", i, " has bands, and instruction ", at, " reads what the one before it has quantized");
+  }
+}
+
+// The first step behind an instruction's.
+int64_t Executor::step_after(int64_t instruction) const {
+  const auto end = std::upper_bound(step_instruction_.begin(), step_instruction_.end(), instruction);
+  return end - step_instruction_.begin();
+}
+
+void Executor::run_steps(int64_t first, int64_t last) {
+  if (first == last) return;
+  first_step_ = first;
+  pool_.run(*this, last - first, tiny());
+  if (profiling_) note_time(-1);
 }
 
 // What the head multiplies, where the head comes last: nothing has overwritten its input then.
@@ -105,13 +168,14 @@ bool Executor::tiny() const {
 }
 
 int64_t Executor::open(int64_t phase) noexcept {
+  phase += first_step_;
   if (profiling_) note_time(phase);
   if (stall_.count()) wait_busily(phase);
   return steps_[static_cast<size_t>(phase)]->open();
 }
 
 void Executor::work(int64_t phase, int64_t begin, int64_t end, int thread) noexcept {
-  steps_[static_cast<size_t>(phase)]->work(begin, end, thread);
+  steps_[static_cast<size_t>(first_step_ + phase)]->work(begin, end, thread);
 }
 
 // At the first step of each instruction.

@@ -23,6 +23,7 @@ struct Batch {
   const int32_t* wanted = nullptr;  // rows whose logits are asked for
   int64_t rows = 0, wanted_rows = 0;
   float* logits = nullptr;
+  int64_t band_first = 0, band_rows = 0;  // the rows at work of each value T; band_rows 0: all
   bool one_row_per_slot = false;  // then a row's append and attention need no barrier between them
   std::vector<Block> blocks;      // capacity reserved for max_tokens
 };
@@ -56,10 +57,13 @@ struct Machine {
   Batch batch;
 
   Rows rows(const View& view) const {
-    if (view.value == View::kLogits) return {batch.logits, program->vocabulary, batch.wanted_rows};
+    if (view.value == View::kLogits)
+      return {batch.logits + view.column, program->vocabulary, batch.wanted_rows};
     const Value& value = program->values[static_cast<size_t>(view.value)];
-    float* base = reinterpret_cast<float*>(arena + value.offset);
-    return {base + view.column, value.width, value.requested ? batch.wanted_rows : batch.rows};
+    float* data = reinterpret_cast<float*>(arena + value.offset) + view.column;
+    if (value.requested) return {data, value.width, batch.wanted_rows};
+    if (batch.band_rows) return {data + batch.band_first * value.width, value.width, batch.band_rows};
+    return {data, value.width, batch.rows};
   }
 
   // What a linear multiplies: its input, or the copy in the weight's column order that make_reorder made.

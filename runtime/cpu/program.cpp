@@ -43,7 +43,8 @@ bool takes_two(Function f) {
 
 class Loader {
  public:
-  Loader(const Json& root, const Weights& weights) : root_(root, "program.json"), tensors_(weights) {}
+  Loader(const Json& root, const Weights& weights, const Split& split)
+      : root_(root, "program.json"), tensors_(weights), split_(split) {}
 
   Program load() {
     root_.integer("format", 1, 1);
@@ -57,11 +58,16 @@ class Loader {
     load_weights(root_.required("weights"));
     each("instructions", [&](const Json& item, const std::string& where) { load_instruction(item, where); });
     root_.done();
-    check_program(program_);
+    check_program(program_, split_.partial);
     return std::move(program_);
   }
 
  private:
+  // Where the tensor of that name lies.
+  const Weights& home(const std::string& name) const {
+    return split_.base && !tensors_.find(name) ? *split_.base : tensors_;
+  }
+
   template <typename Each>
   void each(const char* name, Each load) {
     const std::vector<Json>& items = root_.array(name);
@@ -128,7 +134,8 @@ class Loader {
   // A named f32 vector of the given size; null when the field is.
   const float* vector(const Json* field, const Fields& fields, const char* name, int64_t size) const {
     if (!field) return nullptr;
-    const char* data = tensors_.need(fields.as_text(*field, name), "F32", {size});
+    const std::string& tensor = fields.as_text(*field, name);
+    const char* data = home(tensor).need(tensor, "F32", {size});
     return reinterpret_cast<const float*>(data);
   }
 
@@ -136,7 +143,7 @@ class Loader {
   const int32_t* permutation(const Json* field, const Fields& fields, const char* name, int64_t size) const {
     if (!field) return nullptr;
     const std::string& tensor = fields.as_text(*field, name);
-    const auto* values = reinterpret_cast<const int32_t*>(tensors_.need(tensor, "I32", {size}));
+    const auto* values = reinterpret_cast<const int32_t*>(home(tensor).need(tensor, "I32", {size}));
     std::vector<bool> seen(static_cast<size_t>(size), false);
     for (int64_t i = 0; i < size; i++) {
       const int32_t value = values[i];
@@ -209,28 +216,30 @@ class Loader {
 
   const char* load_data(const std::string& name, const Matrix& matrix) const {
     const std::string tensor = name + ".weight";
+    const Weights& file = home(tensor);
     switch (matrix.format) {
-      case Format::f32: return tensors_.need(tensor, "F32", {matrix.n, matrix.k});
-      case Format::f16: return tensors_.need(tensor, "F16", {matrix.n, matrix.k});
-      case Format::bf16: return tensors_.need(tensor, "BF16", {matrix.n, matrix.k});
-      case Format::int8: return tensors_.need(tensor, "I8", {matrix.n, matrix.row_bytes()});
+      case Format::f32: return file.need(tensor, "F32", {matrix.n, matrix.k});
+      case Format::f16: return file.need(tensor, "F16", {matrix.n, matrix.k});
+      case Format::bf16: return file.need(tensor, "BF16", {matrix.n, matrix.k});
+      case Format::int8: return file.need(tensor, "I8", {matrix.n, matrix.row_bytes()});
       case Format::fp8:
       case Format::int4:
       case Format::int3:
-      case Format::int2: return tensors_.need(tensor, "U8", {matrix.n, matrix.row_bytes()});
+      case Format::int2: return file.need(tensor, "U8", {matrix.n, matrix.row_bytes()});
     }
     return nullptr;
   }
 
   void load_scales(const std::string& name, Matrix& matrix, int64_t& bytes) const {
     const int64_t groups = matrix.groups();
-    const Tensor* scale = tensors_.find(name + ".scale");
+    const Weights& file = home(name + ".scale");
+    const Tensor* scale = file.find(name + ".scale");
     matrix.scale_is_f32 = scale && scale->dtype == "F32";
-    matrix.scale = tensors_.need(name + ".scale", matrix.scale_is_f32 ? "F32" : "F16", {matrix.n, groups});
+    matrix.scale = file.need(name + ".scale", matrix.scale_is_f32 ? "F32" : "F16", {matrix.n, groups});
     bytes += matrix.n * groups * (matrix.scale_is_f32 ? 4 : 2);
     if (matrix.symmetric) return;
     const int64_t size = zero_bytes(matrix.format, groups);
-    matrix.zero = tensors_.need(name + ".zero", is_unsigned(matrix.format) ? "U8" : "I8", {matrix.n, size});
+    matrix.zero = file.need(name + ".zero", is_unsigned(matrix.format) ? "U8" : "I8", {matrix.n, size});
     bytes += matrix.n * size;
   }
 
@@ -382,6 +391,7 @@ class Loader {
 
   Fields root_;
   const Weights& tensors_;
+  const Split& split_;
   Program program_;
   std::unordered_map<std::string, const Weight*> weight_index_;
 };
@@ -394,9 +404,9 @@ const char* op_name(Op op) {
   return kNames[static_cast<int>(op)];
 }
 
-Program parse_program(std::string_view json, const Weights& weights) {
+Program parse_program(std::string_view json, const Weights& weights, const Split& split) {
   const Json root = parse_json(json, "program.json");
-  return Loader(root, weights).load();
+  return Loader(root, weights, split).load();
 }
 
 }  // namespace gristmill

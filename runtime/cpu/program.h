@@ -119,12 +119,19 @@ struct Program {
   std::vector<Instruction> instructions;
 };
 
+// Where a rank's program differs from a whole one: what its own weights lack is in `base`, and columns that it
+// does not write come from other ranks, so that a value counts as written once some of it is.
+struct Split {
+  const Weights* base = nullptr;
+  bool partial = false;
+};
+
 // Parses and checks; throws Error naming the instruction and op. The Program points into `weights`.
-Program parse_program(std::string_view json, const Weights& weights);
+Program parse_program(std::string_view json, const Weights& weights, const Split& split = {});
 
 // What does not depend on the file's syntax: widths, row kinds, written before read, overlaps in the arena.
 // Called by parse_program.
-void check_program(const Program& program);
+void check_program(const Program& program, bool partial = false);
 std::string instruction_label(const Program& program, size_t index);
 
 }  // namespace gristmill

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,23 @@ def gains_of(phase: PhaseWhy) -> dict[str, float]:
 def test_options_that_make_no_sense(given: dict[str, Any], message: str) -> None:
     with pytest.raises(GristmillError, match=message):
         WhyOptions(**given)
+
+
+def test_waiting_for_another_rank_is_communication(
+    artifact: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gristmill.runtime.parallel.exchange import Group
+
+    add = Group.sum
+
+    def late(group: Group, part: Any) -> int:
+        time.sleep(0.005)
+        return add(group, part)
+
+    monkeypatch.setattr(Group, "sum", late)
+    options = WhyOptions(context=2, threads=2, seconds=0.01, batch=2, tensor_parallel=2)
+    for phase in explain(artifact, options):
+        assert phase.verdict == "communication", phase
+        assert phase.communication is not None and phase.communication > 0.005
+        assert sum(kind.count for kind in phase.kinds) == 7
+        assert "transfers between ranks" in phase.reason
