@@ -112,7 +112,7 @@ def test_the_wheel_runs_an_artifact_in_an_empty_environment(wheel: Path, tmp_pat
     metadata = next(site.glob("gristmill-*.dist-info"))
     for package in required(Distribution.at(metadata).requires or []).values():
         for top in {path.parts[0] for path in package.files or []} - {"..", "__pycache__"}:
-            (site / top).symlink_to(package.locate_file(top))
+            (site / top).symlink_to(str(package.locate_file(top)))
     program = ["-c", RUN_AN_ARTIFACT, str(GOLDEN / "integers"), json.dumps(test_compatibility.PROMPT), "20"]
     done = subprocess.run(
         [str(python), "-I", *program], cwd=tmp_path, capture_output=True, text=True, env={"PATH": ""}

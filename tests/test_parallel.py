@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -229,12 +230,13 @@ def test_a_forked_process_is_told_to_load_for_itself(pair: Session) -> None:
 
 
 def test_what_does_not_go_together_is_refused(path: Path) -> None:
-    for how, words in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"device": "cuda"}, "device 'cpu' so far, got 'cuda'"),
         ({"pin": True}, "pin is for one process"),
         ({"tensor_parallel": 0}, "expected an integer from 1 to 64"),
         ({"tensor_parallel": 3}, "2 heads over 1 of keys and values, .*it can be 2"),
-    ):
+    ]
+    for how, words in refused:
         with pytest.raises(GristmillError, match=words):
             gristmill.load(path, **{"tensor_parallel": 2, **how})
 
