@@ -29,9 +29,11 @@ class Executor:
         positions: NDArray[np.int32],
         slots: NDArray[np.int32],
         rows: NDArray[np.int32],
+        adapters: NDArray[np.int32] | None = None,
     ) -> NDArray[np.float32]:
         """tokens, positions, slots: i32 [T]; rows: i32 [R], indices below T. -> logits f32 [R, vocabulary].
 
+        adapters: i32 [T], numbers of `add_adapter`, -1: none; None: none at all.
         Appends each row's K and V at (slot, position), then attends. Releases the GIL; callers take turns.
         """
     def forward_hidden(
@@ -40,11 +42,22 @@ class Executor:
         positions: NDArray[np.int32],
         slots: NDArray[np.int32],
         rows: NDArray[np.int32],
+        adapters: NDArray[np.int32] | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """`forward`, and the hidden states f32 [R, hidden_width] of the same rows: what the head multiplies.
 
         Refused where the program's last instruction is not a linear that writes the logits.
         """
+    def add_adapter(
+        self, pairs: list[tuple[int, int, str, NDArray[np.generic], NDArray[np.generic], float]]
+    ) -> int:
+        """Copies an adapter: instruction, segment, format ("f32", or "f16", "bf16" as bits), A [r, K], B [N, r],
+        scale of each matrix that it adds scale * B A to. Returns its number."""
+    def remove_adapter(self, adapter: int) -> None:
+        """Forgets an adapter; no other one gets its number."""
+    @property
+    def adapter_bytes(self) -> int:
+        """Memory of all adapters."""
     def copy_slot(self, src: int, dst: int, length: int, start: int = 0) -> None:
         """Slot `dst` gets positions `start` to `length` of slot `src`; those before, both hold alike.
 

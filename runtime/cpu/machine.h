@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../../kernels/cpu/kernels.h"
+#include "adapter.h"
 #include "region.h"
 #include "program.h"
 
@@ -15,6 +16,12 @@ struct Block {
   int64_t row = 0, rows = 0, slot = 0, position = 0;
 };
 
+// Neighbouring rows of a value that have the same adapter, at most kRunRows, none of the next multiple of that.
+struct Run {
+  int64_t row = 0, rows = 0;
+  const Adapter* adapter = nullptr;
+};
+
 // The rows of one forward, all checked.
 struct Batch {
   const int32_t* tokens = nullptr;
@@ -23,6 +30,7 @@ struct Batch {
   const int32_t* wanted = nullptr;  // rows whose logits are asked for
   int64_t rows = 0, wanted_rows = 0;
   float* logits = nullptr;
+  std::vector<Run> runs, wanted_runs;  // of the rows, of the wanted ones: those with an adapter; reserved alike
   bool one_row_per_slot = false;  // then a row's append and attention need no barrier between them
   std::vector<Block> blocks;      // capacity reserved for max_tokens
 };
@@ -46,6 +54,8 @@ struct Machine {
   int8_t* quantized = nullptr;  // activations of the linear at work: [max_tokens, kp]
   float* scales = nullptr;      // [max_tokens, groups]
   int32_t* sums = nullptr;
+  float* low = nullptr;  // scale * A x of the linear at work: [max_tokens, low_width]
+  int64_t low_width = 0;
   float* ordered = nullptr;   // the input of the linear at work with its columns reordered: [max_tokens, k]
   float* queries = nullptr;   // normed and rotated queries of the attention at work
   float* partials = nullptr;  // of a context shared by several threads
@@ -60,6 +70,13 @@ struct Machine {
     const Value& value = program->values[static_cast<size_t>(view.value)];
     float* base = reinterpret_cast<float*>(arena + value.offset);
     return {base + view.column, value.width, value.requested ? batch.wanted_rows : batch.rows};
+  }
+
+  // The rows of a value that have an adapter.
+  const std::vector<Run>& runs(const View& view) const {
+    const bool requested =
+        view.value == View::kLogits || program->values[static_cast<size_t>(view.value)].requested;
+    return requested ? batch.wanted_runs : batch.runs;
   }
 
   // What a linear multiplies: its input, or the copy in the weight's column order that make_reorder made.
@@ -114,7 +131,8 @@ std::unique_ptr<Step> make_gather(const Machine& machine, const Instruction& ins
 std::unique_ptr<Step> make_pointwise(const Machine& machine, const Instruction& instruction);
 std::unique_ptr<Step> make_reorder(const Machine& machine, const Instruction& instruction);
 std::unique_ptr<Step> make_quantize(const Machine& machine, const Instruction& instruction);
-std::unique_ptr<Step> make_product(const Machine& machine, const Instruction& instruction);
+std::unique_ptr<Step> make_low_rank(const Machine& machine, const Instruction& instruction, size_t index);
+std::unique_ptr<Step> make_product(const Machine& machine, const Instruction& instruction, size_t index);
 std::unique_ptr<Step> make_append(const Machine& machine, const Instruction& instruction);
 std::unique_ptr<Step> make_attend(const Machine& machine, const Instruction& instruction);
 
