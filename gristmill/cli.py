@@ -17,7 +17,7 @@ import click
 from gristmill import __version__
 from gristmill.cli_compile import compile_command
 from gristmill.cli_export import export_command
-from gristmill.cli_options import ARTIFACT, DEVICE, HUGEPAGES, JSON, MAX_LEN, PIN, THREADS
+from gristmill.cli_options import ADAPTER, ARTIFACT, DEVICE, HUGEPAGES, JSON, MAX_LEN, PIN, THREADS
 from gristmill.cli_output import Rows, echo_json, note, show_profile, show_table
 from gristmill.cli_plan import plan_command
 from gristmill.cli_report import report_command
@@ -148,13 +148,14 @@ def verify(artifact: str, selftest: bool, device: str, threads: int | None, as_j
     type=click.Path(),
     help='File of lines {"text": ...}: how often the last word is predicted from what is before it.',
 )
+@ADAPTER
 @MAX_LEN
 @DEVICE
 @THREADS
 @JSON
 def eval_command(
     artifact: str, text: str | None, window: int | None, max_tokens: int | None, last_word: str | None,
-    max_len: int | None, device: str, threads: int | None, as_json: bool,
+    max_len: int | None, device: str, threads: int | None, adapter: dict[str, str], as_json: bool,
 ) -> None:  # fmt: skip
     """Measure perplexity on a text, or how often the last word of a passage is predicted.
 
@@ -170,21 +171,22 @@ def eval_command(
     if last_word is not None:
         if window is not None or max_tokens is not None:
             raise click.UsageError("--window and --max-tokens are for --text")
-        _show_last_words(load(artifact, device, threads=threads, max_len=max_len), last_word, as_json)
+        session = load(artifact, device, threads=threads, max_len=max_len, adapters=adapter)
+        _show_last_words(session, last_word, next(iter(adapter), None), as_json)
         return
     assert text is not None
-    session = load(artifact, device, threads=threads, max_len=max_len, max_slots=1)
-    score = score_text(session, read_text(text), window, max_tokens)
+    session = load(artifact, device, threads=threads, max_len=max_len, max_slots=1, adapters=adapter)
+    score = score_text(session, read_text(text), window, max_tokens, next(iter(adapter), None))
     if as_json:
         echo_json({"nll": score.nll, "ppl": score.ppl, "tokens": score.tokens, "window": score.window})
     else:
         click.echo(f"nll {score.nll:.5f}  ppl {score.ppl:.4f}  tokens {score.tokens}  window {score.window}")
 
 
-def _show_last_words(session: Session, path: str, as_json: bool) -> None:
+def _show_last_words(session: Session, path: str, adapter: str | None, as_json: bool) -> None:
     from gristmill.runtime.last_word import score_last_words
 
-    score = score_last_words(session, path)
+    score = score_last_words(session, path, adapter)
     if as_json:
         echo_json(asdict(score))
     else:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 import numpy as np
 
 from gristmill.runtime import machine
-from gristmill.runtime.adapters.held import Adapters, Held
+from gristmill.runtime.adapters.held import ONLY_CPU, Adapters, Held
 from gristmill.runtime.arguments import batch, int32, is_batch, within
 from gristmill.runtime.artifact import (
     GENERATION_CONFIG,
@@ -107,9 +107,9 @@ def load(
     file, which takes time at the start and memory that no other process shares, and spares misses of the
     address translation. pin: all threads but the caller's stay on processors of their own. max_waiting:
     sequences that may wait for a slot before more are refused, default 4096. draft: the artifact of a smaller
-    model with the same tokenizer, which proposes tokens: the same text in less time. adapters: folders of PEFT
-    adapters by the names that requests have for them, see Session.load_adapter. Raises GristmillError for a
-    damaged artifact and for what this machine or model cannot do.
+    model with the same tokenizer, which proposes tokens: the same text in less time. adapters: folders of
+    PEFT adapters by the names that requests have for them, see Session.load_adapter. Raises GristmillError
+    for a damaged artifact and for what this machine or model cannot do.
     """
     known = (
         "device", "threads", "max_len", "max_slots", "hugepages", "pin", "max_waiting", "draft", "adapters",
@@ -126,6 +126,8 @@ def load(
     if (threads is not None and not found.threads) or ((hugepages or pin) and not found.pages):
         what = "hugepages and pin" if found.threads else "threads, hugepages and pin"
         raise GristmillError(f"{what} are for device 'cpu'; leave them out with {device!r}")
+    if adapters and not found.adapters:
+        raise GristmillError(ONLY_CPU)
     how: dict[str, Any] = {
         "threads": threads, "max_len": max_len, "max_slots": max_slots, "hugepages": hugepages, "pin": pin,
     }  # fmt: skip
@@ -325,8 +327,8 @@ class Session:
         all of them).
 
         tokens, positions, slots: [T] int32, T <= max_tokens: row t is token tokens[t] at positions[t] of
-        slots[t], with the adapter that `slot` or `reset` gave it. A slot's rows continue it without gap or duplicate; a position before its end rolls it back.
-        rows: [R] int32 indices of rows.
+        slots[t], with the adapter that `slot` or `reset` gave it. A slot's rows continue it without gap or
+        duplicate; a position before its end rolls it back. rows: [R] int32 indices of rows.
         """
         return self._run(*batch(tokens, positions, slots, rows), held=False)
 

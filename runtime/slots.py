@@ -20,8 +20,8 @@ NO_ADAPTER = -1
 
 
 class Slots:
-    """Lengths of `max_slots` slots and who holds them. adapters: [max_slots] i32, the number of the adapter that
-    a slot's rows are computed with, -1: none.
+    """Lengths of `max_slots` slots and who holds them. adapters: [max_slots] i32, the number of the adapter
+    that a slot's rows are computed with, -1: none.
 
     ring: 0, or the fewest rows a cache keeps of each slot (a sliding window's holds window + max_tokens).
     reach: max_tokens, how far back a slot can roll once that ring has begun to overwrite itself.

@@ -1,9 +1,9 @@
-"""What an adapter's pairs are to a program: which segments of which linears they add to, and which of B's rows.
+"""What an adapter's pairs are to a program: which segments of its linears they add to, with which rows of B.
 
-A segment keeps the name of the checkpoint's tensor that it is made of; the manifest's `origins` say how: as it
-is, turned (GPT-2's Conv1D, whose A and B are those of any linear), or with its rows in another order. Where
-compiling changed what a linear multiplies or gives, A and B would be of another basis: such artifacts are
-refused.
+A segment keeps the name of the checkpoint's tensor that it is made of; the manifest's `origins` say how: as
+it is, turned (GPT-2's Conv1D, whose A and B are those of any linear), or with its rows in another order.
+Where compiling changed what a linear multiplies or gives, A and B would be of another basis: such artifacts
+are refused.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def refuse_artifact(artifact: Artifact | None) -> None:
         changed = f"--method {quantization['method']}, which scales what linears read"
     if changed is not None and artifact is not None:
         raise GristmillError(
-            f"{artifact.path} was compiled with {changed}, so that adapters do not fit it; compile without it, "
-            "or merge the adapter with `gristmill compile --lora`"
+            f"{artifact.path} was compiled with {changed}, so that adapters do not fit it; compile without "
+            "it, or merge the adapter with `gristmill compile --lora`"
         )
 
 
@@ -71,7 +71,7 @@ def _refuse_unmergeable(adapter: PeftAdapter) -> None:
     """What adds to no linear's product."""
     if adapter.replaced:
         raise adapter.error(
-            f"it brings whole parameters ({min(adapter.replaced)}), which adapters at run time cannot; {MERGE}"
+            f"it brings whole parameters ({min(adapter.replaced)}), which run time leaves alone; {MERGE}"
         )
     for module, pair in adapter.pairs.items():
         what = None
@@ -127,9 +127,8 @@ def _pairs(
             assert artifact is not None
             rows = b[_rows(artifact, place.segment, n)]
         kind = pair.a.dtype.lower() if same else "f32"
-        yield (
-            place.instruction, place.number, kind, np.ascontiguousarray(a), np.ascontiguousarray(rows), pair.scale
-        )  # fmt: skip
+        first, second = np.ascontiguousarray(a), np.ascontiguousarray(rows)
+        yield place.instruction, place.number, kind, first, second, pair.scale
 
 
 def _rows(artifact: Artifact, segment: Segment, count: int) -> np.ndarray:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from gristmill.runtime.session import Session
 
 MOST_NAME = 200
+ONLY_CPU = (
+    "adapters at run time are for device 'cpu'; load with it, or merge the adapter with `gristmill compile "
+    "--lora`, which runs everywhere"
+)
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,7 @@ class Adapters:
             )
         executor: Any = self._session.executor
         if not hasattr(executor, "add_adapter"):
-            raise GristmillError(
-                "adapters at run time are for device 'cpu'; load with it, or merge the adapter with "
-                "`gristmill compile --lora`, which runs everywhere"
-            )
+            raise GristmillError(ONLY_CPU)
         refuse_artifact(self._session.artifact)
         adapter = read_adapter(path)
         pairs = bind(adapter, self._session.program, self._session.artifact)

@@ -51,8 +51,8 @@ class Executor:
     def add_adapter(
         self, pairs: list[tuple[int, int, str, NDArray[np.generic], NDArray[np.generic], float]]
     ) -> int:
-        """Copies an adapter: instruction, segment, format ("f32", or "f16", "bf16" as bits), A [r, K], B [N, r],
-        scale of each matrix that it adds scale * B A to. Returns its number."""
+        """Copies an adapter: instruction, segment, format ("f32", or "f16", "bf16" as bits), A [r, K], B
+        [N, r], scale of each matrix that it adds scale * B A to. Returns its number."""
     def remove_adapter(self, adapter: int) -> None:
         """Forgets an adapter; no other one gets its number."""
     @property

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 CONTRASTIVE_OPTIONS = (
     "max_new_tokens", "penalty_alpha", "top_k", "stop", "stop_ids", "ignore_eos", "skip_special_tokens",
-    "on_text",
+    "adapter", "on_text",
 )  # fmt: skip
 LOGITS_BYTES = 64 << 20  # the most that the logits of one chunk of the prompt may take
 
