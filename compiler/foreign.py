@@ -56,6 +56,9 @@ class Foreign:
             asked = keep_scheme(keeps, name, role) is not None or role in self.ends
             if asked or not (role == "linear" or checkpoint.reader.whole) or stored not in checkpoint:
                 return assign(role, name)
+            found = checkpoint.quantized(stored)
+            if found is not None:  # its values were changed: the same numbers again, as far as they are ours
+                return found.scheme or assign(role, name)
             return Scheme(FLOATS.get(checkpoint.dtype(stored), "f32"))
 
         return as_stored

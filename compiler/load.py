@@ -13,6 +13,7 @@ from typing import Any
 
 from ..passes.graph import Traced
 from ..quant.formats import Reader, reader
+from ..runtime.adapters.peft import PeftAdapter
 from ..runtime.errors import GristmillError
 from . import gate
 from .checkpoint import Checkpoint, file_hash
@@ -31,7 +32,7 @@ HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "pytorch_model*
 class Source:
     """What the compiler starts from. ``config`` is a transformers PretrainedConfig of the float model.
 
-    ``folder``: what keeps a temporary directory alive.
+    ``folder``: what keeps a temporary directory alive. ``adapters``: what is merged into the weights.
     """
 
     name: str
@@ -39,11 +40,20 @@ class Source:
     config: Any
     checkpoint: Checkpoint | QuantizedCheckpoint
     folder: Any = None
+    adapters: Sequence[PeftAdapter] = ()
 
     @cached_property
     def hashes(self) -> dict[str, str]:
         """sha256 of the config and of every weight file, by name."""
-        return {"config.json": file_hash(self.directory / "config.json"), **self.checkpoint.hashes()}
+        return {
+            "config.json": file_hash(self.directory / "config.json"), **self.checkpoint.hashes(),
+            **self.adapter_hashes(),
+        }  # fmt: skip
+
+    def adapter_hashes(self) -> dict[str, str]:
+        """sha256 of the files of what is merged, by name."""
+        every = [(number, adapter) for number, adapter in enumerate(self.adapters)]
+        return {f"lora.{n}/{name}": found for n, a in every for name, found in a.hashes().items()}
 
     def refuse(self, options: CompileOptions) -> None:
         """Raises GristmillError for options that this source cannot do."""
@@ -82,7 +92,9 @@ def changed_options(options: CompileOptions) -> Iterator[tuple[str, Any]]:
     for option in fields(options):
         value = getattr(options, option.name)
         if value != option.default and option.name not in ("force", "resume", "explain", "check_passes"):
-            yield option.name, Path(value).name if option.name in ("text", "calibration") else value
+            if option.name in ("text", "calibration"):
+                value = Path(value).name
+            yield option.name, tuple(Path(v).name for v in value) if option.name == "lora" else value
 
 
 def load_source(model: str) -> Source:

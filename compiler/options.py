@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from os import PathLike
 from typing import Any
 
 from gristmill.quant.request import parse_bits, parse_keep, parse_size
@@ -58,8 +59,8 @@ class CompileOptions:
     a calibration that was killed. act_order, damping, asymmetric_error: of GPTQ. tune_epochs: passes over the
     samples that tune all scales together, None: 2 for small models by GPTQ, else 0. bits: average stored bits
     per weight; size: of the weights file, such as "400MB"; either lets every linear have its own width.
-    keep: formats by pattern, such as "f16:head". activations: what integer weights are multiplied by, int8
-    or f32.
+    keep: formats by pattern, such as "f16:head". lora: folders of PEFT adapters, merged into the weights
+    before they are rounded; several add up. activations: what integer weights are multiplied by, int8 or f32.
 
     explain: keep the pass ledger in the result;
     check_passes: run each pass's before and after.
@@ -96,6 +97,7 @@ class CompileOptions:
     bits: float | None = None
     size: str | None = None
     keep: tuple[str, ...] = ()
+    lora: tuple[str, ...] = ()
     activations: str = "int8"
     explain: bool = False
     check_passes: bool = False
@@ -110,6 +112,9 @@ class CompileOptions:
                 values[name] = str(values[name])
         if "keep" in values:
             values["keep"] = (values["keep"],) if isinstance(values["keep"], str) else tuple(values["keep"])
+        if "lora" in values:
+            given = values["lora"]
+            values["lora"] = tuple(map(str, (given,) if isinstance(given, (str, PathLike)) else given))
         if isinstance(values.get("max_ppl_increase"), str):
             values["max_ppl_increase"] = parse_percent(values["max_ppl_increase"])
         options = CompileOptions(**values)

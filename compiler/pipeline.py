@@ -37,7 +37,7 @@ from ..runtime.evaluation import read_text
 from ..runtime.program import Limits
 from ..runtime.session import Session
 from ..runtime.session import load as load_session
-from . import foreign, gate, interpret
+from . import foreign, gate, interpret, lora
 from .emit import write_weights
 from .exports import Export
 from .load import Source, load_source
@@ -94,10 +94,12 @@ def compile_model(
         report("load", 0.0)
         source = model if isinstance(model, Source) else load_source(model)
         source.refuse(options)
+        source.adapters = lora.read_adapters(options.lora)
         limits = plan_limits(source.config, options)
         tokenizer = source.tokenizer()
         report("trace", 0.0)
         traced = source.trace(limits.max_len, export)
+        lora.merge(traced, source.adapters)
         limits = narrow(limits, traced)
         report("passes", 0.0)
         taken = foreign.of(source, options)
@@ -240,6 +242,8 @@ def _manifest(
         "bits_per_weight": bits_per_weight(made.lowered),
         "origins": made.lowered.origins,
     }
+    if source.adapters:
+        manifest["adapters"] = lora.record(source.adapters)
     if made.records:
         manifest["calibration_seconds"] = {name: record["seconds"] for name, record in made.records.items()}
     return manifest

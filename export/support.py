@@ -27,6 +27,7 @@ RUNS = {
     "copies": "beams and shared prefixes (slots are copied)",
     "hidden": "hidden states (`forward_hidden`, contrastive search)",
     "alike": "a row's bits do not depend on its batch",
+    "adapters": "adapters beside the weights (`--adapter`), see [lora.md](lora.md)",
     "bench": "`gristmill bench`",
     "profile": "`bench --profile`",
     "tune": "`gristmill tune`",
@@ -87,6 +88,7 @@ def _sessions(device: Device | None) -> Cells:
     return dict.fromkeys(RUNS, YES) | {
         "batch": YES if device.batched else Cell("as", "one after the other"),
         "alike": YES if device.alike else Cell("as", "within rounding"),
+        "adapters": YES if device.adapters else Cell("no", "adapters at run time are for device 'cpu'"),
         "bench": YES if device.bench else Cell("no", "bench does not measure the memory"),
         "profile": YES if device.profile else Cell("no", "its runtime has its own"),
         "tune": YES if device.tune else Cell("no", "has nothing to tune"),

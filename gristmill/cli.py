@@ -18,6 +18,7 @@ from gristmill import __version__
 from gristmill.cli_compile import compile_command
 from gristmill.cli_export import export_command
 from gristmill.cli_options import (
+    ADAPTER,
     ARTIFACT,
     DEVICE,
     HUGEPAGES,
@@ -180,6 +181,7 @@ def verify(artifact: str, selftest: bool, device: str, threads: int | None, as_j
     type=click.Path(),
     help='File of lines {"text": ...}: how often the last word is predicted from what is before it.',
 )
+@ADAPTER
 @MAX_LEN
 @DEVICE
 @THREADS
@@ -187,7 +189,8 @@ def verify(artifact: str, selftest: bool, device: str, threads: int | None, as_j
 @JSON
 def eval_command(
     artifact: str, text: str | None, window: int | None, max_tokens: int | None, last_word: str | None,
-    max_len: int | None, device: str, threads: int | None, tensor_parallel: int | None, as_json: bool,
+    max_len: int | None, device: str, threads: int | None, tensor_parallel: int | None,
+    adapter: dict[str, str], as_json: bool,
 ) -> None:  # fmt: skip
     """Measure perplexity on a text, or how often the last word of a passage is predicted.
 
@@ -200,25 +203,27 @@ def eval_command(
 
     if (text is None) == (last_word is None):
         raise click.UsageError("give either --text or --last-word")
-    how: dict[str, Any] = {"threads": threads, "max_len": max_len, "tensor_parallel": tensor_parallel}
+    how: dict[str, Any] = {
+        "threads": threads, "max_len": max_len, "tensor_parallel": tensor_parallel, "adapters": adapter,
+    }  # fmt: skip
     if last_word is not None:
         if window is not None or max_tokens is not None:
             raise click.UsageError("--window and --max-tokens are for --text")
-        _show_last_words(load(artifact, device, **how), last_word, as_json)
+        _show_last_words(load(artifact, device, **how), last_word, next(iter(adapter), None), as_json)
         return
     assert text is not None
     session = load(artifact, device, max_slots=1, **how)
-    score = score_text(session, read_text(text), window, max_tokens)
+    score = score_text(session, read_text(text), window, max_tokens, next(iter(adapter), None))
     if as_json:
         echo_json({"nll": score.nll, "ppl": score.ppl, "tokens": score.tokens, "window": score.window})
     else:
         click.echo(f"nll {score.nll:.5f}  ppl {score.ppl:.4f}  tokens {score.tokens}  window {score.window}")
 
 
-def _show_last_words(session: Session, path: str, as_json: bool) -> None:
+def _show_last_words(session: Session, path: str, adapter: str | None, as_json: bool) -> None:
     from gristmill.runtime.last_word import score_last_words
 
-    score = score_last_words(session, path)
+    score = score_last_words(session, path, adapter)
     if as_json:
         echo_json(asdict(score))
     else:

@@ -107,6 +107,10 @@ KV_TYPES = ("f32", "f16", "int8", "fp8", "int4")
     help="Format of matrices by name or role: f16:head, int8:*.down_proj; may be given several times.",
 )  # fmt: skip
 @click.option(
+    "--lora", multiple=True, type=click.Path(), metavar="DIR",
+    help="PEFT adapter to merge before quantization; given several times, they add up.",
+)  # fmt: skip
+@click.option(
     "--activations", type=click.Choice(["int8", "f32"]), default="int8", show_default=True,
     help="What integer weights are multiplied by.",
 )  # fmt: skip
@@ -142,6 +146,7 @@ def compile_command(
     gristmill compile decoder.pt -o decoder.grist --tokenizer tokenizer.json
     gristmill compile model/ -o model.grist --method awq+gptq --calibration corpus.txt
     gristmill compile model/ -o model.grist --method gptq --bits 3.5 --keep f16:head
+    gristmill compile model/ -o model.grist --lora adapter/
     gristmill compile model/ -o model.grist --text held_out.txt --max-ppl-increase 2%
     gristmill compile model/ -o model.grist --auto --max-ppl-increase 1% --min-tok-s 30 --max-size 700MB
     """

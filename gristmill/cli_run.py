@@ -14,7 +14,17 @@ from gristmill.cli_generation import (
     generation_keywords,
     generation_options,
 )
-from gristmill.cli_options import ARTIFACT, DEVICE, HUGEPAGES, JSON, MAX_LEN, PIN, TENSOR_PARALLEL, THREADS
+from gristmill.cli_options import (
+    ADAPTER,
+    ARTIFACT,
+    DEVICE,
+    HUGEPAGES,
+    JSON,
+    MAX_LEN,
+    PIN,
+    TENSOR_PARALLEL,
+    THREADS,
+)
 from gristmill.cli_output import echo_json, note
 from gristmill.runtime.errors import GristmillError
 
@@ -43,6 +53,7 @@ MOST_SLOTS = 8  # for several answers: more wait in turn
 @click.option(
     "--draft", type=click.Path(), help="Artifact of a smaller model, same tokenizer, that proposes tokens."
 )
+@ADAPTER
 @click.option(
     "--chat/--no-chat",
     default=None,
@@ -60,7 +71,7 @@ def run_command(
     artifact: str, prompt: str | None, chat: bool | None, system: str | None, max_len: int | None,
     device: str, threads: int | None, tensor_parallel: int | None, hugepages: bool, pin: bool,
     draft: str | None, beams: int | None, length_penalty: float | None, penalty_alpha: float | None,
-    as_json: bool, **given: Any,
+    adapter: dict[str, str], as_json: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Continue a text, or answer with --chat; without --prompt, the text comes from stdin.
 
@@ -74,6 +85,7 @@ def run_command(
     gristmill run story.grist --prompt "Tom" --n 3 --temperature 1 --min-p 0.1
     gristmill run story.grist --prompt "Tom" --beams 4 --no-repeat-ngram 3
     gristmill run chat.grist --chat --prompt "A city, as JSON" --schema city.json
+    gristmill run story.grist --adapter adapters/pirate --prompt "Once upon a time"
     gristmill run big.grist --draft small.grist --prompt "Once upon a time"
     cat notes.txt | gristmill run story.grist --max-new-tokens 100
     """
@@ -86,8 +98,10 @@ def run_command(
     text = prompt if prompt is not None or interactive else _read_stdin()
     session = load(
         artifact, device, threads=threads, max_len=max_len, max_slots=_slots(beams, penalty_alpha, given),
-        hugepages=hugepages, pin=pin, draft=draft, tensor_parallel=tensor_parallel,
+        hugepages=hugepages, pin=pin, draft=draft, tensor_parallel=tensor_parallel, adapters=adapter,
     )  # fmt: skip
+    if adapter:
+        options["adapter"] = next(iter(adapter))
     if text is None:
         _converse(session, options, chat, system)
         return

@@ -7,7 +7,16 @@ from typing import Any
 
 import click
 
-from gristmill.cli_options import ARTIFACT, DEVICE, HUGEPAGES, MAX_LEN, PIN, TENSOR_PARALLEL, THREADS
+from gristmill.cli_options import (
+    ARTIFACT,
+    DEVICE,
+    HUGEPAGES,
+    MAX_LEN,
+    PIN,
+    TENSOR_PARALLEL,
+    THREADS,
+    named_adapters,
+)
 from gristmill.cli_output import note
 from gristmill.runtime.errors import GristmillError
 
@@ -59,6 +68,10 @@ NEEDED = ("fastapi", "uvicorn", "httptools", "prometheus_client", "pydantic", "s
 @click.option(
     "--draft", type=click.Path(), help="Artifact of a smaller model, same tokenizer, that proposes tokens."
 )
+@click.option(
+    "--adapter", "adapters", multiple=True, metavar="NAME=DIR", callback=named_adapters,
+    help="PEFT adapter that requests choose by `model`; may be given several times.",
+)  # fmt: skip
 @MAX_LEN
 @DEVICE
 @THREADS
@@ -68,7 +81,8 @@ NEEDED = ("fastapi", "uvicorn", "httptools", "prometheus_client", "pydantic", "s
 def serve_command(
     artifact: str, host: str, port: int, model_name: str | None, api_key_file: str | None,
     max_slots: int | None, log_path: str | None, draft: str | None, max_len: int | None, device: str,
-    threads: int | None, tensor_parallel: int | None, hugepages: bool, pin: bool, **limits: Any,
+    threads: int | None, tensor_parallel: int | None, hugepages: bool, pin: bool, adapters: dict[str, str],
+    **limits: Any,
 ) -> None:  # fmt: skip
     """Serve an artifact over HTTP, as OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models.
 
@@ -76,6 +90,7 @@ def serve_command(
 
     \b
     gristmill serve chat.grist
+    gristmill serve chat.grist --adapter sql=adapters/sql --adapter law=adapters/law
     gristmill serve chat.grist --host 0.0.0.0 --api-key-file keys.txt --max-slots 32
     curl localhost:8000/v1/completions -H 'content-type: application/json' -d '{"prompt": "Once"}'
     """
@@ -91,10 +106,14 @@ def serve_command(
     from gristmill.runtime.session import load
 
     name = model_name if model_name is not None else Path(artifact).resolve().name
+    if name in adapters:
+        raise GristmillError(
+            f"an adapter has the model's name, {name!r}; give it another one, or another --model-name"
+        )
     settings = Settings(model=name, keys=read_keys(api_key_file), **limits)
     session = load(
         artifact, device, threads=threads, max_len=max_len, max_slots=max_slots, hugepages=hugepages, pin=pin,
-        max_waiting=NO_QUEUE_OF_ITS_OWN, draft=draft, tensor_parallel=tensor_parallel,
+        max_waiting=NO_QUEUE_OF_ITS_OWN, draft=draft, tensor_parallel=tensor_parallel, adapters=adapters,
     )  # fmt: skip
     session.tokenizer  # noqa: B018  an artifact without one is refused before anything listens
     listening = bind(host, port)

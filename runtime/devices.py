@@ -11,8 +11,8 @@ class Device:
     """exported: what the folders it runs were exported to, which names a package of the runtime; None: it
     runs artifacts. threads: whether `threads` is for it. pages: `hugepages` and `pin`. ranks:
     `tensor_parallel`. bench: `bench` measures the memory it is held against. profile: instructions are timed
-    one by one. tune: products are. batched: rows of many sequences are multiplied together. alike: a row's
-    bits do not depend on the rows beside it."""
+    one by one. tune: products are. batched: rows of many sequences are multiplied together. adapters: rows
+    may have one. alike: a row's bits do not depend on the rows beside it."""
 
     name: str
     exported: str | None = None
@@ -23,13 +23,16 @@ class Device:
     profile: bool = False
     tune: bool = False
     batched: bool = False
+    adapters: bool = False
     alike: bool = False
 
 
 DEVICES = {
     device.name: device
     for device in (
-        Device("cpu", pages=True, ranks=True, profile=True, batched=True, alike=True),
+        Device(
+            "cpu", pages=True, ranks=True, profile=True, batched=True, adapters=True, alike=True,
+        ),
         Device("cuda", threads=False, profile=True, tune=True, batched=True),
         Device("onnx:cpu", exported="onnx"),
         Device("onnx:cuda", exported="onnx", bench=False),

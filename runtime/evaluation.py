@@ -78,10 +78,13 @@ def token_nll(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return np.log(sums) + highest - logits[np.arange(len(targets)), targets]
 
 
-def negative_log_likelihood(session: Session, ids: list[int], window: int | None = None) -> np.ndarray:
+def negative_log_likelihood(
+    session: Session, ids: list[int], window: int | None = None, adapter: str | None = None
+) -> np.ndarray:
     """nll [tokens] f64 of every counted token of `ids` (token ids of a text without special tokens).
 
-    window: tokens per window, the prefix included; default and most: the session's max_len.
+    window: tokens per window, the prefix included; default and most: the session's max_len. adapter: the name
+    of the one that changes the model.
     """
     window = session.max_len if window is None else window
     if window > session.max_len:
@@ -89,7 +92,7 @@ def negative_log_likelihood(session: Session, ids: list[int], window: int | None
             f"a window of {window} tokens, max_len is {session.max_len}; use less or load with more"
         )
     prefix = session.tokenizer.prefix_ids if session.has_tokenizer else []
-    with session.slot() as slot:
+    with session.slot(adapter) as slot:
         found = [
             window_nll(session, piece, slot, len(prefix)) for piece in text_windows(list(ids), prefix, window)
         ]
@@ -114,12 +117,13 @@ def read_text(path: str | Path) -> str:
 
 
 def score_text(
-    session: Session, text: str, window: int | None = None, max_tokens: int | None = None
-) -> TextScore:
-    """Scores `text`, or its first `max_tokens` tokens."""
+    session: Session, text: str, window: int | None = None, max_tokens: int | None = None,
+    adapter: str | None = None,
+) -> TextScore:  # fmt: skip
+    """Scores `text`, or its first `max_tokens` tokens, by the model or by it with an adapter."""
     if max_tokens is not None and max_tokens < 2:
         raise GristmillError(f"max_tokens is {max_tokens}, expected 2 or more")
     ids = session.tokenizer.encode(text, add_special_tokens=False)[:max_tokens]
-    nll = negative_log_likelihood(session, ids, window)
+    nll = negative_log_likelihood(session, ids, window, adapter)
     mean = float(nll.mean())
     return TextScore(mean, float(np.exp(mean)), len(nll), window or session.max_len)

@@ -41,12 +41,14 @@ class LastWordScore:
     tok_s: float
 
 
-def score_last_words(session: Session, path: str | Path) -> LastWordScore:
-    """Scores the passages in the file at `path`. Raises GristmillError that names the line for one that is no
-    passage or does not fit into max_len."""
+def score_last_words(session: Session, path: str | Path, adapter: str | None = None) -> LastWordScore:
+    """Scores the passages in the file at `path`, by the model or by it with an adapter.
+
+    Raises GristmillError that names the line for one that is no passage or does not fit into max_len.
+    """
     requests = [_request(session, text, f"{path} line {line}") for line, text in read_passages(path)]
     began = time.perf_counter()
-    scores = score_continuations(session, requests)
+    scores = score_continuations(session, requests, adapter=adapter)
     seconds = time.perf_counter() - began
     hits, tokens = sum(score.greedy for score in scores), sum(len(a) + len(b) for a, b in requests)
     low, high = wilson_interval(hits, len(scores))

@@ -48,7 +48,7 @@ def artifact_summary(artifact: Artifact, program: Program) -> dict[str, Any]:
 def artifact_rows(summary: dict[str, Any]) -> Rows:
     """The summary of `inspect` as a table."""
     rows: Rows = [("artifact", summary["path"]), ("content", summary["content_id"])]
-    for key in ("source", "quantization", "limits", "tools"):
+    for key in ("source", "adapters", "quantization", "limits", "tools"):
         if key in summary:
             rows.append((key, _flat(summary[key])))
     if isinstance(summary.get("bits_per_weight"), (int, float)):

@@ -63,18 +63,20 @@ def score_continuations(
     session: Session,
     requests: Sequence[tuple[Sequence[int], Sequence[int]]],
     on_done: Callable[[int], None] | None = None,
+    adapter: str | None = None,
 ) -> list[ContinuationScore]:
     """Scores each (context, continuation), both lists of token ids.
 
-    on_done: called with a number of requests whenever that many more have their score. All slots that are
-    free are used. Raises GristmillError for an empty context or continuation and for one that together with
-    its context is longer than max_len + 1 (the last token is predicted and never put in).
+    on_done: called with a number of requests whenever that many more have their score. adapter: the name of
+    the one that changes the model. All slots that are free are used. Raises GristmillError for an empty
+    context or continuation and for one that together with its context is longer than max_len + 1 (the last
+    token is predicted and never put in).
     """
     if not requests:
         return []
     scores: dict[int, ContinuationScore] = {}
     jobs = _jobs(session, requests)
-    with _free_slots(session, len(jobs)) as slots:
+    with _free_slots(session, len(jobs), adapter) as slots:
         lanes = [Lane(slot, part) for slot, part in zip(slots, _split(jobs, len(slots)), strict=True)]
         _share_beginning(session, lanes, jobs)
         while lanes := [lane for lane in lanes if lane.jobs]:
@@ -108,13 +110,13 @@ def _jobs(session: Session, requests: Sequence[tuple[Sequence[int], Sequence[int
 
 
 @contextmanager
-def _free_slots(session: Session, most: int) -> Iterator[list[int]]:
+def _free_slots(session: Session, most: int, adapter: str | None) -> Iterator[list[int]]:
     """Slots for `forward`: one, which may have to be waited for, and up to `most` that are free now."""
-    with session.slot() as first:
-        slots = [first]
+    with session.slot(adapter) as first:
+        slots, number = [first], session.adapters.number(adapter)
         try:
             while len(slots) < most:
-                slot = session._slots.take(wait=False, lend=True)
+                slot = session._slots.take(wait=False, lend=True, adapter=number)
                 if slot is None:
                     break
                 slots.append(slot)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property, partial
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 import numpy as np
 
 from gristmill.runtime import machine
+from gristmill.runtime.adapters.held import ONLY_CPU, Adapters, Held
 from gristmill.runtime.arguments import batch, int32, is_batch, within
 from gristmill.runtime.artifact import (
     GENERATION_CONFIG,
@@ -42,7 +43,7 @@ from gristmill.runtime.exported import open_executor_of, open_export
 from gristmill.runtime.footprint import refuse_malformed, refuse_too_large, smallest_ring
 from gristmill.runtime.hidden import run_hidden
 from gristmill.runtime.program import Program
-from gristmill.runtime.slots import Slots
+from gristmill.runtime.slots import NO_ADAPTER, Slots
 from gristmill.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def load(
     max_waiting: int | None = None,
     draft: str | Path | None = None,
     tensor_parallel: int | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
     **unknown: Any,
 ) -> Session:
     """Opens the artifact in directory `path`.
@@ -109,12 +111,13 @@ def load(
     sequences that may wait for a slot before more are refused, default 4096. draft: the artifact of a smaller
     model with the same tokenizer, which proposes tokens: the same text in less time. tensor_parallel: so many
     processes share the model and its products, this one and others that it starts, on device "cpu"; threads
-    are then of all together. Raises GristmillError for a damaged artifact and for what this machine or model
+    are then of all together. adapters: folders of PEFT adapters by the names that requests have for them, see
+    Session.load_adapter. Raises GristmillError for a damaged artifact and for what this machine or model
     cannot do.
     """
     known = (
         "device", "threads", "max_len", "max_slots", "hugepages", "pin", "max_waiting", "draft",
-        "tensor_parallel",
+        "tensor_parallel", "adapters",
     )  # fmt: skip
     refuse_unknown(unknown, known, "load")
     if device == "pt2:cuda":
@@ -128,11 +131,15 @@ def load(
     if (threads is not None and not found.threads) or ((hugepages or pin) and not found.pages):
         what = "hugepages and pin" if found.threads else "threads, hugepages and pin"
         raise GristmillError(f"{what} are for device 'cpu'; leave them out with {device!r}")
+    if adapters and not found.adapters:
+        raise GristmillError(ONLY_CPU)
     how: dict[str, Any] = {
         "threads": threads, "max_len": max_len, "max_slots": max_slots, "hugepages": hugepages, "pin": pin,
     }  # fmt: skip
     ranks = _ranks(tensor_parallel, device, pin)
     session = _open(path, device, max_waiting, ranks=ranks, **how)
+    for name, folder in (adapters or {}).items():
+        session.load_adapter(name, folder)
     if draft is not None:
         how.update(max_len=session.max_len, max_slots=session.max_slots)
         session.draft_with(_open(draft, device, None, **how))
@@ -220,6 +227,7 @@ class Session:
         self._lock = threading.Lock()
         ring = smallest_ring(program, executor.max_len)
         self._slots = Slots(executor.max_slots, executor.max_len, ring, program.limits.max_tokens)
+        self.adapters = Adapters(self)
         self._scheduler = Scheduler(self, max_waiting)
         self._async_driver = AsyncDriver(self)
         self._compiling = threading.Lock()
@@ -230,6 +238,7 @@ class Session:
         """A thread of the parent may have held the lock; it is not in this process."""
         self._lock, self._compiling = threading.Lock(), threading.Lock()
         self._slots.after_fork()
+        self.adapters.after_fork()
         self._scheduler.after_fork()
         self._async_driver.after_fork()
         if "_constrainer" in self.__dict__:
@@ -273,6 +282,18 @@ class Session:
             "kv_bytes": executor.kv_bytes,
             "arena_bytes": executor.arena_bytes,
         }
+
+    def load_adapter(self, name: str, path: str | Path) -> Held:
+        """Loads the PEFT adapter in directory `path`, to be asked for as `adapter=name` from now on.
+
+        It stays beside the weights and changes the rows of who asks for it alone. Raises GristmillError for
+        an adapter that does not fit the model or can only be merged, and on devices other than the CPU.
+        """
+        return self.adapters.load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets an adapter. Raises GristmillError for an unknown one, and while a slot uses it."""
+        self.adapters.unload(name, lambda number: not self._slots.forget_adapter(number))
 
     def draft_with(self, draft: Session | None) -> None:
         """Lets `draft`, which nothing else may use from now on, propose tokens. Raises GristmillError where
@@ -336,8 +357,8 @@ class Session:
         all of them).
 
         tokens, positions, slots: [T] int32, T <= max_tokens: row t is token tokens[t] at positions[t] of
-        slots[t]. A slot's rows continue it without gap or duplicate; a position before its end rolls it back.
-        rows: [R] int32 indices of rows.
+        slots[t], with the adapter that `slot` or `reset` gave it. A slot's rows continue it without gap or
+        duplicate; a position before its end rolls it back. rows: [R] int32 indices of rows.
         """
         return self._run(*batch(tokens, positions, slots, rows), held=False)
 
@@ -357,15 +378,17 @@ class Session:
                 return
             yield found[0], asdict(found[1])
 
-    def reset(self, slot: int) -> None:
-        """Forgets the sequence that `forward` put into `slot`."""
+    def reset(self, slot: int, adapter: str | None = None) -> None:
+        """Forgets the sequence that `forward` put into `slot`; the next one there is with `adapter`."""
+        number = self.adapters.number(adapter)
         with self._lock:
-            self._slots.reset(slot)
+            self._slots.reset(slot, number)
 
     @contextmanager
-    def slot(self) -> Iterator[int]:
-        """An empty slot for `forward`; waits for one, and forgets its sequence in the end."""
-        slot = self._slots.take(lend=True)
+    def slot(self, adapter: str | None = None) -> Iterator[int]:
+        """An empty slot for `forward`, with an adapter's name for what is put there; waits for one, and
+        forgets its sequence in the end."""
+        slot = self._slots.take(lend=True, adapter=self.adapters.number(adapter))
         assert slot is not None
         try:
             yield slot
@@ -468,7 +491,7 @@ class Session:
 
     def _execute(
         self,
-        execute: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], Result],
+        execute: Callable[..., Result],
         tokens: np.ndarray,
         positions: np.ndarray,
         slots: np.ndarray,
@@ -479,6 +502,9 @@ class Session:
         with self._lock:
             ids, first, ends = self._slots.check(positions, slots, held)
             self._slots.begin(ids, first, ends)
+            adapters = self._slots.adapters[slots]
+            if (adapters != NO_ADAPTER).any():
+                execute = partial(execute, adapters=adapters)
             result = execute(tokens, positions, slots, rows)
             self._slots.advance(ids, first, ends)
         return result

@@ -3,7 +3,8 @@ lengths live here.
 
 A row may append at the end of its slot or roll it back by naming an earlier position. Gaps, duplicates and
 positions past the end are refused, so no sequence ever reads another's rows. A slot given back may say what
-tokens its rows are of: a sequence that begins with the same ones can then start behind them.
+tokens its rows are of: a sequence that begins with the same ones, and has the same adapter, can then start
+behind them.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import numpy as np
 
 from gristmill.runtime.errors import GristmillError
 
+NO_ADAPTER = -1
+
 
 class Slots:
-    """Lengths of `max_slots` slots and who holds them.
+    """Lengths of `max_slots` slots and who holds them. adapters: [max_slots] i32, the number of the adapter
+    that a slot's rows are computed with, -1: none.
 
     ring: 0, or the fewest rows a cache keeps of each slot (a sliding window's holds window + max_tokens).
     reach: max_tokens, how far back a slot can roll once that ring has begun to overwrite itself.
@@ -26,6 +30,7 @@ class Slots:
     def __init__(self, max_slots: int, max_len: int, ring: int = 0, reach: int = 0):
         self.max_slots, self.max_len = max_slots, max_len
         self.lengths = np.zeros(max_slots, np.int64)
+        self.adapters = np.full(max_slots, NO_ADAPTER, np.int32)
         self._highest = np.zeros(max_slots, np.int64)  # the longest each was since it began at position 0
         self._ring, self._reach = ring, reach
         self._holders: dict[int, int] = {}  # slot -> thread that took it
@@ -39,6 +44,7 @@ class Slots:
         lend: bool = False,
         owner: int | None = None,
         spare: int = -1,
+        adapter: int = NO_ADAPTER,
     ) -> int | None:
         """An empty slot, to be given back with `give_back`; waits for one, or returns None if not to wait.
 
@@ -54,7 +60,7 @@ class Slots:
                 self._refuse_deadlock({me})
                 self._freed.wait(timeout=0.2)
             self._holders[slot] = me if owner is None else owner
-            self._forget(slot)
+            self._forget(slot, adapter)
             if lend:
                 self._forwarded.add(slot)
             return slot
@@ -73,18 +79,20 @@ class Slots:
         with self._freed:
             del self._holders[slot]
             self._forwarded.discard(slot)
-            highest = self._highest[slot]
+            highest, adapter = self._highest[slot], self.adapters[slot]
             self._forget(slot)
             if len(tokens):
-                self._kept[slot], self._highest[slot] = tokens, highest
+                self._kept[slot], self._highest[slot], self.adapters[slot] = tokens, highest, adapter
             self._freed.notify_all()
 
-    def longest_kept(self, tokens: Sequence[int]) -> tuple[int, int]:
-        """The free slot that shares the most first rows with `tokens`, and how many; -1 and 0 where none
-        does."""
+    def longest_kept(self, tokens: Sequence[int], adapter: int = NO_ADAPTER) -> tuple[int, int]:
+        """The free slot that shares the most first rows with `tokens` of this adapter, and how many; -1 and 0
+        where none does."""
         best = (-1, 0)
         with self._freed:
             for slot, kept in self._kept.items():
+                if self.adapters[slot] != adapter:
+                    continue
                 length = self.reachable(slot, common_prefix(kept, tokens))
                 best = (slot, length) if length > best[1] else best
         return best
@@ -104,6 +112,16 @@ class Slots:
     def kept(self, slot: int) -> Sequence[int]:
         """The tokens whose rows a free slot keeps."""
         return self._kept.get(slot, ())
+
+    def forget_adapter(self, adapter: int) -> bool:
+        """Forgets what free slots keep of an adapter; False where a slot in use has it."""
+        with self._freed:
+            slots = np.flatnonzero(self.adapters == adapter).tolist()
+            if any(slot in self._holders or slot in self._forwarded for slot in slots):
+                return False
+            for slot in slots:
+                self._forget(slot)
+            return True
 
     def free(self) -> int:
         """How many slots are free."""
@@ -126,14 +144,16 @@ class Slots:
         for slot in [slot for slot, holder in self._holders.items() if holder != me]:
             self.give_back(slot)
 
-    def reset(self, slot: int) -> None:
-        """Forgets the sequence that `Session.forward` put into `slot`."""
+    def reset(self, slot: int, adapter: int = NO_ADAPTER) -> None:
+        """Forgets the sequence that `Session.forward` put into `slot`; the next one there has `adapter`."""
         _refuse_outside("slot", np.array([slot]), self.max_slots, "load with a larger max_slots")
         with self._freed:
             self._refuse_held(np.array([slot]))
             if slot not in self._holders:  # else it is lent, and stays so
                 self._forwarded.discard(slot)
-            self._forget(slot)
+            self._forget(slot, adapter)
+            if adapter != NO_ADAPTER:
+                self._forwarded.add(slot)  # nobody else takes it before the first forward
             self._freed.notify_all()
 
     def check(
@@ -184,8 +204,9 @@ class Slots:
     def _overwritten(self, slot: int) -> bool:
         return bool(self._ring and self._highest[slot] > self._ring)
 
-    def _forget(self, slot: int) -> None:
+    def _forget(self, slot: int, adapter: int = NO_ADAPTER) -> None:
         self._kept.pop(slot, None)
+        self.adapters[slot] = adapter
         self.lengths[slot] = self._highest[slot] = 0
 
     def _free_slot(self, spare: int) -> int | None:
@@ -208,7 +229,7 @@ class Slots:
         if taken:
             raise GristmillError(f"slot {min(taken)} is generating now; use another one, or session.slot()")
 
-    def take_many(self, count: int) -> list[int]:
+    def take_many(self, count: int, adapter: int = NO_ADAPTER) -> list[int]:
         """`count` empty slots at once, to be given back with `give_back_many`; waits until so many are free.
 
         Who waits holds none of them, so two that need several never wait for each other. Raises
@@ -228,7 +249,7 @@ class Slots:
             taken = free[:count]
             self._holders.update(dict.fromkeys(taken, me))
             for slot in taken:
-                self._forget(slot)
+                self._forget(slot, adapter)
             return taken
 
     def give_back_many(self, slots: list[int]) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import re
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import target_cases as cases
+import torch
+from adapters import save_adapter
 from conftest import ROOT
 from onnx import TensorProto
 from test_executor import tokens_for
@@ -103,9 +107,13 @@ def test_cells_of_cuda_have_their_tests(feature: str) -> None:
 # ---- sessions
 
 
-@pytest.mark.parametrize("feature", ["threads", "pages", "ranks"])
+@pytest.mark.parametrize("feature", ["threads", "pages", "ranks", "adapters"])
 def test_options_that_cuda_refuses(feature: str) -> None:
-    how: Any = {"threads": {"threads": 1}, "pages": {"pin": True}, "ranks": {"tensor_parallel": 2}}[feature]
+    options = {
+        "threads": {"threads": 1}, "pages": {"pin": True}, "ranks": {"tensor_parallel": 2},
+        "adapters": {"adapters": {"a": "b"}},
+    }  # fmt: skip
+    how: Any = options[feature]
     target = next(t for t in TARGETS if t.name == "cuda")
     assert refused(target, feature, lambda: gristmill.load(cases.artifact("f32"), "cuda", **how))
 
@@ -171,6 +179,27 @@ def _alike(target: Target, session: Session) -> None:
     tokens = tokens_for(cases.program("f32"), LENGTH)
     whole, alone = (cases.logits(session, tokens, 0, sizes) for sizes in ([LENGTH], [1] * LENGTH))
     close(alone, whole, 0.0 if exact else tolerance(target))
+
+
+def _adapters(target: Target, session: Session) -> None:
+    """One that adds twice a hidden state's third column to every logit."""
+    segment = session.program.weights["head"][0]
+    name = "base_model.model.lm_head"
+    a, b = torch.zeros(1, segment.k), torch.ones(segment.n, 1)
+    tokens = tokens_for(cases.program("f32"), LENGTH)
+    logits, hidden = session.forward_hidden(tokens, range(LENGTH), [0] * LENGTH)
+    a[0, 3] = 1
+    with tempfile.TemporaryDirectory() as folder:
+        tensors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+        save_adapter(Path(folder), tensors, r=1, lora_alpha=2)
+        if refused(target, "adapters", lambda: session.load_adapter("a", folder)):
+            return
+        session.load_adapter("a", folder)
+    session.reset(0, "a")
+    got = session.forward(tokens, range(LENGTH), [0] * LENGTH)
+    session.reset(0)
+    session.unload_adapter("a")
+    close(got, logits + 2 * hidden[:, 3:4], tolerance(target))
 
 
 def _bench(target: Target, session: Session) -> None:
@@ -240,7 +269,7 @@ def _ranks(target: Target, session: Session) -> None:
 RUN_TESTS: dict[str, Callable[[Target, Session], None]] = {
     "batch": _batch, "chunks": _chunks, "speculation": _speculation, "copies": _copies, "hidden": _hidden,
     "alike": _alike, "bench": _bench, "profile": _profile, "tune": _tune, "threads": _threads,
-    "pages": _pages, "ranks": _ranks,
+    "pages": _pages, "ranks": _ranks, "adapters": _adapters,
 }  # fmt: skip
 
 

@@ -64,7 +64,13 @@ class ModuleSource(Source):
         return self.traced.vocabulary
 
     def refuse(self, options: CompileOptions) -> None:
-        """Raises GristmillError for options that need a tokenizer, where there is none."""
+        """Raises GristmillError for adapters, whose names are a checkpoint's, and for options that need a
+        tokenizer, where there is none."""
+        if options.lora:
+            raise GristmillError(
+                f"{self.name}: lora is for Hugging Face directories and GGUF files; merge the adapter "
+                "into the module (PEFT's merge_and_unload) before it is compiled"
+            )
         if self.files:
             return
         asked = "the gate" if options.gate else None
@@ -170,7 +176,9 @@ def graph_source(module: nn.Module, call: Call, name: str, tokenizer: Any, eager
             "tokenizer of this model"
         )
     held: Any = checkpoint  # a Checkpoint in all but where it reads from
-    return ModuleSource(name, Path(), config, held, None, traced, files, (eager, call))
+    return ModuleSource(
+        name, Path(), config, held, traced=traced, files=files, eager=(eager, call)
+    )  # fmt: skip
 
 
 def checkpoint_of(module: nn.Module, name: str) -> MemoryCheckpoint:

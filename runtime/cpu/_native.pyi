@@ -36,6 +36,7 @@ class Executor:
         positions: NDArray[np.int32],
         slots: NDArray[np.int32],
         rows: NDArray[np.int32],
+        adapters: NDArray[np.int32] | None = None,
         *,
         after: Sequence[int] = (),
         band: Sequence[int] = (),
@@ -43,6 +44,7 @@ class Executor:
     ) -> NDArray[np.float32]:
         """tokens, positions, slots: i32 [T]; rows: i32 [R], indices below T. -> logits f32 [R, vocabulary].
 
+        adapters: i32 [T], numbers of `add_adapter`, -1: none; None: none at all.
         Appends each row's K and V at (slot, position), then attends. Releases the GIL; callers take turns.
         When instruction after[i] (ascending) is done for rows [first, first + rows), between(i, first, rows,
         logits) is called; what it raises ends the forward. band[i]: rows that it does at a time, 0: all.
@@ -53,6 +55,7 @@ class Executor:
         positions: NDArray[np.int32],
         slots: NDArray[np.int32],
         rows: NDArray[np.int32],
+        adapters: NDArray[np.int32] | None = None,
         *,
         after: Sequence[int] = (),
         band: Sequence[int] = (),
@@ -62,6 +65,16 @@ class Executor:
 
         Refused where the program's last instruction is not a linear that writes the logits.
         """
+    def add_adapter(
+        self, pairs: list[tuple[int, int, str, NDArray[np.generic], NDArray[np.generic], float]]
+    ) -> int:
+        """Copies an adapter: instruction, segment, format ("f32", or "f16", "bf16" as bits), A [r, K], B
+        [N, r], scale of each matrix that it adds scale * B A to. Returns its number."""
+    def remove_adapter(self, adapter: int) -> None:
+        """Forgets an adapter; no other one gets its number."""
+    @property
+    def adapter_bytes(self) -> int:
+        """Memory of all adapters."""
     def copy_slot(self, src: int, dst: int, length: int, start: int = 0) -> None:
         """Slot `dst` gets positions `start` to `length` of slot `src`; those before, both hold alike.
 

@@ -41,12 +41,16 @@ Cuts cuts_of(const Stops& stops, const py::function& between, const Floats& logi
 
 // The logits; *hidden, if asked for, becomes the hidden states.
 Floats run(Executor& executor, const py::object& tokens, const py::object& positions,
-           const py::object& slots, const py::object& rows, const Stops& stops, Floats* hidden) {
+           const py::object& slots, const py::object& rows, const py::object& adapters, const Stops& stops,
+           Floats* hidden) {
   const Ids t = ids(tokens, "tokens"), p = ids(positions, "positions"), s = ids(slots, "slots"),
             r = ids(rows, "rows");
   if (p.size() != t.size() || s.size() != t.size())
     fail("got ", t.size(), " tokens, ", p.size(), " positions and ", s.size(),
          " slots, expected as many of each");
+  const Ids a = adapters.is_none() ? Ids(0) : ids(adapters, "adapters");
+  if (!adapters.is_none() && a.size() != t.size())
+    fail("got ", t.size(), " tokens and ", a.size(), " adapters, expected as many of each");
   if (r.size() > executor.program().max_tokens)
     fail("got ", r.size(), " rows, expected 0 to ", executor.program().max_tokens, " in one forward");
   Floats logits({r.size(), static_cast<py::ssize_t>(executor.program().vocabulary)});
@@ -58,24 +62,55 @@ Floats run(Executor& executor, const py::object& tokens, const py::object& posit
   {
     const py::gil_scoped_release release;
     executor.forward(t.data(), p.data(), s.data(), t.size(), r.data(), r.size(), logits.mutable_data(),
-                     hidden_data, &cuts);
+                     hidden_data, adapters.is_none() ? nullptr : a.data(), &cuts);
   }
   return logits;
 }
 
 Floats forward(Executor& executor, const py::object& tokens, const py::object& positions,
-               const py::object& slots, const py::object& rows, const std::vector<int64_t>& after,
-               const std::vector<int64_t>& band, const py::object& between) {
-  return run(executor, tokens, positions, slots, rows, {after, band, between}, nullptr);
+               const py::object& slots, const py::object& rows, const py::object& adapters,
+               const std::vector<int64_t>& after, const std::vector<int64_t>& band, const py::object& between) {
+  return run(executor, tokens, positions, slots, rows, adapters, {after, band, between}, nullptr);
 }
 
 std::pair<Floats, Floats> forward_hidden(Executor& executor, const py::object& tokens,
                                          const py::object& positions, const py::object& slots,
-                                         const py::object& rows, const std::vector<int64_t>& after,
-                                         const std::vector<int64_t>& band, const py::object& between) {
+                                         const py::object& rows, const py::object& adapters,
+                                         const std::vector<int64_t>& after, const std::vector<int64_t>& band,
+                                         const py::object& between) {
   Floats hidden;
-  const Floats logits = run(executor, tokens, positions, slots, rows, {after, band, between}, &hidden);
+  const Floats logits =
+      run(executor, tokens, positions, slots, rows, adapters, {after, band, between}, &hidden);
   return {logits, hidden};
+}
+
+// Of a contiguous matrix of any element type.
+std::pair<const void*, size_t> bytes_of(const py::handle& matrix) {
+  const auto array = py::reinterpret_borrow<py::array>(matrix);
+  if (!py::isinstance<py::array>(matrix) || !(array.flags() & py::array::c_style) || array.ndim() != 2)
+    fail("adapter: expected A and B as contiguous numpy matrices");
+  return {array.data(), static_cast<size_t>(array.nbytes())};
+}
+
+int64_t add_adapter(Executor& executor, const py::list& pairs) {
+  std::vector<GivenLowRank> given;
+  for (const py::handle& item : pairs) {
+    const auto pair = py::reinterpret_borrow<py::tuple>(item);
+    GivenLowRank one;
+    one.instruction = pair[0].cast<int64_t>();
+    one.segment = pair[1].cast<int64_t>();
+    const auto format = pair[2].cast<std::string>();
+    if (format != "f32" && format != "f16" && format != "bf16")
+      fail("adapter: format ", format, ", expected f32, f16 or bf16");
+    one.format = format == "f32" ? Format::f32 : format == "f16" ? Format::f16 : Format::bf16;
+    std::tie(one.a, one.a_bytes) = bytes_of(pair[3]);
+    std::tie(one.b, one.b_bytes) = bytes_of(pair[4]);
+    one.rank = py::reinterpret_borrow<py::array>(pair[3]).shape(0);
+    one.scale = pair[5].cast<float>();
+    given.push_back(one);
+  }
+  const py::gil_scoped_release release;
+  return executor.add_adapter(given);
 }
 
 std::unique_ptr<Executor> make(const py::bytes& program, const std::string& path, int threads,
@@ -126,16 +161,21 @@ PYBIND11_MODULE(_native, module) {
            py::arg("alone_below") = Options{}.alone_below, py::arg("base_weights") = "",
            py::arg("partial") = false)
       .def("forward", &forward, py::arg("tokens"), py::arg("positions"), py::arg("slots"), py::arg("rows"),
-           py::kw_only(), py::arg("after") = std::vector<int64_t>{}, py::arg("band") = std::vector<int64_t>{},
-           py::arg("between") = py::none())
-      .def("forward_hidden", &forward_hidden, py::arg("tokens"), py::arg("positions"), py::arg("slots"),
-           py::arg("rows"), py::kw_only(), py::arg("after") = std::vector<int64_t>{},
+           py::arg("adapters") = py::none(), py::kw_only(), py::arg("after") = std::vector<int64_t>{},
            py::arg("band") = std::vector<int64_t>{}, py::arg("between") = py::none())
+      .def("forward_hidden", &forward_hidden, py::arg("tokens"), py::arg("positions"), py::arg("slots"),
+           py::arg("rows"), py::arg("adapters") = py::none(), py::kw_only(),
+           py::arg("after") = std::vector<int64_t>{}, py::arg("band") = std::vector<int64_t>{},
+           py::arg("between") = py::none())
       .def_property_readonly("arena", [](const py::object& self) {
         const auto& executor = self.cast<const Executor&>();
         return py::array_t<uint8_t>({executor.program().arena_bytes}, {1},
                                     reinterpret_cast<uint8_t*>(executor.arena()), self);
       })
+      .def("add_adapter", &add_adapter, py::arg("pairs"))
+      .def("remove_adapter", &Executor::remove_adapter, py::arg("adapter"),
+           py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("adapter_bytes", &Executor::adapter_bytes)
       .def("copy_slot", &Executor::copy_slot, py::arg("src"), py::arg("dst"), py::arg("length"),
            py::arg("start") = 0, py::call_guard<py::gil_scoped_release>())
       .def("profile", &Executor::profile, py::arg("enable"), py::call_guard<py::gil_scoped_release>())

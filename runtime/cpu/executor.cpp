@@ -44,6 +44,8 @@ Executor::Executor(std::string_view program_json, const std::string& weights_pat
   lay_out_memory(options.huge_pages);
   order_.reserve(static_cast<size_t>(program_.max_tokens));
   machine_.batch.blocks.reserve(static_cast<size_t>(program_.max_tokens));
+  machine_.batch.runs.reserve(static_cast<size_t>(program_.max_tokens));
+  machine_.batch.wanted_runs.reserve(static_cast<size_t>(program_.max_tokens));
 }
 
 void Executor::check_limits() const {
@@ -90,7 +92,8 @@ void Executor::add_linear(size_t index) {
   const auto number = static_cast<int64_t>(index);
   if (in.order && !reordered) add_step(number, make_reorder(machine_, in));
   if (in.act_group && !at_hand) add_step(number, make_quantize(machine_, in));
-  add_step(number, make_product(machine_, in));
+  add_step(number, make_low_rank(machine_, in, index));
+  add_step(number, make_product(machine_, in, index));
   weight_elements_ += in.weight->n * in.weight->k;
 }
 
@@ -182,6 +185,32 @@ void Executor::lay_out_attention(Carver& carver) {
   machine_.partial_floats = width ? kPartialFloats : 0;
   machine_.partials = carver.take<float>(machine_.partial_floats);
   machine_.arrivals = carver.take<std::atomic<int32_t>>(4 * threads());
+}
+
+int64_t Executor::add_adapter(const std::vector<GivenLowRank>& given) {
+  auto made = std::make_unique<const Adapter>(program_, given);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (made->width() > machine_.low_width) {
+    const int64_t width = whole_tiles(made->width());
+    low_ = Region(static_cast<size_t>(program_.max_tokens * width) * sizeof(float), "an adapter's products");
+    machine_.low = reinterpret_cast<float*>(low_.data());
+    machine_.low_width = width;
+  }
+  adapters_.push_back(std::move(made));
+  return static_cast<int64_t>(adapters_.size()) - 1;
+}
+
+void Executor::remove_adapter(int64_t adapter) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (adapter < 0 || adapter >= static_cast<int64_t>(adapters_.size()) || !adapters_[static_cast<size_t>(adapter)])
+    fail("there is no adapter ", adapter);
+  adapters_[static_cast<size_t>(adapter)] = nullptr;
+}
+
+uint64_t Executor::adapter_bytes() const {
+  uint64_t bytes = low_.bytes();
+  for (const auto& adapter : adapters_) bytes += adapter ? adapter->bytes() : 0;
+  return bytes;
 }
 
 int64_t Executor::weight_bytes_per_token() const {

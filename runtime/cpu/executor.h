@@ -55,10 +55,15 @@ class Executor final : private Job {
   ~Executor() override = default;
 
   // One step for `rows` rows: logits[r] is of row wanted[r], and so is hidden[r] [hidden_width()], what the
-  // head multiplies, where it is not null. Every argument is checked; calls from several threads take turns.
+  // head multiplies, where it is not null. adapters: of each row, -1: none; null: none at all. Every argument
+  // is checked; calls from several threads take turns.
   void forward(const int32_t* tokens, const int32_t* positions, const int32_t* slots, int64_t rows,
                const int32_t* wanted, int64_t wanted_rows, float* logits, float* hidden = nullptr,
-               const Cuts* cuts = nullptr);
+               const int32_t* adapters = nullptr, const Cuts* cuts = nullptr);
+  // What rows may have from now on, by the number returned; memory grows here and not in forward.
+  int64_t add_adapter(const std::vector<GivenLowRank>& given);
+  void remove_adapter(int64_t adapter);  // its number is not given again
+  uint64_t adapter_bytes() const;
   // Slot `to` gets positions `start` to `length` of slot `from`; those before, both hold alike. Of a window's
   // ring, neither slot may have gone on so far past `length` that rows within the window are overwritten.
   void copy_slot(int64_t from, int64_t to, int64_t length, int64_t start = 0);
@@ -106,6 +111,8 @@ class Executor final : private Job {
   void check_rows(const int32_t* rows, int64_t count, int64_t limit, const char* what) const;
   void check_slots();
   void cut_blocks();
+  const Adapter* adapter(const int32_t* adapters, int64_t row) const;
+  void cut_runs(const int32_t* adapters);
   const View* head_input() const;
   void copy_hidden(float* out) const;
   bool tiny() const;
@@ -114,7 +121,8 @@ class Executor final : private Job {
 
   std::shared_ptr<const Weights> weights_, base_weights_;  // the second is null but for a rank's program
   Program program_;
-  Region arena_, kv_, scratch_;
+  Region arena_, kv_, scratch_, low_;
+  std::vector<std::unique_ptr<const Adapter>> adapters_;  // by number; null: removed
   Machine machine_;
   Steps steps_;
   std::vector<int64_t> step_instruction_;  // of each step; -1: none

@@ -8,7 +8,7 @@
 namespace gristmill {
 void Executor::forward(const int32_t* tokens, const int32_t* positions, const int32_t* slots, int64_t rows,
                        const int32_t* wanted, int64_t wanted_rows, float* logits, float* hidden,
-                       const Cuts* cuts) {
+                       const int32_t* adapters, const Cuts* cuts) {
   const std::lock_guard<std::mutex> lock(mutex_);
   Batch& batch = machine_.batch;
   batch.tokens = tokens;
@@ -27,10 +27,12 @@ void Executor::forward(const int32_t* tokens, const int32_t* positions, const in
   check_rows(slots, rows, max_slots(), "slots");
   check_rows(wanted, wanted_rows, rows, "rows");
   check_slots();
+  cut_runs(adapters);
   if (hidden && !head_input())
     fail("this program has no hidden states to give: its last instruction is not the head, a linear that "
          "writes the logits");
   if (cuts) check_cuts(*cuts);
+  if (cuts && !cuts->after.empty() && adapters) fail("rows of a rank's program cannot have adapters");
   cut_blocks();
   run_steps(cuts);
   if (hidden) copy_hidden(hidden);
@@ -160,6 +162,34 @@ void Executor::cut_blocks() {
       batch.blocks.push_back({t, 1, batch.slots[t], batch.positions[t]});
     }
   }
+}
+
+// The adapter of a row; null: none.
+const Adapter* Executor::adapter(const int32_t* adapters, int64_t row) const {
+  const int32_t number = adapters[row];
+  if (number == -1) return nullptr;
+  const auto count = static_cast<int32_t>(adapters_.size());
+  if (number < 0 || number >= count || !adapters_[static_cast<size_t>(number)])
+    fail("adapters[", row, "] is ", number, ", expected -1 (none) or the number of an adapter there is");
+  return adapters_[static_cast<size_t>(number)].get();
+}
+
+void Executor::cut_runs(const int32_t* adapters) {
+  Batch& batch = machine_.batch;
+  batch.runs.clear();
+  batch.wanted_runs.clear();
+  if (!adapters) return;
+  const auto add = [](std::vector<Run>& runs, int64_t row, const Adapter* adapter) {
+    Run* last = runs.empty() ? nullptr : &runs.back();
+    if (last && last->adapter == adapter && last->row + last->rows == row && row % kRunRows != 0) {
+      last->rows++;
+    } else if (adapter) {
+      runs.push_back({row, 1, adapter});
+    }
+  };
+  for (int64_t t = 0; t < batch.rows; t++) add(batch.runs, t, adapter(adapters, t));
+  for (int64_t r = 0; r < batch.wanted_rows; r++)
+    add(batch.wanted_runs, r, adapter(adapters, batch.wanted[r]));
 }
 
 bool Executor::tiny() const {

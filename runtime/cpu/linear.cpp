@@ -1,4 +1,5 @@
-// Linear: reorder and quantize the input's rows once, then products over tiles of the output, each with its epilogue.
+// Linear: reorder and quantize the input's rows once, then products over tiles of the output, each with what
+// adapters add to it and its epilogue.
 #include <algorithm>
 #include <limits>
 
@@ -58,8 +59,8 @@ struct Strip {
 
 class Product final : public Step {
  public:
-  Product(const Machine& machine, const Instruction& in)
-      : Step(machine), in_(in), few_(strips(true)), many_(strips(false)) {}
+  Product(const Machine& machine, const Instruction& in, size_t index)
+      : Step(machine), in_(in), index_(index), few_(strips(true)), many_(strips(false)) {}
 
   int64_t open() override {
     rows_ = m.rows(in_.in).count;
@@ -79,12 +80,13 @@ class Product final : public Step {
 
   size_t scratch_bytes() const override {
     return m.kernels->product_scratch_bytes(in_.in.width) + 64 +
-           static_cast<size_t>(2 * kBand * kMostStrip) * sizeof(float);
+           static_cast<size_t>((2 * kBand + kRunRows) * kMostStrip) * sizeof(float);
   }
 
  private:
   static constexpr int64_t kFewRows = 4;      // up to here the weights' stream is all there is to it
   static constexpr int64_t kBand = 128;       // rows of one tile
+  static_assert(kBand % kRunRows == 0, "a run lies in one band");
   static constexpr int64_t kMostStrip = 128;  // columns of one tile
   static constexpr int64_t kTiledBytes = 128 << 10;  // of a strip's weights
   // A strip of streams: most of its bytes, and how many could be read while its streams begin.
@@ -121,9 +123,35 @@ class Product final : public Step {
     return best;
   }
 
-  // y[t, n - begin] for columns [begin, end) of all segments as one.
+  // y[t, n - begin] for columns [begin, end) of all segments as one, with what adapters add; low: memory for
+  // that.
   void product(int64_t begin, int64_t end, int64_t first, int64_t rows, float* y, int64_t stride,
-               char* memory) const {
+               char* memory, float* low) const {
+    base_product(begin, end, first, rows, y, stride, memory);
+    for (const Run& run : m.runs(in_.in))
+      if (run.row >= first && run.row < first + rows && !run.adapter->of(index_).empty())
+        add_low_rank(run, begin, end, y + (run.row - first) * stride, stride, memory, low);
+  }
+
+  // y += B (scale A x) of one run, for columns [begin, end) of all segments as one.
+  void add_low_rank(const Run& run, int64_t begin, int64_t end, float* y, int64_t stride, char* memory,
+                    float* low) const {
+    for (const LowRank& pair : run.adapter->of(index_)) {
+      const int64_t n0 = std::max<int64_t>(begin, 0), n1 = std::min(end, pair.b.n), width = n1 - n0;
+      const Matrix& segment = in_.weight->segments[static_cast<size_t>(&pair - run.adapter->of(index_).data())];
+      if (pair.rank() && width > 0) {
+        const float* x = m.low + run.row * m.low_width + pair.at;
+        m.kernels->product_float(pair.b, x, m.low_width, run.rows, n0, n1, low, width, memory);
+        for (int64_t t = 0; t < run.rows; t++)
+          for (int64_t n = 0; n < width; n++) y[t * stride + n0 - begin + n] += low[t * width + n];
+      }
+      begin -= segment.n;
+      end -= segment.n;
+    }
+  }
+
+  void base_product(int64_t begin, int64_t end, int64_t first, int64_t rows, float* y, int64_t stride,
+                    char* memory) const {
     for (const Matrix& segment : in_.weight->segments) {
       const int64_t n0 = std::max<int64_t>(begin, 0), n1 = std::min(end, segment.n);
       if (n0 < n1) segment_product(segment, n0, n1, first, rows, y + (n0 - begin), stride, memory);
@@ -150,14 +178,15 @@ class Product final : public Step {
     const Rows out = m.rows(in_.out);
     const int64_t width = strip.end - strip.begin, rows = last - first, half = in_.out.width;
     char* memory = scratch(thread);
-    if (plain())
-      return product(strip.begin, strip.end, first, rows, out.row(first) + strip.begin, out.stride, memory);
     Carver carver(memory);
     carver.take<char>(static_cast<int64_t>(m.kernels->product_scratch_bytes(in_.in.width)));
+    auto* low = carver.take<float>(kRunRows * kMostStrip);
+    if (plain())
+      return product(strip.begin, strip.end, first, rows, out.row(first) + strip.begin, out.stride, memory, low);
     auto* y = carver.take<float>(kBand * kMostStrip);
     auto* up = in_.glu ? carver.take<float>(kBand * kMostStrip) : nullptr;
-    product(strip.begin, strip.end, first, rows, y, width, memory);
-    if (up) product(half + strip.begin, half + strip.end, first, rows, up, width, memory);
+    product(strip.begin, strip.end, first, rows, y, width, memory, low);
+    if (up) product(half + strip.begin, half + strip.end, first, rows, up, width, memory, low);
     for (int64_t t = 0; t < rows; t++)
       finish(strip, first + t, y + t * width, up ? up + t * width : nullptr, out);
   }
@@ -171,6 +200,7 @@ class Product final : public Step {
   }
 
   const Instruction& in_;
+  const size_t index_;
   const std::vector<Strip> few_, many_;
   const std::vector<Strip>* units_ = nullptr;
   int64_t rows_ = 0, bands_ = 0;
@@ -184,8 +214,8 @@ std::unique_ptr<Step> make_reorder(const Machine& machine, const Instruction& in
 std::unique_ptr<Step> make_quantize(const Machine& machine, const Instruction& in) {
   return std::make_unique<Quantize>(machine, in);
 }
-std::unique_ptr<Step> make_product(const Machine& machine, const Instruction& in) {
-  return std::make_unique<Product>(machine, in);
+std::unique_ptr<Step> make_product(const Machine& machine, const Instruction& in, size_t index) {
+  return std::make_unique<Product>(machine, in, index);
 }
 
 }  // namespace gristmill

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../../kernels/cpu/kernels.h"
+#include "adapter.h"
 #include "region.h"
 #include "program.h"
 
@@ -13,6 +14,12 @@ namespace gristmill {
 // Query rows that attention takes together: consecutive rows of one slot with positions ascending by one.
 struct Block {
   int64_t row = 0, rows = 0, slot = 0, position = 0;
+};
+
+// Neighbouring rows of a value that have the same adapter, at most kRunRows, none of the next multiple of that.
+struct Run {
+  int64_t row = 0, rows = 0;
+  const Adapter* adapter = nullptr;
 };
 
 // The rows of one forward, all checked.
@@ -24,6 +31,7 @@ struct Batch {
   int64_t rows = 0, wanted_rows = 0;
   float* logits = nullptr;
   int64_t band_first = 0, band_rows = 0;  // the rows at work of each value T; band_rows 0: all
+  std::vector<Run> runs, wanted_runs;  // of the rows, of the wanted ones: those with an adapter; reserved alike
   bool one_row_per_slot = false;  // then a row's append and attention need no barrier between them
   std::vector<Block> blocks;      // capacity reserved for max_tokens
 };
@@ -47,6 +55,8 @@ struct Machine {
   int8_t* quantized = nullptr;  // activations of the linear at work: [max_tokens, kp]
   float* scales = nullptr;      // [max_tokens, groups]
   int32_t* sums = nullptr;
+  float* low = nullptr;  // scale * A x of the linear at work: [max_tokens, low_width]
+  int64_t low_width = 0;
   float* ordered = nullptr;   // the input of the linear at work with its columns reordered: [max_tokens, k]
   float* queries = nullptr;   // normed and rotated queries of the attention at work
   float* partials = nullptr;  // of a context shared by several threads
@@ -64,6 +74,13 @@ struct Machine {
     if (value.requested) return {data, value.width, batch.wanted_rows};
     if (batch.band_rows) return {data + batch.band_first * value.width, value.width, batch.band_rows};
     return {data, value.width, batch.rows};
+  }
+
+  // The rows of a value that have an adapter.
+  const std::vector<Run>& runs(const View& view) const {
+    const bool requested =
+        view.value == View::kLogits || program->values[static_cast<size_t>(view.value)].requested;
+    return requested ? batch.wanted_runs : batch.runs;
   }
 
   // What a linear multiplies: its input, or the copy in the weight's column order that make_reorder made.
@@ -118,7 +135,8 @@ std::unique_ptr<Step> make_gather(const Machine& machine, const Instruction& ins
 std::unique_ptr<Step> make_pointwise(const Machine& machine, const Instruction& instruction);
 std::unique_ptr<Step> make_reorder(const Machine& machine, const Instruction& instruction);
 std::unique_ptr<Step> make_quantize(const Machine& machine, const Instruction& instruction);
-std::unique_ptr<Step> make_product(const Machine& machine, const Instruction& instruction);
+std::unique_ptr<Step> make_low_rank(const Machine& machine, const Instruction& instruction, size_t index);
+std::unique_ptr<Step> make_product(const Machine& machine, const Instruction& instruction, size_t index);
 std::unique_ptr<Step> make_append(const Machine& machine, const Instruction& instruction);
 std::unique_ptr<Step> make_attend(const Machine& machine, const Instruction& instruction);
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 CONTRASTIVE_OPTIONS = (
     "max_new_tokens", "penalty_alpha", "top_k", "stop", "stop_ids", "ignore_eos", "skip_special_tokens",
-    "on_text",
+    "adapter", "on_text",
 )  # fmt: skip
 LOGITS_BYTES = 64 << 20  # the most that the logits of one chunk of the prompt may take
 
@@ -172,6 +172,7 @@ def generate_contrastive(
     stop_ids: int | abc.Sequence[int] = (),
     ignore_eos: bool = False,
     skip_special_tokens: bool = True,
+    adapter: str | None = None,
     on_text: abc.Callable[[str], None] | None = None,
 ) -> Generation:
     """Continues `prompt` (text or token ids) by contrastive search with `top_k` candidates a token.
@@ -186,14 +187,14 @@ def generate_contrastive(
     options = ContrastiveOptions(penalty_alpha, top_k)
     given = GenerationOptions.of(
         max_new_tokens=max_new_tokens, stop=stop, stop_ids=stop_ids, ignore_eos=ignore_eos,
-        skip_special_tokens=skip_special_tokens, lookup=False,
+        skip_special_tokens=skip_special_tokens, lookup=False, adapter=adapter,
     )  # fmt: skip
     ids = session._prompt_ids(prompt)
     _refuse_unable(session, options, len(ids))
     limit = min(given.max_new_tokens, session.max_len - len(ids))
     text = Sequence(session, Prompt(ids, replace(given, max_new_tokens=limit)), started)
     max_rows = max(1, min(session.max_tokens, LOGITS_BYTES // (4 * session.vocabulary)))
-    slots = session._slots.take_many(options.candidates)
+    slots = session._slots.take_many(options.candidates, text.adapter)
     try:
         tokens = contrastive_search(
             partial(run_hidden, session), session._copy_slot, slots, ids, options, limit, max_rows

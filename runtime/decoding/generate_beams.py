@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 GENERAL = (
     "max_new_tokens", "min_new_tokens", "repetition_penalty", "no_repeat_ngram", "ignore_eos", "stop_ids",
-    "skip_special_tokens",
+    "skip_special_tokens", "adapter",
 )  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def generate_beams(
         general.repetition_penalty, general.no_repeat_ngram, general.min_new_tokens, ending, len(ids)
     )
     limit = min(general.max_new_tokens, session.max_len - len(ids) + 1)
-    slots = session._slots.take_many(beams.num_beams)
+    slots = session._slots.take_many(beams.num_beams, session.adapters.number(general.adapter))
     try:
         found = beam_search(
             session._run, session._copy_slot, slots, ids, beams, ending, limit,

@@ -44,6 +44,8 @@ class GenerationOptions:
     Pace: lookup proposes tokens that followed the last few ones earlier in the text, which changes the speed
     and not the text; None: where a row's logits do not depend on the rows beside it. timeout_s: seconds from
     the call after which the text ends where it is.
+
+    adapter: the name of the session's adapter that changes the model for this text, None: none does.
     """
 
     max_new_tokens: int = 256
@@ -70,6 +72,7 @@ class GenerationOptions:
     lookup: bool | None = None
     timeout_s: float | None = None
     logprobs: int | None = None
+    adapter: str | None = None
 
     @staticmethod
     def of(**values: Any) -> GenerationOptions:
@@ -94,6 +97,8 @@ class GenerationOptions:
             check_number("timeout_s", self.timeout_s, 0.0, math.inf)
         if self.logprobs is not None:
             check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if not isinstance(self.adapter, (str, type(None))):
+            raise GristmillError(f"adapter is {self.adapter!r}, expected the name of one that is loaded")
 
     @property
     def constraint(self) -> tuple[str, Any] | None:

@@ -202,6 +202,7 @@ class Scheduler:
         self._sweep()
         self._admit()
         chunks = [chunk for chunk in self._plan() if not chunk.sequence.done]
+        chunks.sort(key=lambda chunk: chunk.sequence.adapter)  # rows of one adapter are multiplied together
         if chunks:
             self._forward(chunks)
         self._sweep_done()
@@ -252,6 +253,8 @@ class Scheduler:
             self._waiting.remove(sequence)
             self._running.append(sequence)
             self._count(sequence)
+            if not self._session.adapters.holds(sequence.adapter):
+                sequence.fail(GristmillError(f"adapter {sequence.options.adapter!r} was unloaded meanwhile"))
 
     def _count(self, sequence: Sequence) -> None:
         statistics = self.statistics
@@ -263,6 +266,8 @@ class Scheduler:
     def _computed_now(self, sequence: Sequence) -> bool:
         """Whether a running sequence has yet to compute many rows that this one needs too."""
         for other in self._running:
+            if other.adapter != sequence.adapter:
+                continue
             end = min(len(sequence.tokens) - 1, other.result.prompt_tokens)
             least = other.cached + WORTH_WAITING
             if end >= least and common_prefix(other.tokens[:end], sequence.tokens[:end]) >= least:
@@ -272,9 +277,11 @@ class Scheduler:
     def _place(self, sequence: Sequence) -> bool:
         """Finds a slot, with as many of the prompt's rows as another sequence has left."""
         slots, wanted = self._session._slots, sequence.tokens[:-1]
-        source, length = slots.longest_kept(wanted)
+        source, length = slots.longest_kept(wanted, sequence.adapter)
         kept = slots.kept(source)
         for other in self._running:
+            if other.adapter != sequence.adapter:
+                continue
             shared = slots.reachable(other.slot, common_prefix(other.tokens[: other.cached], wanted))
             if shared > length:
                 source, length, kept = other.slot, shared, ()
@@ -282,7 +289,7 @@ class Scheduler:
         if whole and slots.take_kept(source, length, sequence.owner):
             sequence.slot = source
         else:
-            slot = slots.take(False, False, sequence.owner, source)
+            slot = slots.take(False, False, sequence.owner, source, sequence.adapter)
             if slot is None:
                 if not self._running:
                     slots.pause(self._stuck())

@@ -77,6 +77,7 @@ class Sequence:
         self.tokens = list(prompt.ids)
         self.cached = 0
         self.slot = -1
+        self.adapter = session.adapters.number(options.adapter)
         self.owner = threading.get_ident()
         self.error: BaseException | None = None
         self.cancelled = False

@@ -33,9 +33,9 @@ from gristmill.runtime.server.protocol import (
 )
 from gristmill.runtime.server.reply import Json, Reply, refusal
 from gristmill.runtime.server.requests import (
+    adapter_of,
     chat_sequences,
     completion_sequences,
-    refuse_other_model,
 )
 from gristmill.runtime.server.settings import Settings
 from gristmill.runtime.server.token_bytes import TokenBytes
@@ -61,6 +61,11 @@ class Server:
         artifact = engine.session.artifact
         self.fingerprint = "none" if artifact is None else artifact.content_id[:16]
         self.token_bytes = TokenBytes(engine.session.tokenizer)
+        if settings.model in engine.session.adapters.all:
+            raise GristmillError(
+                f"an adapter has the model's name, {settings.model!r}; give it another one, or another "
+                "--model-name"
+            )
 
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
         prompts = len(asked.prompts)
@@ -83,21 +88,28 @@ class Server:
         if settings.log_prompts:
             scope["gristmill.record"]["prompt"] = prompt
         asked.refuse_unsupported()
-        refuse_other_model(asked.model, settings)
+        adapter = adapter_of(asked.model, engine.session, settings)
+        if adapter is not None:
+            scope["gristmill.record"]["adapter"] = adapter
         began: float = scope["gristmill.began"]
         making = partial(make, engine.session, asked, settings, began)
         ticket = await engine.open(prompts * asked.samples, making, began)
-        made = format(settings.model, self.fingerprint, self.token_bytes)
+        made = format(adapter or settings.model, self.fingerprint, self.token_bytes)
         return Reply(
             ticket, made, engine, asked.samples, bool(asked.stream), asked.wants_usage, settings.log_prompts
         )
 
-    @property
-    def model(self) -> dict[str, Any]:
-        return {
-            "id": self.settings.model, "object": "model", "created": self.created, "owned_by": "gristmill",
-            "max_model_len": self.engine.session.max_len,
+    def model(self, adapter: str | None = None) -> dict[str, Any]:
+        """What /v1/models says of the model, or of it with an adapter."""
+        found = {
+            "id": adapter or self.settings.model, "object": "model", "created": self.created,
+            "owned_by": "gristmill", "max_model_len": self.engine.session.max_len,
         }  # fmt: skip
+        return found if adapter is None else {**found, "parent": self.settings.model}
+
+    @property
+    def models(self) -> list[dict[str, Any]]:
+        return [self.model(), *map(self.model, self.engine.session.adapters.all)]
 
 
 def create_app(engine: Engine, settings: Settings, log: Log) -> FastAPI:
@@ -133,16 +145,15 @@ def _add_generation(app: FastAPI, server: Server) -> None:
 
 
 def _add_models(app: FastAPI, server: Server) -> None:
-    @app.get("/v1/models", responses={200: {"model": Models}, 401: ERRORS[401]}, summary="The model served")
+    @app.get("/v1/models", responses={200: {"model": Models}, 401: ERRORS[401]}, summary="The models served")
     async def models() -> Response:
-        return Json({"object": "list", "data": [server.model]})
+        return Json({"object": "list", "data": server.models})
 
     known: dict[int | str, dict[str, Any]] = {200: {"model": Model}, 401: ERRORS[401], 404: ERRORS[404]}
 
-    @app.get("/v1/models/{model:path}", responses=known, summary="The model served, by its name")
+    @app.get("/v1/models/{model:path}", responses=known, summary="A model served, by its name")
     async def model(model: str) -> Response:
-        refuse_other_model(model, server.settings)
-        return Json(server.model)
+        return Json(server.model(adapter_of(model, server.engine.session, server.settings)))
 
 
 def _add_operation(app: FastAPI, engine: Engine, log: Log) -> None:

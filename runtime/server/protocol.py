@@ -65,7 +65,9 @@ class ResponseFormat(BaseModel):
 class Sampling(Strict):
     """What both endpoints take."""
 
-    model: str | None = Field(None, description="The name that /v1/models gives; default: the model served.")
+    model: str | None = Field(
+        None, description="A name that /v1/models gives, the model's or an adapter's; default: the model's."
+    )
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, description="0 takes the most likely token; default 1.")
     top_p: float | None = Field(None, ge=0, le=1)
@@ -237,6 +239,7 @@ class Model(BaseModel):
     created: int
     owned_by: str
     max_model_len: int
+    parent: str | None = Field(None, description="Of an adapter: the model that it changes.")
 
 
 class Models(BaseModel):

@@ -28,7 +28,7 @@ def completion_sequences(
     session: Session, request: CompletionRequest, settings: Settings, started: float
 ) -> list[Sequence]:
     """n sequences of each prompt. started: when the request arrived, by time.perf_counter."""
-    options = _options(request, settings, request.logprobs)
+    options = _options(session, request, settings, request.logprobs)
     asked = request.max_tokens or COMPLETION_TOKENS
     prompts = [_ids(session, prompt) for prompt in request.prompts]
     return _sequences(session, prompts, options, settings, asked, started)
@@ -38,7 +38,7 @@ def chat_sequences(
     session: Session, request: ChatRequest, settings: Settings, started: float
 ) -> list[Sequence]:
     """n sequences of the conversation."""
-    options = _options(request, settings, (request.top_logprobs or 0) if request.logprobs else None)
+    options = _options(session, request, settings, (request.top_logprobs or 0) if request.logprobs else None)
     ids = chat_ids(session, request)
     asked = request.max_completion_tokens or request.max_tokens
     return _sequences(session, [ids], options, settings, asked, started)
@@ -55,13 +55,16 @@ def chat_ids(session: Session, request: ChatRequest) -> list[int]:
     return session.tokenizer.encode_chat([message.plain() for message in request.messages])
 
 
-def refuse_other_model(asked: str | None, settings: Settings) -> None:
-    """Raises RequestError for a model that is not the one served."""
-    if asked is not None and asked != settings.model:
-        raise RequestError(
-            404, f"the model {asked!r} does not exist here, this server has {settings.model!r}",
-            "model_not_found", "model",
-        )  # fmt: skip
+def adapter_of(asked: str | None, session: Session, settings: Settings) -> str | None:
+    """The adapter that a request's `model` names, None for the model. Raises RequestError for others."""
+    if asked is None or asked == settings.model:
+        return None
+    if asked in session.adapters.all:
+        return asked
+    known = ", ".join(map(repr, (settings.model, *session.adapters.all)))
+    raise RequestError(
+        404, f"the model {asked!r} does not exist here, this server has {known}", "model_not_found", "model"
+    )
 
 
 def _ids(session: Session, prompt: str | list[int]) -> list[int]:
@@ -98,7 +101,9 @@ def _limit(session: Session, prompt_tokens: int, settings: Settings, asked: int 
     return asked or min(most, room)
 
 
-def _options(request: Sampling, settings: Settings, logprobs: int | None) -> GenerationOptions:
+def _options(
+    session: Session, request: Sampling, settings: Settings, logprobs: int | None
+) -> GenerationOptions:
     """What is asked for, but for the number of new tokens, which depends on the prompt's."""
     given: dict[str, Any] = {
         RENAMED.get(name, name): value for name in SAME if (value := getattr(request, name)) is not None
@@ -114,6 +119,7 @@ def _options(request: Sampling, settings: Settings, logprobs: int | None) -> Gen
         logit_bias=_bias(request.logit_bias),
         logprobs=logprobs,
         timeout_s=settings.deadline_s,
+        adapter=adapter_of(request.model, session, settings),
         **given,
         **_schema(request.response_format),
     )
