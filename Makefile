@@ -13,7 +13,7 @@ EDITABLE := --no-build-isolation --config-settings editable_mode=strict --editab
 
 REPORT ?= $(if $(filter command line,$(origin OUT)),$(OUT),reports/$(notdir $(MODEL:%/=%)))
 
-.PHONY: compile run test test-gpu test-aarch64 check sanitize bench bench-gpu report wheel clean install force
+.PHONY: compile run test test-gpu test-aarch64 check sanitize bench bench-gpu report wheel c-library clean install force
 
 compile: install
 	$(BIN)/gristmill compile $(MODEL) -o $(OUT) --force $(ARGS)
@@ -63,8 +63,14 @@ build/links: force
 report: .venv/.report
 	$(BIN)/gristmill report $(MODEL) -o $(REPORT) $(ARGS)
 
+# The library, header and pkg-config file for C, in build/c: make c-library [ARGS="install PREFIX=/usr/local"].
+c-library:
+	$(MAKE) -f runtime/c_api/Makefile $(ARGS)
+
+# Into dist, for this Python, with the oldest manylinux tag that its symbols allow.
 wheel: .venv/.dev
-	$(BIN)/python -m build --wheel --no-isolation
+	rm -rf build/wheel && $(BIN)/python -m build --wheel --no-isolation --outdir build/wheel
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --wheel-dir dist build/wheel/gristmill-*.whl
 
 clean:
 	rm -rf build dist artifacts *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,9 +1,10 @@
 """Compare a folder of `gristmill export --to onnx` with one that ONNX Runtime GenAI's own builder made, both
 run by ONNX Runtime GenAI, side by side in one run.
 
-Two processes of each stay loaded, started ours, theirs, theirs, ours: the first one was slower by some 12 %
-whatever it ran. Every round measures all four, from the other end each time; a speed is the mean of two.
-Ratios are medians over the rounds, a first one that warms up left out.
+How fast a process is depends on when it was started, by several per cent: of two that stay loaded, the first
+was slower, whichever it ran. So every measurement has a process of its own, one at a time, in the order ours,
+theirs, theirs, ours; a speed of a round is the mean of two. Ratios are medians over the rounds, a first one
+that fills the file cache left out.
 
     gristmill export bench/int4 --to onnx -o ours
     ort/bin/python -m onnxruntime_genai.models.builder -i HF_DIR -o theirs -p int4 -e cpu -c CACHE_DIR \\
@@ -14,6 +15,7 @@ Ratios are medians over the rounds, a first one that warms up left out.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from statistics import fmean, median
@@ -29,15 +31,22 @@ from gristmill.report.peers.peer_process import Peer
 HERE = Path(__file__).parent
 COLUMNS = ("round", "engine", "prefill_tok_s", "decode_tok_s")
 Row = dict[str, Any]
+Lengths = tuple[int, int, int]  # prompt, context, tokens
 
 
-def one_round(peers: list[Peer], number: int, lengths: tuple[int, int, int]) -> list[Row]:
-    """A row of ours and one of theirs. lengths: prompt, context, tokens"""
-    numbers = range(len(peers)) if number % 2 else reversed(range(len(peers)))
-    found = {at: peers[at].measure(*lengths) for at in numbers}
+def one_round(start: Callable[[Path], Peer], ours: Path, theirs: Path, lengths: Lengths) -> list[Row]:
+    """A row of ours and one of theirs."""
+    found: dict[Path, list[dict[str, float]]] = {ours: [], theirs: []}
+    for path in (ours, theirs, theirs, ours):
+        peer = start(path)
+        try:
+            peer.measure(*lengths)  # warms up
+            found[path].append(peer.measure(*lengths))
+        finally:
+            peer.close()
     return [
-        {"round": number, "engine": engine} | {c: fmean(found[at][c] for at in members) for c in COLUMNS[2:]}
-        for engine, members in (("ours", (0, 3)), ("theirs", (1, 2)))
+        {"engine": engine} | {c: fmean(one[c] for one in found[path]) for c in COLUMNS[2:]}
+        for engine, path in (("ours", ours), ("theirs", theirs))
     ]
 
 
@@ -66,22 +75,22 @@ def main(
     python: str, ours: Path, theirs: Path, threads: int, rounds: int, prompt: int, tokens: int, context: int,
     results: Path,
 ) -> None:  # fmt: skip
-    load, peers = os.getloadavg()[0], list[Peer]()
-    try:
-        for path in (ours, theirs, theirs, ours):
-            peers.append(started("onnxruntime-genai", python, path, threads, 0))
-        version = peers[0].about["version"]
-        measured = [one_round(peers, n, (prompt, context, tokens)) for n in range(rounds + 1)][1:]
-    finally:
-        for peer in peers:
-            peer.close()
+    load, versions = os.getloadavg()[0], set[str]()
+
+    def start(path: Path) -> Peer:
+        peer = started("onnxruntime-genai", python, path, threads, 0)
+        versions.add(peer.about["version"])
+        return peer
+
+    measured = [one_round(start, ours, theirs, (prompt, context, tokens)) for _ in range(rounds + 1)][1:]
+    machine = f"{date.today()}, {cpu_model()}, {threads} threads, load average {load:.1f} before"
     about = [
-        f"{date.today()}, {cpu_model()}, {threads} threads, load average {load:.1f} before, {version}",
+        f"{machine}, {', '.join(versions)}",
         f"prefill of {prompt}, {tokens} tokens after a context of {context}, medians of {rounds} rounds",
         f"ours: {ours.name}, theirs: {theirs.name}",
     ]
     lines = table(measured)
-    rows = [row for found in measured for row in found]
+    rows = [{"round": n, **row} for n, found in enumerate(measured, 1) for row in found]
     write_results(results / f"{date.today()}-genai-{ours.name}.csv", COLUMNS, rows, about + lines)
     print("\n".join(about + lines))
 

@@ -124,11 +124,16 @@ class Graph:
         )  # fmt: skip
 
     def _needed(self) -> tuple[list[onnx.NodeProto], set[str]]:
-        """The nodes that an output comes from, in order, and the names that they read."""
+        """The nodes that an output comes from, in order, and the names that they read.
+
+        Outputs of ONNX Runtime's own operators that nothing reads are left out, and not computed then.
+        """
         nodes: list[onnx.NodeProto] = []
         read = {output.name for output in self.outputs}
         for node in reversed(self._nodes):
             if not read.isdisjoint(node.output):
                 nodes.append(node)
-                read.update(node.input)
+                if node.domain == MICROSOFT:
+                    node.output[:] = [name if name in read else "" for name in node.output]
+                read.update(name for name in node.input if name)
         return nodes[::-1], read

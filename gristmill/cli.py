@@ -70,14 +70,19 @@ cli.add_command(serve_command)
 @ARTIFACT
 @click.option("--program", is_flag=True, help="Print the program, one line per instruction.")
 @click.option("--matrices", is_flag=True, help="Print every weight matrix: format, method, error, time.")
+@click.option("--check-machine", is_flag=True, help="Say what this machine lacks to run it; exit code 1.")
+@click.option("--device", default="cpu", show_default=True, help="With --check-machine: cpu or cuda.")
 @JSON
-def inspect(artifact: str, program: bool, matrices: bool, as_json: bool) -> None:
+def inspect(
+    artifact: str, program: bool, matrices: bool, check_machine: bool, device: str, as_json: bool
+) -> int:
     """Show what an artifact is: model, formats, sizes, memory, measured accuracy.
 
     \b
     gristmill inspect py7m.grist
     gristmill inspect py7m.grist --program
     gristmill inspect py7m.grist --matrices
+    gristmill inspect py7m.grist --check-machine --device cuda
     """
     from gristmill.runtime.report import (
         artifact_rows,
@@ -90,6 +95,8 @@ def inspect(artifact: str, program: bool, matrices: bool, as_json: bool) -> None
     )
 
     opened, listed = read_program(artifact)
+    if check_machine:
+        return _show_machine(opened, listed, device, as_json)
     summary = artifact_summary(opened, listed)
     if as_json:
         echo_json({**summary, "program": listing(listed)} if program else summary)
@@ -106,6 +113,22 @@ def inspect(artifact: str, program: bool, matrices: bool, as_json: bool) -> None
         if summary["evaluation"] is not None:
             click.echo()
             show_table(evaluation_rows(summary["evaluation"]), stderr=False)
+    return 0
+
+
+def _show_machine(artifact: Any, program: Any, device: str, as_json: bool) -> int:
+    """The exit code."""
+    from gristmill.runtime.check_machine import check_machine, facts
+
+    found = check_machine(artifact, program, device)
+    result = facts(found)
+    if as_json:
+        echo_json(result)
+    else:
+        rows = [(r.what, f"{r.verdict}: {r.needed} needed, {r.found} here") for r in found]
+        rows += [("do", r.remedy) for r in found if r.remedy]
+        show_table(rows, stderr=False)
+    return 0 if result["ok"] else 1
 
 
 @cli.command(no_args_is_help=True)

@@ -104,6 +104,7 @@ def test_only_a_load_for_a_device_imports_its_executor() -> None:
         if name.startswith(tuple(f"gristmill.runtime.{device}" for device in DEVICES))
     ]
     assert sorted(importers) == [
+        ("runtime/check_machine.py", "gristmill.runtime.cuda.device_for"),
         ("runtime/session.py", "gristmill.runtime.cuda.open_executor"),
         ("runtime/session.py", "gristmill.runtime.parallel.open_executor"),
     ]

@@ -33,25 +33,25 @@ Executor::Executor(std::string_view program_json, const std::string& weights_pat
       base_weights_(options.base_weights.empty() ? nullptr : Weights::open(options.base_weights)),
       program_(parse_program(program_json, *weights_, {base_weights_.get(), options.partial})),
       pool_(choose_threads(options.threads), options.pinned) {
-  check_options(options);
   alone_below_ = options.alone_below;
   machine_.program = &program_;
   machine_.kernels = choose_kernels(options.isa);
   machine_.threads = pool_.threads();
-  machine_.max_len = options.max_len;
-  machine_.max_slots = options.max_slots;
+  machine_.max_len = options.max_len == Options::kCompiled ? program_.max_len : options.max_len;
+  machine_.max_slots = options.max_slots == Options::kCompiled ? program_.max_slots : options.max_slots;
+  check_limits();
   build_steps();
   lay_out_memory(options.huge_pages);
   order_.reserve(static_cast<size_t>(program_.max_tokens));
   machine_.batch.blocks.reserve(static_cast<size_t>(program_.max_tokens));
 }
 
-void Executor::check_options(const Options& options) const {
-  if (options.max_len < 1 || options.max_len > program_.max_position)
-    fail("max_len is ", options.max_len, ", expected 1 to ", program_.max_position,
+void Executor::check_limits() const {
+  if (max_len() < 1 || max_len() > program_.max_position)
+    fail("max_len is ", max_len(), ", expected 1 to ", program_.max_position,
          " (the most this model was compiled for)");
-  if (options.max_slots < 1 || options.max_slots > kMostSlots)
-    fail("max_slots is ", options.max_slots, ", expected 1 to ", kMostSlots);
+  if (max_slots() < 1 || max_slots() > kMostSlots)
+    fail("max_slots is ", max_slots(), ", expected 1 to ", kMostSlots);
 }
 
 void Executor::build_steps() {

@@ -21,6 +21,7 @@ namespace gristmill {
 
 struct Options {
   int threads = 0;  // 0: physical cores of this process
+  static constexpr int64_t kCompiled = -1;  // as many as the program was compiled for
   int64_t max_len = 0, max_slots = 0;
   std::string isa = "auto";
   // Weights, caches and arena in huge pages: fewer misses of the address translation, paid for by a copy.
@@ -76,6 +77,8 @@ class Executor final : private Job {
   int threads() const { return pool_.threads(); }
   int64_t max_len() const { return machine_.max_len; }
   int64_t max_slots() const { return machine_.max_slots; }
+  // The fewest rows that a cache keeps of a slot; max_len() where every cache keeps all.
+  int64_t shortest_ring() const { return shortest_ring_; }
   int64_t hidden_width() const;  // 0: the program has no hidden states to give
   uint64_t kv_bytes() const { return kv_.bytes(); }
   uint64_t weight_bytes() const { return weights_->bytes(); }
@@ -86,7 +89,7 @@ class Executor final : private Job {
   void work(int64_t phase, int64_t begin, int64_t end, int thread) noexcept override;
   static void after_fork(void* executor) noexcept;
 
-  void check_options(const Options& options) const;
+  void check_limits() const;
   void build_steps();
   void add_step(int64_t instruction, std::unique_ptr<Step> step);
   void add_linear(size_t index);

@@ -86,7 +86,7 @@ class Product final : public Step {
   static constexpr int64_t kFewRows = 4;      // up to here the weights' stream is all there is to it
   static constexpr int64_t kBand = 128;       // rows of one tile
   static constexpr int64_t kMostStrip = 128;  // columns of one tile
-  static constexpr int64_t kFewBytes = 32 << 10, kManyBytes = 128 << 10;  // of weights per strip
+  static constexpr int64_t kTiledBytes = 128 << 10;  // of a strip's weights
   // A strip of streams: most of its bytes, and how many could be read while its streams begin.
   static constexpr int64_t kStreamBytes = 144 << 10, kBeginBytes = 16 << 10;
 
@@ -94,23 +94,22 @@ class Product final : public Step {
     std::vector<Strip> all;
     int64_t first = 0, most = in_.out.width;
     for (const Matrix& segment : in_.weight->segments) {
-      const int64_t row_bytes = segment.row_bytes() * (in_.glu ? 2 : 1);
+      const int64_t row_bytes = segment.row_bytes();
       const int64_t end = std::min(first + segment.n, most);
-      const int64_t step = few && in_.act_group ? streamed(end - first, row_bytes)
-                                                : tiled(few ? kFewBytes : kManyBytes, row_bytes);
+      const int64_t step = few ? streamed(end - first, row_bytes) : tiled(row_bytes * (in_.glu ? 2 : 1));
       for (int64_t at = first; at < end; at += step) all.push_back({at, std::min(at + step, end)});
       first = end;
     }
     return all;
   }
 
-  // Whole tiles of about so many bytes.
-  int64_t tiled(int64_t bytes, int64_t row_bytes) const {
+  // Whole tiles of about kTiledBytes.
+  int64_t tiled(int64_t row_bytes) const {
     const int64_t tile = m.kernels->tile;
-    return std::clamp(bytes / row_bytes / tile * tile, tile, std::max(tile, kMostStrip / tile * tile));
+    return std::clamp(kTiledBytes / row_bytes / tile * tile, tile, std::max(tile, kMostStrip / tile * tile));
   }
 
-  // Eight streams of an odd number of rows each: as many as have the threads done first, the largest of equals.
+  // Streams of an odd number of rows each: as many as have the threads done first, the largest of equals.
   int64_t streamed(int64_t columns, int64_t row_bytes) const {
     int64_t best = 8, least = std::numeric_limits<int64_t>::max();
     for (int64_t step = 8; step <= kMostStrip; step += 16) {

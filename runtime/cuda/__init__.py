@@ -25,16 +25,24 @@ def open_executor(program: Program, weights: Path, max_len: int, max_slots: int)
     Raises GristmillError where torch or triton is missing, without a device that will do, and where the
     device has too little free memory.
     """
-    device = _open_device()
-    import torch
-
-    from gristmill.runtime.cuda.device import refuse_out_of_memory, refuse_too_large
+    device = device_for(program, weights, max_len, max_slots)
+    from gristmill.runtime.cuda.device import refuse_out_of_memory
     from gristmill.runtime.cuda.executor import CudaExecutor
 
-    refuse_too_large(program, max_len, max_slots, weights.stat().st_size, torch.cuda.mem_get_info(device)[0])
     remedy = "load with a smaller max_len or max_slots, or end what else uses the GPU"
     with refuse_out_of_memory(device, f"loading {max_slots} slots of {max_len}", remedy):
         return CudaExecutor(program, weights, device, max_len, max_slots)
+
+
+def device_for(program: Program, weights: Path, max_len: int, max_slots: int) -> torch.device:
+    """The current CUDA device, which has what the program needs; raises GristmillError as `open_executor`."""
+    device = _open_device()
+    import torch
+
+    from gristmill.runtime.cuda.device import refuse_too_large
+
+    refuse_too_large(program, max_len, max_slots, weights.stat().st_size, torch.cuda.mem_get_info(device)[0])
+    return device
 
 
 def _open_device() -> torch.device:

@@ -13,6 +13,7 @@ Registers and spills are what ptxas reports. Nothing is taken from Triton's cach
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib
 import io
 import json
@@ -23,9 +24,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+SHARED = Path(__file__).resolve().parents[2] / "build" / "sm90"
 SHARED_BYTES = 227 << 10  # that a block of an sm_90 may use
 Launch = tuple[str, Callable[[], object]]
 
@@ -59,7 +62,37 @@ class Compiled:
 
 
 def compile_launches(module: str, seconds: float = 300) -> list[Compiled]:
-    """Every kernel that the launches of `module`, a module on sys.path, would start, in their order."""
+    """Every kernel that the launches of `module`, a module on sys.path, would start, in their order.
+
+    The processes that share a run of the tests share what one of them has compiled.
+    """
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:
+        return _parsed(_compiled(module, seconds))
+    SHARED.mkdir(parents=True, exist_ok=True)
+    for file in SHARED.iterdir():
+        if not file.name.startswith(run):
+            file.unlink(missing_ok=True)
+    with open(SHARED / f"{run}-{module}", "a+") as shared:  # the system ends the lock with the process
+        fcntl.flock(shared, fcntl.LOCK_EX)
+        shared.seek(0)
+        lines = shared.read()
+        if not lines:
+            lines = _compiled(module, seconds)
+            shared.write(lines)
+            shared.flush()
+    return _parsed(lines)
+
+
+def _parsed(lines: str) -> list[Compiled]:
+    return [
+        Compiled(**{**fields, "grid": tuple(fields["grid"])})
+        for fields in map(json.loads, lines.splitlines())
+    ]
+
+
+def _compiled(module: str, seconds: float) -> str:
+    """A line of JSON for every kernel."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     with tempfile.TemporaryDirectory() as cache:
@@ -77,10 +110,7 @@ def compile_launches(module: str, seconds: float = 300) -> list[Compiled]:
             timeout=seconds,
         )
     assert done.returncode == 0, f"{module} does not compile:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    return [
-        Compiled(**{**fields, "grid": tuple(fields["grid"])})
-        for fields in map(json.loads, done.stdout.splitlines())
-    ]
+    return done.stdout
 
 
 def _compile_only(record: Callable[..., None]) -> None:
