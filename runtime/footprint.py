@@ -49,15 +49,18 @@ def smallest_ring(program: Program, max_len: int) -> int:
     return min((n for n in rows if n < max_len), default=0)
 
 
-def refuse_too_large(program: Program, max_len: int, max_slots: int, copied: int = 0) -> None:
-    """Raises GristmillError where caches, buffers and ``copied`` bytes of weights do not fit into the memory
-    that is free."""
-    needed = kv_bytes(program, max_len, max_slots) + program.arena_bytes
+def refuse_too_large(
+    program: Program, max_len: int, max_slots: int, copied: int = 0, ranks: int = 1
+) -> None:
+    """Raises GristmillError where caches, the buffers of each rank and ``copied`` bytes of weights do not fit
+    into the memory that is free."""
+    needed = kv_bytes(program, max_len, max_slots) + ranks * program.arena_bytes
     available = machine.available_memory_bytes()
     if available is not None and needed <= available < needed + copied:
+        what, option = ("in huge pages", "hugepages") if ranks == 1 else ("cut for ranks", "tensor_parallel")
         raise GristmillError(
-            f"a copy of the weights in huge pages needs {(needed + copied) >> 20} MiB with the caches, "
-            f"{available >> 20} are free; load without hugepages"
+            f"a copy of the weights {what} needs {(needed + copied) >> 20} MiB with the caches, "
+            f"{available >> 20} are free; load without {option}"
         )
     if available is not None and needed > available:
         raise GristmillError(

@@ -184,7 +184,8 @@ def _open(
     cores = min(machine.usable_cpus(), native().default_threads())
     threads = within("threads", threads, cores, 1024)
     weights = artifact.weights_path
-    refuse_too_large(program, max_len, max_slots, weights.stat().st_size if hugepages else 0)
+    copies = hugepages + (ranks > 1)
+    refuse_too_large(program, max_len, max_slots, copies * weights.stat().st_size, ranks)
     if device in EXPORTS:
         other = open_executor_of(device, artifact, program, threads, max_len, max_slots)
         return Session(artifact, program, other, max_waiting=max_waiting)

@@ -20,10 +20,11 @@ from tiny import tiny_artifact
 import gristmill
 from gristmill.cli import cli
 from gristmill.runtime.errors import GristmillError
+from gristmill.runtime.parallel.exchange import Exchanges
 from gristmill.runtime.parallel.layout import Heads, Parts, even
 from gristmill.runtime.parallel.split import split
 from gristmill.runtime.profile import Forward, Roofs, probe_of
-from gristmill.runtime.program import Program, View
+from gristmill.runtime.program import LOGITS, Program, View
 from gristmill.runtime.session import Session
 
 TOLERANCE = 2e-5  # of the largest logit, f32
@@ -104,6 +105,15 @@ def test_a_block_has_two_sums_and_the_head_a_gather() -> None:
         made.program.values[i.out.value].width for i in made.program.instructions if i.op == "attention"
     ]
     assert widths == [2 * 18] * 2
+
+
+def test_linears_before_a_sum_go_in_bands() -> None:
+    made = split(program_of(Llama(kv_heads=4)), 1, 2, gather_pays=0)
+    arena = np.zeros(made.program.arena_bytes, np.uint8)
+    exchanges = Exchanges(None, made.program, made.exchanges, arena, band=5)  # type: ignore[arg-type]
+    assert exchanges.band == [5, 5, 5, 5, 0]
+    ops = [made.program.instructions[index] for index in exchanges.after]
+    assert all(i.op == "linear" for i in ops) and ops[-1].out.value == LOGITS
 
 
 def test_groups_that_a_border_would_cut_are_gathered() -> None:

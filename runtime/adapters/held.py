@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MOST_NAME = 200
 ONLY_CPU = (
-    "adapters at run time are for device 'cpu'; load with it, or merge the adapter with `gristmill compile "
+    "adapters at run time are for device 'cpu' in one process; load with it, or merge the adapter with `gristmill compile "
     "--lora`, which runs everywhere"
 )
 

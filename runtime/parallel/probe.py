@@ -34,7 +34,9 @@ class ParallelProbe(CpuProbe):
         transfers = _transfers(self._executor.history)
         exchanged = sum(transfer.seconds for transfer in transfers)
         around = max(0.0, (found.around or 0.0) - exchanged)
-        return replace(found, seconds=found.seconds + exchanged, around=around, transfers=transfers)
+        return replace(
+            found, seconds=found.seconds + exchanged, shared_phases=None, around=around, transfers=transfers
+        )
 
     def communication(self, forward: Forward) -> float:
         """Seconds that rank 0 is in exchanges, waits for slower ranks included; the lower quartile."""
