@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 MOST_NAME = 200
 ONLY_CPU = (
-    "adapters at run time are for device 'cpu' in one process; load with it, or merge the adapter with `gristmill compile "
-    "--lora`, which runs everywhere"
+    "adapters at run time are for device 'cpu' in one process; load with it, or merge the adapter with "
+    "`gristmill compile --lora`, which runs everywhere"
 )
 
 
