@@ -31,7 +31,6 @@ Sample = tuple[str, dict[str, str], float]
 Family = tuple[str, str, str, list[Sample]]  # name, type, what it says, samples
 
 
-
 @dataclass(eq=False)
 class Ask:
     """What is known of a request before anyone has read it closely. keys: of its session and of its prompt's
@@ -167,9 +166,7 @@ class Fleet:
         able = [m for m in able if m.texts + ask.texts <= m.capacity] or able
         least = min(able, key=lambda m: (m.tokens, m.texts, m.chosen))
         own = self._owner(ask, able)
-        if own is not None and (
-            own.texts + ask.texts <= own.slots or own.tokens <= UNEVEN * least.tokens
-        ):
+        if own is not None and (own.texts + ask.texts <= own.slots or own.tokens <= UNEVEN * least.tokens):
             return own
         return least
 
@@ -268,9 +265,11 @@ def ask_of(path: str, headers: Mapping[str, str], body: bytes) -> Ask:
 def _prompts(given: Any, chat: bool) -> list[bytes]:
     """Four bytes of each prompt for about a token of it, beginnings being alike where the prompts' are."""
     if chat:
-        return [b"\n".join(json.dumps(message, sort_keys=True).encode() for message in given)] if (
-            isinstance(given, list)
-        ) else []
+        return (
+            [b"\n".join(json.dumps(message, sort_keys=True).encode() for message in given)]
+            if (isinstance(given, list))
+            else []
+        )
     if isinstance(given, str):
         return [given.encode("utf-8", "surrogatepass")]
     if not isinstance(given, list):

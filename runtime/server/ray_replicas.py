@@ -10,6 +10,7 @@ lost; the front does.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import shutil
@@ -42,6 +43,7 @@ APPLICATION, REPLICA = "gristmill", "Replica"
 OBJECT_STORE_BYTES = 128 << 20  # nothing large goes between processes
 UNBOUNDED = 1_000_000  # calls of one replica, for Serve: the engine bounds what it takes
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 5.0, 30.0
+logging.getLogger("ray.serve").setLevel(logging.ERROR)  # stderr is for the server's log
 START_ATTEMPTS = 3  # of a first replica; later ones are tried for ever, by Serve
 NO_QUEUE_OF_ITS_OWN = 2**31 - 1  # the engine counts what waits
 
@@ -187,9 +189,8 @@ def start_own(options: ReplicaOptions, settings: Settings, replicas: int) -> Ray
 
 
 def stop_own(folder: str) -> None:
-    """Ends replicas and Ray, and removes what Ray wrote."""
+    """Ends Ray and all that runs on it, and removes what it wrote."""
     if ray.is_initialized():
-        serve.shutdown()
         ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
 
