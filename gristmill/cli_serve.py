@@ -72,6 +72,9 @@ NEEDED = ("fastapi", "uvicorn", "httptools", "prometheus_client", "pydantic", "s
     "--adapter", "adapters", multiple=True, metavar="NAME=DIR", callback=named_adapters,
     help="PEFT adapter that requests choose by `model`; may be given several times.",
 )  # fmt: skip
+@click.option(
+    "--replicas", type=click.IntRange(1), help="Engines over the artifact, as processes of Ray Serve [ray]."
+)
 @MAX_LEN
 @DEVICE
 @THREADS
@@ -82,16 +85,18 @@ def serve_command(
     artifact: str, host: str, port: int, model_name: str | None, api_key_file: str | None,
     max_slots: int | None, log_path: str | None, draft: str | None, max_len: int | None, device: str,
     threads: int | None, tensor_parallel: int | None, hugepages: bool, pin: bool, adapters: dict[str, str],
-    **limits: Any,
+    replicas: int | None, **limits: Any,
 ) -> None:  # fmt: skip
     """Serve an artifact over HTTP, as OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models.
 
     /health says whether requests are taken, /metrics is for Prometheus. SIGTERM finishes what is under way.
+    With --replicas, --max-slots and --max-queue are those of each replica, --threads of all together.
 
     \b
     gristmill serve chat.grist
     gristmill serve chat.grist --adapter sql=adapters/sql --adapter law=adapters/law
     gristmill serve chat.grist --host 0.0.0.0 --api-key-file keys.txt --max-slots 32
+    gristmill serve chat.grist --replicas 2
     curl localhost:8000/v1/completions -H 'content-type: application/json' -d '{"prompt": "Once"}'
     """
     try:
@@ -111,18 +116,63 @@ def serve_command(
             f"an adapter has the model's name, {name!r}; give it another one, or another --model-name"
         )
     settings = Settings(model=name, keys=read_keys(api_key_file), **limits)
-    session = load(
-        artifact, device, threads=threads, max_len=max_len, max_slots=max_slots, hugepages=hugepages, pin=pin,
-        max_waiting=NO_QUEUE_OF_ITS_OWN, draft=draft, tensor_parallel=tensor_parallel, adapters=adapters,
-    )  # fmt: skip
-    session.tokenizer  # noqa: B018  an artifact without one is refused before anything listens
+    how: dict[str, Any] = {
+        "threads": threads, "max_len": max_len, "max_slots": max_slots, "hugepages": hugepages,
+        "draft": draft,
+    }  # fmt: skip
+    if replicas is not None:
+        _refuse_with_replicas(pin, adapters, tensor_parallel)
+        options = _replica_options(artifact, device, replicas, how)
+    else:
+        session = load(
+            artifact, device, pin=pin, max_waiting=NO_QUEUE_OF_ITS_OWN, tensor_parallel=tensor_parallel,
+            adapters=adapters, **how,
+        )  # fmt: skip
+        session.tokenizer  # noqa: B018  an artifact without one is refused before anything listens
     listening = bind(host, port)
     if host not in LOOPBACK and not settings.keys:
         note(f"warning: {host} may be reached by others, and no API key is asked for; see --api-key-file")
     where = listening.getsockname()[1]
-    serve(
-        session, settings, listening, log_path, lambda: note(f"serving {name} at http://{_url(host)}:{where}")
-    )
+
+    def announce() -> None:
+        note(f"serving {name} at http://{_url(host)}:{where}")
+
+    if replicas is None:
+        serve(session, settings, listening, log_path, announce)
+        return
+    from gristmill.runtime.server.serve_replicas import serve_replicas
+
+    serve_replicas(options, replicas, settings, listening, log_path, announce)
+
+
+def _refuse_with_replicas(pin: bool, adapters: dict[str, str], tensor_parallel: int | None) -> None:
+    if pin:
+        raise GristmillError("--pin would put all replicas on the same processors; leave it out")
+    if adapters or tensor_parallel is not None:
+        asked = "--adapter" if adapters else "--tensor-parallel"
+        raise GristmillError(f"{asked} and --replicas do not go together; serve one process, or leave it out")
+
+
+def _replica_options(artifact: str, device: str, replicas: int, how: dict[str, Any]) -> Any:
+    """What each replica loads. Raises GristmillError for what none could load, before Ray is started."""
+    try:
+        from gristmill.runtime.server.ray_replicas import ReplicaOptions, share_of_threads
+    except ImportError as error:
+        if str(error.name).split(".")[0] != "ray":
+            raise
+        raise GristmillError("replicas need Ray; install it with `pip install 'gristmill[ray]'`") from error
+    from gristmill.runtime.artifact import open_artifact
+    from gristmill.runtime.session import load
+
+    paths = {"artifact": artifact, "draft": how["draft"]}  # a replica's directory is another one
+    found = {name: str(Path(path).resolve()) for name, path in paths.items() if path is not None}
+    if device == "cuda":
+        open_artifact(artifact)  # what a GPU has room for, the replicas find out on theirs
+    else:
+        session = load(artifact, device, **how)
+        session.tokenizer  # noqa: B018
+        how = {**how, "threads": share_of_threads(session.threads, replicas)} if device == "cpu" else how
+    return ReplicaOptions(device=device, **{**how, **found})
 
 
 def _url(host: str) -> str:

@@ -20,8 +20,7 @@ from gristmill.runtime.server.engine import Engine
 from gristmill.runtime.server.errors import RequestError, request_error
 from gristmill.runtime.server.formats import ChatFormat, CompletionFormat, Format
 from gristmill.runtime.server.gate import Gate
-from gristmill.runtime.server.logs import Log
-from gristmill.runtime.server.metrics import Collector
+from gristmill.runtime.server.metrics import Collector, Lossy
 from gristmill.runtime.server.protocol import (
     Answered,
     ChatRequest,
@@ -112,8 +111,9 @@ class Server:
         return [self.model(), *map(self.model, self.engine.session.adapters.all)]
 
 
-def create_app(engine: Engine, settings: Settings, log: Log) -> FastAPI:
-    """The server as an ASGI application, which starts and stops the engine."""
+def create_app(engine: Engine, settings: Settings, log: Lossy, alone: bool = True) -> FastAPI:
+    """The server as an ASGI application, which starts and stops the engine. alone: with the Gate before it,
+    which else stands elsewhere, as does what starts the engine."""
     server = Server(engine, settings)
 
     @asynccontextmanager
@@ -123,10 +123,12 @@ def create_app(engine: Engine, settings: Settings, log: Log) -> FastAPI:
         await engine.stop()
 
     app = FastAPI(
-        title="gristmill", version=_version(), docs_url=None, redoc_url=None, lifespan=lifespan,
+        title="gristmill", version=_version(), docs_url=None, redoc_url=None,
+        lifespan=lifespan if alone else None,
         description="OpenAI-compatible completions of one model.",
     )  # fmt: skip
-    app.add_middleware(Gate, engine=engine, settings=settings)
+    if alone:
+        app.add_middleware(Gate, engine=engine, settings=settings)
     _add_handlers(app)
     _add_generation(app, server)
     _add_models(app, server)
@@ -156,7 +158,7 @@ def _add_models(app: FastAPI, server: Server) -> None:
         return Json(server.model(adapter_of(model, server.engine.session, server.settings)))
 
 
-def _add_operation(app: FastAPI, engine: Engine, log: Log) -> None:
+def _add_operation(app: FastAPI, engine: Engine, log: Lossy) -> None:
     registry = CollectorRegistry()
     registry.register(Collector(engine, log))
     ProcessCollector(registry=registry)

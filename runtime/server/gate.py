@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gristmill.runtime.server.engine import Engine
 from gristmill.runtime.server.errors import RequestError
 from gristmill.runtime.server.logs import log_event
+from gristmill.runtime.server.metrics import Measurements
 from gristmill.runtime.server.reply import CLIENT_GONE, refusal
 from gristmill.runtime.server.settings import Keys, Settings
 
@@ -25,10 +25,17 @@ class ClientGone(Exception):
     """The connection was closed before the request was complete."""
 
 
+class Counting(Protocol):
+    """What is behind the gate: an Engine, or several replicas. draining: nothing new is taken."""
+
+    draining: bool
+    measurements: Measurements
+
+
 class Gate:
     """ASGI middleware. It reads a request's body before anything looks at it."""
 
-    def __init__(self, app: ASGIApp, engine: Engine, settings: Settings):
+    def __init__(self, app: ASGIApp, engine: Counting, settings: Settings):
         self._app, self._engine, self._settings = app, engine, settings
         self._keys = Keys(settings.keys)
 

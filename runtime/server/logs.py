@@ -119,6 +119,14 @@ class Log:
         self._file.close()
 
 
+def pass_on(line: str, **fields: Any) -> None:
+    """A line that another process's JsonLines has made, into this one's log; fields: added to it."""
+    found = json.loads(line)
+    level = logging.getLevelName(found.pop("level").upper())
+    found["said"] = found.pop("time")  # this one's own is a moment later
+    logger.log(level, found.pop("event"), extra={"fields": {**found, **fields}})
+
+
 def log_event(event: str, **fields: Any) -> None:
     """One line of the server's log."""
     logger.info(event, extra={"fields": fields})

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterator
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from gristmill.runtime.decoding.sequence import Sequence
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
     from gristmill.runtime.server.engine import Engine
-    from gristmill.runtime.server.logs import Log
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -84,10 +83,16 @@ class Measurements:
         return sum(tokens for second, tokens in self._recent if now - WINDOW_S <= second < now) / WINDOW_S
 
 
+class Lossy(Protocol):
+    """A log. dropped: lines it lost."""
+
+    dropped: int
+
+
 class Collector:
     """The metrics of an engine, for a registry of prometheus_client."""
 
-    def __init__(self, engine: Engine, log: Log):
+    def __init__(self, engine: Engine, log: Lossy):
         self._engine, self._log = engine, log
 
     def collect(self) -> Iterator[Metric]:

@@ -54,7 +54,7 @@ class Reply(Response):
         self._begun: list[bool] = [False] * len(ticket.answers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watch = asyncio.ensure_future(_until_gone(receive))
+        watch = asyncio.ensure_future(until_gone(receive))
         watch.add_done_callback(self._ticket.leave)
         try:
             await self._something_to_send()
@@ -180,7 +180,7 @@ class Reply(Response):
             record["texts"] = [result.text for result in results]
 
 
-async def _until_gone(receive: Receive) -> None:
+async def until_gone(receive: Receive) -> None:
     """Returns when the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -13,14 +13,16 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.server.app import create_app
 from gristmill.runtime.server.engine import Engine
+from gristmill.runtime.server.gate import Counting
 from gristmill.runtime.server.logs import Log, log_event
 from gristmill.runtime.server.metrics import Measurements
 from gristmill.runtime.server.settings import Settings
@@ -60,10 +62,17 @@ def serve(
     announce: Callable[[], None],
 ) -> None:  # fmt: skip
     """Serves until a signal ends it. announce: called once connections are taken."""
+    run(lambda log: make_server(session, settings, log, announce), listening, log_path)
+
+
+def run(
+    make: Callable[[Log], GentleServer], listening: socket.socket, log_path: str | None
+) -> None:
+    """Runs the server that `make` makes until a signal ends it."""
     log = Log(log_path)
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    server = make_server(session, settings, log, announce)
+    server = make(log)
     try:
         asyncio.run(server.serve(sockets=[listening]))
     finally:
@@ -77,18 +86,36 @@ def serve(
 def make_server(session: Session, settings: Settings, log: Log, announce: Callable[[], None]) -> GentleServer:
     """A server that `serve(sockets=[...])` runs."""
     engine = Engine(session, settings.max_queue, Measurements())
+    return gentle(create_app(engine, settings, log), engine, settings, announce)
+
+
+def gentle(
+    app: ASGIApp, engine: Ending, settings: Settings, announce: Callable[[], None]
+) -> GentleServer:
+    """A server of `app`, behind which is `engine`."""
     config = uvicorn.Config(
-        create_app(engine, settings, log), http=patient(settings.stall_s), ws="none", lifespan="on",
+        app, http=patient(settings.stall_s), ws="none", lifespan="on",
         log_config=None, access_log=False, server_header=False, proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=int(settings.stall_s) + 1,
     )  # fmt: skip
     return GentleServer(config, engine, settings.grace_s, announce)
 
 
+class Ending(Counting, Protocol):
+    """What a server ends before itself: an Engine, or several replicas."""
+
+    @property
+    def taken(self) -> int: ...
+
+    def end_all(self) -> None: ...
+
+    async def idle(self, timeout_s: float) -> bool: ...
+
+
 class GentleServer(uvicorn.Server):
     """A uvicorn server that refuses and finishes before it closes."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, grace_s: float, announce: Callable[[], None]):
+    def __init__(self, config: uvicorn.Config, engine: Ending, grace_s: float, announce: Callable[[], None]):
         super().__init__(config)
         self.engine = engine
         self._grace_s, self._announce = grace_s, announce
