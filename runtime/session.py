@@ -461,7 +461,7 @@ class Session:
 
     def _execute(
         self,
-        execute: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], Result],
+        execute: Callable[..., Result],
         tokens: np.ndarray,
         positions: np.ndarray,
         slots: np.ndarray,
