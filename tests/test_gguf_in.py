@@ -10,6 +10,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
+from adapters import save_adapter
 from families import LLAMA3
 from gguf_cases import OPTIONS, SMALL, WIDE, byte_pairs, changed, made
 from safetensors.numpy import load_file
@@ -118,6 +120,27 @@ def test_weights_round_anew(integers_gguf: Path, tmp_path: Path) -> None:
 
 
 # ---- types that fit no format
+
+
+def test_an_adapter_is_merged_or_run_beside(integers_gguf: Path, tmp_path: Path) -> None:
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for layer in (0, 1):
+        for name, n, k in (("self_attn.q_proj", 256, 256), ("mlp.down_proj", 256, 320)):
+            for part, shape in (("A", (4, k)), ("B", (n, 4))):
+                key = f"base_model.model.model.layers.{layer}.{name}.lora_{part}.weight"
+                tensors[key] = 0.1 * torch.randn(shape, generator=generator)
+    adapter = save_adapter(tmp_path / "adapter", tensors)
+    options = {"weights": "f32", "kv": "f32"}
+    merged, _ = compiled(integers_gguf, tmp_path / "merged", lora=adapter, **options)
+    plain, _ = compiled(integers_gguf, tmp_path / "plain", **options)
+    session = gristmill.load(plain, threads=1, adapters={"a": adapter})
+    ids = list(range(2, 20))
+    without = session.forward(ids, range(18), [0] * 18)
+    session.reset(0, "a")
+    got = session.forward(ids, range(18), [0] * 18)
+    expected = gristmill.load(merged, threads=1).forward(ids, range(18), [0] * 18)
+    assert np.abs(got - expected).max() < 2e-5 * np.abs(expected).max()
+    assert np.abs(got - without).max() > 0.01 * np.abs(without).max()
 
 
 def random_blocks(kind: str, n: int, k: int) -> Any:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from adapters import PREFIX, logits_of, merged, random_pairs, save_adapter
 from families import save_tiny
+from foreign import Kind, gptq_config, gptq_tensors, save_quantized
 from models import traced_of
 
 import gristmill
@@ -264,3 +265,39 @@ def test_a_module_is_refused(tmp_path: Path) -> None:
             torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8)), tmp_path / "out",
             lora=tmp_path, gate=False,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds", "layout"),
+    [
+        ("llama", ("q_proj", "down_proj"), Kind(8, 64, order=True)),
+        ("llama", ("q_proj", "down_proj"), Kind(4, 32, symmetric=False)),
+        ("gpt2", ("c_attn", "c_fc"), Kind(8, 32)),
+    ],
+)
+def test_a_quantized_checkpoint(tmp_path: Path, family: str, kinds: tuple[str, ...], layout: Kind) -> None:
+    """What is merged is rounded anew in the checkpoint's own scheme, the rest kept; at run time all is."""
+    from transformers import AutoModelForCausalLM
+
+    layers = save_quantized(
+        tmp_path / "m", layout, gptq_config(layout), lambda _, layer: gptq_tensors(layer), family
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m-float", dtype=torch.float32).eval()
+    tensors = random_pairs(model, kinds)
+    adapter = save_adapter(tmp_path / "adapter", tensors)
+    expected = logits_of(merged(model, tensors), IDS)
+    exact = {"weights": None, "embedding": "f32", "head": "f32", "kv": "f32"}
+    got = compiled(tmp_path / "m", tmp_path / "out", adapter, **exact, activations="f32")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    changed = [name for name in layers if name.rpartition(".")[2] in kinds]
+    assert len(changed) == 4
+    kept = manifest["quantization"]["checkpoint"]["kept"]
+    assert sorted(kept) == sorted(set(layers) - set(changed))
+    schemes = manifest["quantization"]["schemes"]
+    assert {schemes[name] for name in changed} == {schemes[name] for name in kept}
+    assert_same(got, expected, 0.03 if layout.bits == 8 else 0.5)
+    assert_same(compiled(tmp_path / "m", tmp_path / "floats", adapter), expected)
+    gristmill.compile(tmp_path / "m", tmp_path / "base", gate=False, activations="f32", **exact)
+    session = gristmill.load(tmp_path / "base", threads=1, adapters={"a": adapter})
+    session.reset(0, "a")
+    assert_same(session.forward(IDS, range(len(IDS)), [0] * len(IDS)), expected)
