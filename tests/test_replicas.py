@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class Scripted:
     def status(self) -> dict[str, Any]:
         return STATUS
 
-    async def answer(self, call: Call) -> AsyncIterator[list[Any]]:
+    async def answer(self, call: Call) -> AsyncGenerator[list[Any], None]:
         self.calls.append(call)
         kind = b"text/event-stream" if self.stream else b"application/json"
         yield [
@@ -89,7 +89,7 @@ class Objects:
             raise Lost
         return chosen
 
-    async def answer(self, ask: Ask, call: Call) -> AsyncIterator[list[Any]]:
+    async def answer(self, ask: Ask, call: Call) -> AsyncGenerator[list[Any], None]:
         chosen = self._chosen(ask)
         try:
             async for messages in self.replicas[chosen].answer(call):
@@ -458,7 +458,7 @@ def test_a_replica_that_says_nothing_gets_nothing(monkeypatch: pytest.MonkeyPatc
     class Stuck(Scripted):
         stuck = False
 
-        async def answer(self, call: Call) -> AsyncIterator[list[Any]]:
+        async def answer(self, call: Call) -> AsyncGenerator[list[Any], None]:
             await asyncio.sleep(TIMEOUT_S * self.stuck)
             async for messages in super().answer(call):
                 yield messages

@@ -98,7 +98,7 @@ def serve(artifact: Path, tmp_path: Path) -> Iterator[Callable[..., Served]]:
 
 
 def of_session(pid: int, folder: Path) -> list[int]:
-    """Processes that a server's process has started, and those of its Ray, which were started in its folder."""
+    """Processes that a server's process has started, and those of its Ray, started in its folder."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -155,7 +155,8 @@ def test_a_replica_killed_under_load(serve: Callable[..., Served]) -> None:
             ]
             await asyncio.wait_for(four.wait(), TIMEOUT_S)
             asked = [
-                asyncio.ensure_future(client.post(served.url + "/v1/completions", json=short)) for _ in range(8)
+                asyncio.ensure_future(client.post(served.url + "/v1/completions", json=short))
+                for _ in range(8)
             ]
             while (await client.get(served.url + "/health")).json()["replicas"][0]["queued"] < 2:
                 await asyncio.sleep(0.05)
@@ -176,7 +177,9 @@ def test_a_replica_killed_under_load(serve: Callable[..., Served]) -> None:
                 assert answer.json()["choices"] == expected["choices"]
 
     asyncio.run(load())
-    assert served.metric("gristmill_replicas_lost_total") == 1 and served.metric("gristmill_retries_total") >= 1
+    assert (
+        served.metric("gristmill_replicas_lost_total") == 1 and served.metric("gristmill_retries_total") >= 1
+    )
     wait_until(lambda: served.ready(2))
     assert served.metric("gristmill_running") == 0
     listed = served.health()["replicas"]
@@ -194,7 +197,9 @@ def test_sigterm_lets_texts_end_and_tells_the_others(serve: Callable[..., Served
         async with httpx.AsyncClient(timeout=TIMEOUT_S) as client:
             long = asyncio.ensure_future(stream(client, served.url, ENDLESS, both.set))
             await asyncio.wait_for(both.wait(), TIMEOUT_S)
-            short = asyncio.ensure_future(stream(client, served.url, {**ENDLESS, "max_tokens": 3000}, lambda: None))
+            short = asyncio.ensure_future(
+                stream(client, served.url, {**ENDLESS, "max_tokens": 3000}, lambda: None)
+            )
             await asyncio.sleep(0.2)
             served.process.send_signal(signal.SIGTERM)
             return await long, await short
@@ -218,7 +223,9 @@ def test_replicas_that_do_not_start(serve: Callable[..., Served], artifact: Path
         os.kill(served.pids()[0], signal.SIGKILL)
         wait_until(lambda: "does not start" in served.health().get("problem", ""))
         health = served.health()
-        assert health["status"] == "ok" and str(artifact) in health["problem"] and "\n" not in health["problem"]
+        assert (
+            health["status"] == "ok" and str(artifact) in health["problem"] and "\n" not in health["problem"]
+        )
         body = {"prompt": "x", "max_tokens": 3}
         assert httpx.post(served.url + "/v1/completions", json=body, timeout=TIMEOUT_S).status_code == 200
     finally:
@@ -243,8 +250,8 @@ def test_a_server_none_of_whose_replicas_starts(
     )
     paths = os.pathsep.join(path for path in sys.path if path)
     found = subprocess.run(
-        [sys.executable, "-P", "-c", script, str(artifact), str(tmp_path / "log")], cwd=tmp_path, timeout=TIMEOUT_S,
-        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True,
+        [sys.executable, "-P", "-c", script, str(artifact), str(tmp_path / "log")], cwd=tmp_path,
+        timeout=TIMEOUT_S, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True,
     )  # fmt: skip
     assert found.returncode == 1, found.stderr
     assert found.stderr.startswith("error: a replica does not start: ") and found.stderr.count("\n") == 1

@@ -12,7 +12,7 @@ import itertools
 import json
 import secrets
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -69,7 +69,7 @@ class Fleet:
         self._asks: dict[str, Ask] = {}
         self._known: OrderedDict[bytes, str] = OrderedDict()
         self._turn = itertools.count(1)
-        self._departed: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
+        self._departed: defaultdict[tuple[str, tuple[tuple[str, str], ...]], float] = defaultdict(float)
         self.lost = 0
 
     # ---- who is there ----

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -46,7 +46,7 @@ class Link(Protocol):
     """How replicas are reached. Both methods go to the replica that `fleet.place(ask.name, ...)` names, and
     raise Lost where it is gone. A link tells the fleet who is there."""
 
-    def answer(self, ask: Ask, call: Call) -> AsyncIterator[list[Message]]: ...
+    def answer(self, ask: Ask, call: Call) -> AsyncGenerator[list[Message], None]: ...
 
     async def status(self, ask: Ask) -> tuple[str, dict[str, Any]]:
         """A replica's id and its status."""

@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,7 @@ def share_of_threads(threads: int, replicas: int) -> int:
 class RayReplica:
     """The class of the deployment."""
 
-    async def __init__(self, options: ReplicaOptions, settings: Settings):
+    async def __init__(self, options: ReplicaOptions, settings: Settings):  # type: ignore[misc]  # Ray awaits it
         from gristmill.runtime.session import load
 
         session = await asyncio.to_thread(
@@ -81,7 +81,7 @@ class RayReplica:
         await self._replica.start()
         self._id = serve.get_replica_context().replica_id.unique_id
 
-    async def answer(self, ask: str, call: Call) -> AsyncIterator[list[Message]]:
+    async def answer(self, ask: str, call: Call) -> AsyncGenerator[list[Message], None]:
         async for messages in self._replica.answer(call):
             yield messages
 
@@ -103,7 +103,7 @@ class RayLink:
         self._one, self._stream = handle, handle.options(stream=True)
         self._application, self.folder = application, folder
 
-    async def answer(self, ask: Ask, call: Call) -> AsyncIterator[list[Message]]:
+    async def answer(self, ask: Ask, call: Call) -> AsyncGenerator[list[Message], None]:
         response = self._stream.answer.remote(ask.name, call)
         over = False
         try:
@@ -147,7 +147,7 @@ def problem_of(application: str) -> tuple[str | None, bool]:
     deployment = status.deployments.get(REPLICA)
     if deployment is None or not (said := deployment.message):
         return None, False
-    running = deployment.replica_states.get("RUNNING", 0)  # type: ignore[call-overload]
+    running = deployment.replica_states.get("RUNNING", 0)
     none_will = status.status == ApplicationStatus.DEPLOY_FAILED and not running
     return _reason(said), none_will
 

@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +71,7 @@ class Replica:
         await self.engine.stop()
         self._lines.remove()
 
-    async def answer(self, call: Call) -> AsyncIterator[list[Message]]:
+    async def answer(self, call: Call) -> AsyncGenerator[list[Message], None]:
         """The messages of the answer. Leaving the iterator is leaving the connection."""
         messages: list[Message] = [{"type": "http.request", "body": call.body, "more_body": False}]
         out, news, gone = list[Message](), asyncio.Event(), asyncio.Event()

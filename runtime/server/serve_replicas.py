@@ -36,6 +36,7 @@ def serve_replicas(
     try:
         run(make, listening, log_path)
     finally:
-        stop_own(link.folder)  # where the server ended otherwise than gently
+        if link.folder is not None:
+            stop_own(link.folder)  # where the server ended otherwise than gently
     if fronts[0].failed is not None:
         raise GristmillError(fronts[0].failed)
