@@ -348,10 +348,19 @@ std::string load_and_run(const std::string& program, const std::string& weights,
   }
 }
 
+// For four slots of 40 positions, and threads even for programs as small as this.
+Options with_threads(int threads) {
+  Options options;
+  options.threads = threads;
+  options.max_len = 40;
+  options.max_slots = 4;
+  options.alone_below = 0;
+  return options;
+}
+
 void run_at_once(const File& base, Random& random) {
   const MemoryFile file(file_bytes(base.header, base.data, false, random));
-  Executor one(kProgram, file.path(), {3, 40, 4, "auto", 0}),
-      other(kProgram, file.path(), {2, 40, 4, "auto", 0});
+  Executor one(kProgram, file.path(), with_threads(3)), other(kProgram, file.path(), with_threads(2));
   std::vector<std::thread> threads;
   for (int32_t slot = 0; slot < 4; slot++) {
     threads.emplace_back([&one, &other, slot] {
