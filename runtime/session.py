@@ -185,7 +185,8 @@ def _open(
     threads = within("threads", threads, cores, 1024)
     weights = artifact.weights_path
     copies = hugepages + (ranks > 1)
-    refuse_too_large(program, max_len, max_slots, copies * weights.stat().st_size, ranks)
+    copied = copies * weights.stat().st_size if copies else 0  # exported folders have weights of their own
+    refuse_too_large(program, max_len, max_slots, copied, ranks)
     if device in EXPORTS:
         other = open_executor_of(device, artifact, program, threads, max_len, max_slots)
         return Session(artifact, program, other, max_waiting=max_waiting)
