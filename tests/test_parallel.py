@@ -175,10 +175,12 @@ def test_ctrl_c_waits_for_the_end_of_a_forward(pair: Session) -> None:
         return result
 
     pair.executor._rank.forward = interrupted  # type: ignore[attr-defined]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with pytest.raises(KeyboardInterrupt):
             pair.forward([4], [0], [2])
     finally:
+        signal.signal(signal.SIGINT, before)
         pair.executor._rank.forward = forward  # type: ignore[attr-defined]
     assert seen == [1], "the forward was cut short"
     pair.reset(2)
