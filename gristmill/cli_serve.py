@@ -125,14 +125,12 @@ def serve_command(
 
 def _replica_options(artifact: str, device: str, replicas: int, how: dict[str, Any]) -> Any:
     """What each replica loads. Raises GristmillError for what none could load, before Ray is started."""
-    try:
-        from gristmill.runtime.server.ray_replicas import ReplicaOptions, share_of_threads
-    except ImportError as error:
-        if str(error.name).split(".")[0] != "ray":
-            raise
-        raise GristmillError("replicas need Ray; install it with `pip install 'gristmill[ray]'`") from error
     from gristmill.runtime.artifact import open_artifact
+    from gristmill.runtime.ray_session import require_ray
     from gristmill.runtime.session import load
+
+    require_ray()
+    from gristmill.runtime.server.ray_replicas import ReplicaOptions, share_of_threads
 
     paths = {"artifact": artifact, "draft": how["draft"]}  # a replica's directory is another one
     found = {name: str(Path(path).resolve()) for name, path in paths.items() if path is not None}

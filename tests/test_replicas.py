@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from tiny import tiny_artifact
 
 import gristmill
+from gristmill.cli import run_command
 
 for name in ("fastapi", "uvicorn", "httptools", "prometheus_client"):
     pytest.importorskip(name, reason="serving needs gristmill[serve]")
@@ -527,6 +529,25 @@ def test_counts_of_lost_replicas_stay_in_the_sum() -> None:
     fleet.present(["b", "c"])
     fleet.report("c", {**STATUS, "families": families(5, 2)})
     assert sums() == [12, 3]
+
+
+# ---- the command ----
+
+
+def test_the_command_without_ray(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for options, said in (
+        (["--replicas", "2"], "error: this needs Ray; install it with `pip install 'gristmill[ray]'`\n"),
+        (
+            ["--replicas", "2", "--pin"],
+            "error: --pin would put all replicas on the same processors; leave it out\n",
+        ),
+    ):
+        assert run_command(["serve", str(artifact), *options]) == 1
+        assert capsys.readouterr().err == said
+    assert run_command(["serve", str(artifact), "--replicas", "0"]) == 2
 
 
 # ---- over real engines ----
