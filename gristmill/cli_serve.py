@@ -130,7 +130,14 @@ def _replica_options(artifact: str, device: str, replicas: int, how: dict[str, A
     from gristmill.runtime.session import load
 
     require_ray()
-    from gristmill.runtime.server.ray_replicas import ReplicaOptions, share_of_threads
+    try:
+        from gristmill.runtime.server.ray_replicas import ReplicaOptions, share_of_threads
+    except ImportError as error:  # ray alone, or an older one
+        if str(error.name).startswith("gristmill"):
+            raise
+        raise GristmillError(
+            f"this Ray is not as expected ({error}); install it with `pip install 'gristmill[ray]'`"
+        ) from error
 
     paths = {"artifact": artifact, "draft": how["draft"]}  # a replica's directory is another one
     found = {name: str(Path(path).resolve()) for name, path in paths.items() if path is not None}

@@ -107,7 +107,7 @@ def test_only_a_load_for_a_device_imports_its_executor() -> None:
 
 
 def test_ray_is_imported_where_it_was_asked_for() -> None:
-    """At import by modules that only commands with --replicas, or a cluster, import; else inside functions."""
+    """At import by modules that only --replicas or a cluster imports; elsewhere inside functions."""
     server = ROOT / "runtime" / "server"
     with_ray = {server / f"{name}.py" for name in ("ray_app", "ray_replicas", "ray_router", "serve_replicas")}
     names = ("ray", *(f"gristmill.runtime.server.{path.stem}" for path in with_ray))

@@ -317,6 +317,19 @@ def test_requests_are_weighed() -> None:
     assert weight(prompt="\ud800") == (1, 16)
 
 
+def test_one_that_has_died_stays_away() -> None:
+    """Serve may name it for a while."""
+    fleet = ready_fleet("a", "b")
+    fleet.leave("a")
+    fleet.present(["a", "b", "c"])
+    assert sorted(fleet.ids) == ["b", "c"] and fleet.lost == 1
+    ask = Ask(texts=1)
+    fleet.enter(ask)
+    assert fleet.place(ask.name, ["a", "b"]) == "b"
+    assert fleet.place(ask.name, ["a"]) == "a", "the call fails, and is made again"
+    assert "a" not in fleet.ids and fleet.lost == 1
+
+
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleets, "MOST_KNOWN", 10)
     fleet = ready_fleet("a")
@@ -398,6 +411,11 @@ def test_a_full_replica_s_request_goes_to_another() -> None:
         async with Site(Objects(Fleet(), full=full, free=free)) as site:
             assert [(await site.ask({"prompt": "x"})).status for _ in range(3)] == [200] * 3
             assert full.calls
+            calls = len(full.calls)
+        async with Site(Objects(Fleet(), **{str(i): full for i in range(5)})) as site:
+            answer = await site.ask({"prompt": "x"})
+            assert (answer.status, answer.code) == (429, "queue_full") and site.front.retries == 0
+            assert len(full.calls) - calls == 5, "each one once"
         async with Site(Objects(Fleet(), a=full, b=full)) as site:
             answer = await site.ask({"prompt": "x"})
             assert (answer.status, answer.code) == (429, "queue_full")
