@@ -50,6 +50,10 @@ FILES = ("report.html", "report.md", "report.json")
 )  # fmt: skip
 @click.option("--samples", type=int, default=64, show_default=True, help="Calibration samples.")
 @click.option("--rounds", type=int, default=3, show_default=True, help="Rounds of speed over all points.")
+@click.option(
+    "--ray", is_flag=False, flag_value="local", metavar="[ADDRESS]",
+    help="Compile side by side as Ray tasks: on this machine, or at `auto` or HOST:PORT; --threads each.",
+)  # fmt: skip
 @click.option("--fresh", is_flag=True, help="Measure accuracy anew as well; artifacts are kept.")
 @JSON
 def report_command(
@@ -65,12 +69,13 @@ def report_command(
     all combinations (default weights f16,int8,int4,int3, methods rtn,gptq, kv f16).
 
     What is done is kept in the directory: run again, it goes on where it was killed, and compiles nothing
-    that has not changed. Speed is measured by every run.
+    that has not changed. Speed is measured by every run, one point after the other, --ray or not.
 
     \b
     gristmill report examples/py7m -o reports/py7m
     gristmill report model/ --weights f16,int4 --methods rtn,awq+gptq --kv f16,int8 --text held_out.txt -o r
     gristmill report f16.grist int4.grist -o r
+    gristmill report model/ --ray=auto -o /shared/r
     gristmill report model/ --peer llama.cpp:q4_0.gguf --peer-python llama.cpp=peer/bin/python -o r
     """
     from gristmill.report.configurations import split

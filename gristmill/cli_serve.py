@@ -155,14 +155,19 @@ def _refuse_with_replicas(pin: bool, adapters: dict[str, str], tensor_parallel: 
 
 def _replica_options(artifact: str, device: str, replicas: int, how: dict[str, Any]) -> Any:
     """What each replica loads. Raises GristmillError for what none could load, before Ray is started."""
+    from gristmill.runtime.artifact import open_artifact
+    from gristmill.runtime.ray_session import require_ray
+    from gristmill.runtime.session import load
+
+    require_ray()
     try:
         from gristmill.runtime.server.ray_replicas import ReplicaOptions, share_of_threads
-    except ImportError as error:
-        if str(error.name).split(".")[0] != "ray":
+    except ImportError as error:  # ray alone, or an older one
+        if str(error.name).startswith("gristmill"):
             raise
-        raise GristmillError("replicas need Ray; install it with `pip install 'gristmill[ray]'`") from error
-    from gristmill.runtime.artifact import open_artifact
-    from gristmill.runtime.session import load
+        raise GristmillError(
+            f"this Ray is not as expected ({error}); install it with `pip install 'gristmill[ray]'`"
+        ) from error
 
     paths = {"artifact": artifact, "draft": how["draft"]}  # a replica's directory is another one
     found = {name: str(Path(path).resolve()) for name, path in paths.items() if path is not None}

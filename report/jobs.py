@@ -35,6 +35,9 @@ class TaskFailed(GristmillError):
         super().__init__(reason)
         self.expected = expected
 
+    def __reduce__(self) -> tuple[type[TaskFailed], tuple[str, bool]]:
+        return TaskFailed, (str(self), self.expected)  # from another process
+
 
 def run_task(name: str, arguments: dict[str, Any], progress: Progress | None = None) -> Any:
     """The JSON that `tasks.TASKS[name](**arguments)` gives in a process of its own.

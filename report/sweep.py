@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.compiler.statistics import are_enough
+from gristmill.report import ray_tasks
 from gristmill.report.assemble import assemble
 from gristmill.report.identity import (
     RUNTIME,
@@ -145,9 +146,9 @@ class _Sweep:
         return self.options.model is not None or self.options.reference is not None
 
     def _compile(self, own: list[Subject], worker: Worker) -> None:
-        problems: dict[Path, str] = {}
+        problems = self._fan_out() if self.options.ray is not None else {}
         for wanted in self.wanted:
-            if not wanted.is_there:
+            if not wanted.is_there and not problems.get(wanted.path):
                 problems[wanted.path] = self._make(wanted, worker)
         for subject in own:
             assert subject.artifact is not None, "own points have artifacts"
@@ -161,21 +162,82 @@ class _Sweep:
     def _make(self, wanted: Wanted, worker: Worker) -> str:
         """Compiles one configuration, from an artifact that differs in its cache alone where there is one;
         why it could not be done, or ""."""
-        c = wanted.configuration
+        kind, task, arguments = self._work_of(wanted)
+        try:
+            key = {"artifact": wanted.key}
+            what = f"compile {wanted.configuration.label}"
+            self._done(kind, key, what, task, arguments, anew=True, worker=worker)
+        except TaskFailed as error:
+            self._stop_if_full(error)
+            return f"compile: {error}"
+        return ""
+
+    def _work_of(self, wanted: Wanted) -> tuple[str, str, dict[str, Any]]:
+        """Kind of job, task and arguments that make an artifact."""
         base = next((w.path for w in self.wanted if self._is_base(w, wanted)), None)
-        kind = "change_cache" if base else "calibrate" if c.calibrated else "compile"
-        task = "change_cache" if base else "compile_model"
+        calibrated = wanted.configuration.calibrated
+        kind = "change_cache" if base else "calibrate" if calibrated else "compile"
         arguments: dict[str, Any] = {
             "model": self.options.model, "out": str(wanted.path),
             "options": {**wanted.options, "force": True},
             **({"base": str(base)} if base else {}),
         }  # fmt: skip
-        try:
-            key = {"artifact": wanted.key}
-            self._done(kind, key, f"compile {c.label}", task, arguments, anew=True, worker=worker)
-        except TaskFailed as error:
-            self._stop_if_full(error)
-            return f"compile: {error}"
+        return kind, "change_cache" if base else "compile_model", arguments
+
+    def _fan_out(self) -> dict[Path, str]:
+        """Compiles what is missing side by side, calibrations that others begin with first; why what could
+        not be made. What was not even tried the sweep makes itself."""
+        problems: dict[Path, str] = {}
+        if all(w.is_there for w in self.wanted):
+            return problems
+        assert self.directory is not None and self.options.ray is not None
+        locks = (self.options.out / WORK / ray_tasks.LOCKS).resolve()
+        locks.mkdir(exist_ok=True)
+        size = sum(file.stat().st_size for file in self.directory.glob("*.safetensors"))
+        threads = self.options.threads or 1
+        with ray_tasks.RayPool(self.options.ray, size, threads) as pool:
+            while wave := self._wave(problems):
+                works = [self._work_of(w) for w in wave]
+                jobs = [
+                    ray_tasks.Job(task, self._absolute(arguments), str(locks / w.path.name))
+                    for w, (_, task, arguments) in zip(wave, works, strict=True)
+                ]
+                for (kind, _, _), w in zip(works, wave, strict=True):
+                    self.watcher.start(kind, f"compile {w.configuration.label}")
+                for number, outcome in pool.run(jobs):
+                    problems[wave[number].path] = self._take_in(wave[number], works[number][0], outcome)
+        return problems
+
+    def _wave(self, tried: dict[Path, str]) -> list[Wanted]:
+        """What may be made at once: of configurations that differ in their cache alone, the first one."""
+        missing = [w for w in self.wanted if not w.is_there and w.path not in tried]
+        begun: set[tuple[str, str]] = set()
+        found = []
+        for wanted in missing:
+            c = wanted.configuration
+            shared = (c.weights, c.method)
+            if c.calibrated and shared in begun:
+                continue
+            has_base = any(self._is_base(w, wanted) for w in self.wanted)
+            begun |= set() if has_base else {shared}
+            found.append(wanted)
+        return found
+
+    def _absolute(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Paths as another process finds them."""
+        given = [name for name in ("out", "base") if name in arguments]
+        places: dict[str, Any] = {name: str(Path(arguments[name]).resolve()) for name in given}
+        return {**arguments, "model": str((self.directory or Path()).resolve()), **places}
+
+    def _take_in(self, wanted: Wanted, kind: str, outcome: ray_tasks.Outcome) -> str:
+        """Keeps what a task gave; why it gave nothing, or ""."""
+        what = f"compile {wanted.configuration.label}"
+        if outcome.problem is not None:
+            self.watcher.finish(kind, what, outcome.seconds, str(outcome.problem))
+            self._stop_if_full(outcome.problem)
+            return f"compile: {outcome.problem}"
+        self.pieces.put(kind, {"artifact": wanted.key}, outcome.value, outcome.seconds)
+        self.watcher.finish(kind, what, outcome.seconds)
         return ""
 
     def _is_base(self, other: Wanted, wanted: Wanted) -> bool:

@@ -12,6 +12,7 @@ from gristmill.quant.scheme import FORMATS
 from gristmill.report.configurations import DEVICES, Configuration, grid, names
 from gristmill.report.identity import MODEL_FILES, is_artifact, model_directory
 from gristmill.report.peer_measures import Peer
+from gristmill.report.ray_tasks import check_address
 from gristmill.runtime.artifact import open_artifact
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.evaluation import read_text
@@ -29,7 +30,8 @@ class SweepOptions:
     last_word: file of passages; reference: the artifact that others are compared with, None for the one
     nearest to float; samples: of calibration; rounds: of speed; seconds: least time of a measurement within
     one; fresh: measure accuracy anew as well; reuse_speed: take the speeds of the last run, if it was here
-    and today; explain: measure why; command: what the user typed, for the report.
+    and today; explain: measure why; ray: where configurations are compiled side by side, see ray_tasks.py;
+    command: what the user typed, for the report.
     """
 
     out: Path
@@ -50,6 +52,7 @@ class SweepOptions:
     fresh: bool = False
     reuse_speed: bool = False
     explain: bool = True
+    ray: str | None = None
     command: str = ""
 
     @staticmethod
@@ -96,6 +99,10 @@ def check(options: SweepOptions) -> None:
     ):  # fmt: skip
         if value is not None and value < least:
             raise GristmillError(f"{name} is {value}, expected {least} or more")
+    if options.ray is not None:
+        if options.model is None:
+            raise GristmillError("--ray is for compiling, and artifacts were given; leave it out")
+        check_address(options.ray)
     if options.threads is not None and options.devices == ("cuda",):
         raise GristmillError("--threads is for the device cpu; leave it out")
     if (options.tensor_parallel or 1) > 1 and options.devices != ("cpu",):

@@ -110,6 +110,22 @@ def test_only_a_load_for_a_device_imports_its_executor() -> None:
     ]
 
 
+def test_ray_is_imported_where_it_was_asked_for() -> None:
+    """At import by modules that only --replicas or a cluster imports; elsewhere inside functions."""
+    server = ROOT / "runtime" / "server"
+    with_ray = {server / f"{name}.py" for name in ("ray_app", "ray_replicas", "ray_router", "serve_replicas")}
+    names = ("ray", *(f"gristmill.runtime.server.{path.stem}" for path in with_ray))
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in [*(file for folder in FOLDERS for file in files(folder)), *files("gristmill")]
+        if path not in with_ray
+        for name in imported(path, only_at_import=True)
+        if any(name == known or name.startswith(f"{known}.") for known in names)
+    ]
+    assert not wrong, wrong
+    assert any("ray" in imported(path, only_at_import=True) for path in with_ray), "the names are still right"
+
+
 def test_only_serving_imports_what_a_server_needs() -> None:
     server = ROOT / "runtime" / "server"
     own = [path for folder in FOLDERS for path in files(folder) if path.parent != server]

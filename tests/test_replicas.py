@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from tiny import tiny_artifact
 
 import gristmill
+from gristmill.cli import run_command
 
 for name in ("fastapi", "uvicorn", "httptools", "prometheus_client"):
     pytest.importorskip(name, reason="serving needs gristmill[serve]")
@@ -315,6 +317,19 @@ def test_requests_are_weighed() -> None:
     assert weight(prompt="\ud800") == (1, 16)
 
 
+def test_one_that_has_died_stays_away() -> None:
+    """Serve may name it for a while."""
+    fleet = ready_fleet("a", "b")
+    fleet.leave("a")
+    fleet.present(["a", "b", "c"])
+    assert sorted(fleet.ids) == ["b", "c"] and fleet.lost == 1
+    ask = Ask(texts=1)
+    fleet.enter(ask)
+    assert fleet.place(ask.name, ["a", "b"]) == "b"
+    assert fleet.place(ask.name, ["a"]) == "a", "the call fails, and is made again"
+    assert "a" not in fleet.ids and fleet.lost == 1
+
+
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleets, "MOST_KNOWN", 10)
     fleet = ready_fleet("a")
@@ -396,6 +411,11 @@ def test_a_full_replica_s_request_goes_to_another() -> None:
         async with Site(Objects(Fleet(), full=full, free=free)) as site:
             assert [(await site.ask({"prompt": "x"})).status for _ in range(3)] == [200] * 3
             assert full.calls
+            calls = len(full.calls)
+        async with Site(Objects(Fleet(), **{str(i): full for i in range(5)})) as site:
+            answer = await site.ask({"prompt": "x"})
+            assert (answer.status, answer.code) == (429, "queue_full") and site.front.retries == 0
+            assert len(full.calls) - calls == 5, "each one once"
         async with Site(Objects(Fleet(), a=full, b=full)) as site:
             answer = await site.ask({"prompt": "x"})
             assert (answer.status, answer.code) == (429, "queue_full")
@@ -527,6 +547,25 @@ def test_counts_of_lost_replicas_stay_in_the_sum() -> None:
     fleet.present(["b", "c"])
     fleet.report("c", {**STATUS, "families": families(5, 2)})
     assert sums() == [12, 3]
+
+
+# ---- the command ----
+
+
+def test_the_command_without_ray(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for options, said in (
+        (["--replicas", "2"], "error: this needs Ray; install it with `pip install 'gristmill[ray]'`\n"),
+        (
+            ["--replicas", "2", "--pin"],
+            "error: --pin would put all replicas on the same processors; leave it out\n",
+        ),
+    ):
+        assert run_command(["serve", str(artifact), *options]) == 1
+        assert capsys.readouterr().err == said
+    assert run_command(["serve", str(artifact), "--replicas", "0"]) == 2
 
 
 # ---- over real engines ----

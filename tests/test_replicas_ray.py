@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def serve(artifact: Path, tmp_path: Path) -> Iterator[Callable[..., Served]]:
 
 
 def of_session(pid: int, folder: Path) -> list[int]:
-    """Processes that a server's process has started, and those of its Ray, started in its folder."""
+    """Processes that a server has started, and those of its Ray: they are in its folder."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -154,10 +155,8 @@ def test_a_replica_killed_under_load(serve: Callable[..., Served]) -> None:
                 for i in range(4)
             ]
             await asyncio.wait_for(four.wait(), TIMEOUT_S)
-            asked = [
-                asyncio.ensure_future(client.post(served.url + "/v1/completions", json=short))
-                for _ in range(8)
-            ]
+            post = partial(client.post, served.url + "/v1/completions", json=short)
+            asked = [asyncio.ensure_future(post()) for _ in range(8)]
             while (await client.get(served.url + "/health")).json()["replicas"][0]["queued"] < 2:
                 await asyncio.sleep(0.05)
             os.kill(served.pids()[0], signal.SIGKILL)
@@ -177,9 +176,8 @@ def test_a_replica_killed_under_load(serve: Callable[..., Served]) -> None:
                 assert answer.json()["choices"] == expected["choices"]
 
     asyncio.run(load())
-    assert (
-        served.metric("gristmill_replicas_lost_total") == 1 and served.metric("gristmill_retries_total") >= 1
-    )
+    assert served.metric("gristmill_replicas_lost_total") == 1
+    assert served.metric("gristmill_retries_total") >= 1
     wait_until(lambda: served.ready(2))
     assert served.metric("gristmill_running") == 0
     listed = served.health()["replicas"]
@@ -197,9 +195,8 @@ def test_sigterm_lets_texts_end_and_tells_the_others(serve: Callable[..., Served
         async with httpx.AsyncClient(timeout=TIMEOUT_S) as client:
             long = asyncio.ensure_future(stream(client, served.url, ENDLESS, both.set))
             await asyncio.wait_for(both.wait(), TIMEOUT_S)
-            short = asyncio.ensure_future(
-                stream(client, served.url, {**ENDLESS, "max_tokens": 3000}, lambda: None)
-            )
+            body = {**ENDLESS, "max_tokens": 3000}
+            short = asyncio.ensure_future(stream(client, served.url, body, lambda: None))
             await asyncio.sleep(0.2)
             served.process.send_signal(signal.SIGTERM)
             return await long, await short
@@ -223,9 +220,8 @@ def test_replicas_that_do_not_start(serve: Callable[..., Served], artifact: Path
         os.kill(served.pids()[0], signal.SIGKILL)
         wait_until(lambda: "does not start" in served.health().get("problem", ""))
         health = served.health()
-        assert (
-            health["status"] == "ok" and str(artifact) in health["problem"] and "\n" not in health["problem"]
-        )
+        assert health["status"] == "ok" and str(artifact) in health["problem"]
+        assert "\n" not in health["problem"]
         body = {"prompt": "x", "max_tokens": 3}
         assert httpx.post(served.url + "/v1/completions", json=body, timeout=TIMEOUT_S).status_code == 200
     finally:
@@ -266,3 +262,67 @@ def test_the_front_killed_takes_its_ray_along(serve: Callable[..., Served]) -> N
     served.assert_gone()
     for left in ray_folders() - served.before:  # its removal is what was killed
         subprocess.run(["rm", "-rf", str(left)], check=True)
+
+
+CLUSTER = """
+import sys, time, yaml
+from pathlib import Path
+from ray import serve
+from ray.serve.schema import ServeDeploySchema
+from gristmill.runtime import ray_session
+from gristmill.runtime.server.ray_app import build
+
+config = ServeDeploySchema.model_validate(yaml.safe_load(Path(sys.argv[1]).read_text()))
+(application,) = config.applications
+assert application.import_path == f"{build.__module__}:{build.__name__}"
+folder = ray_session.start()
+try:
+    serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
+    args = {**application.args, "artifact": sys.argv[3], "replicas": 2, "threads": 1, "model_name": "tiny"}
+    serve.run(build(args), name=application.name, route_prefix=application.route_prefix)
+    print("running", flush=True)
+    sys.stdin.read()
+finally:
+    ray_session.stop(folder)
+"""
+
+
+def test_the_application_for_clusters(artifact: Path, tmp_path: Path) -> None:
+    """The example's file, on a Ray of this machine, behind Serve's own proxy."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = os.pathsep.join(path for path in sys.path if path)
+    example = Path(__file__).parents[1] / "examples" / "ray_serve.yaml"
+    url = f"http://127.0.0.1:{port}"
+    running = subprocess.Popen(
+        [sys.executable, "-P", "-c", CLUSTER, str(example), str(port), str(artifact)], cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert running.stdin and running.stdout
+    try:
+        assert "running" in running.stdout.readline()
+        wait_until(lambda: len(_ok(url)) == 2)
+        body = {"prompt": "abc", "max_tokens": 20, "temperature": 0}
+        found = httpx.post(url + "/v1/completions", json=body, timeout=TIMEOUT_S)
+        assert found.status_code == 200 and found.json()["model"] == "tiny"
+        os.kill(_ok(url)[0], signal.SIGKILL)
+        for _ in range(5):
+            again = httpx.post(url + "/v1/completions", json=body, timeout=TIMEOUT_S)
+            assert again.json()["choices"] == found.json()["choices"]
+        streamed = httpx.post(url + "/v1/completions", json={**body, "stream": True}, timeout=TIMEOUT_S).text
+        assert streamed.endswith("data: [DONE]\n\n")
+        with httpx.stream("POST", url + "/v1/completions", json=ENDLESS, timeout=TIMEOUT_S) as left:
+            next(left.iter_text())
+        wait_until(lambda: "gristmill_running 0.0" in httpx.get(url + "/metrics", timeout=TIMEOUT_S).text)
+        wait_until(lambda: len(_ok(url)) == 2)
+    finally:
+        running.stdin.close()
+        running.wait(TIMEOUT_S)
+        running.stdout.close()
+    assert running.returncode == 0
+
+
+def _ok(url: str) -> list[int]:
+    listed = httpx.get(url + "/health", timeout=TIMEOUT_S).json()["replicas"]
+    return [replica["pid"] for replica in listed if replica["state"] == "ok"]

@@ -70,6 +70,7 @@ class Fleet:
         self._known: OrderedDict[bytes, str] = OrderedDict()
         self._turn = itertools.count(1)
         self._departed: defaultdict[tuple[str, tuple[tuple[str, str], ...]], float] = defaultdict(float)
+        self._gone: set[str] = set()
         self.lost = 0
 
     # ---- who is there ----
@@ -77,15 +78,16 @@ class Fleet:
     def present(self, ids: Iterable[str]) -> None:
         """Takes in who is there now."""
         with self._lock:
-            wanted = set(ids)
+            wanted = set(ids) - self._gone
             for gone in self._members.keys() - wanted:
                 self._forget(gone)
             for new in wanted - self._members.keys():
                 self._members[new] = Member(new)
 
     def leave(self, id: str) -> None:
-        """A replica was lost."""
+        """A replica has died; it does not come back, whoever may still name it."""
         with self._lock:
+            self._gone.add(id)
             if id in self._members:
                 self._forget(id)
 
@@ -113,6 +115,11 @@ class Fleet:
         """Replicas that take requests."""
         with self._lock:
             return sum(member.state == "ok" for member in self._members.values())
+
+    def has_others(self, but: set[str]) -> bool:
+        """Whether a replica that is none of these takes requests."""
+        with self._lock:
+            return any(m.state == "ok" and m.id not in but for m in self._members.values())
 
     def listed(self) -> list[dict[str, Any]]:
         """Each replica, for people."""
@@ -147,9 +154,11 @@ class Fleet:
     def place(self, name: str, candidates: Iterable[str]) -> str | None:
         """The candidate that takes the request of this name, whose work is counted as its own from now on."""
         with self._lock:
-            members = [self._members.setdefault(id, Member(id)) for id in candidates]
-            if not members:
-                return None
+            candidates = list(candidates)
+            alive = [id for id in candidates if id not in self._gone]
+            members = [self._members.setdefault(id, Member(id)) for id in alive]
+            if not members:  # a call to one that has died fails at once
+                return next(iter(candidates), None)
             ask = self._asks.get(name)
             if ask is None:  # it has ended meanwhile
                 return members[0].id

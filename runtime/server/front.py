@@ -144,10 +144,8 @@ class Front:
         self.fleet.enter(ask)
         try:
             found, status = await asyncio.wait_for(self.link.status(ask), SILENT_S)
-        except asyncio.TimeoutError:
+        except (asyncio.TimeoutError, Lost):  # one that is gone the link knows of
             self.fleet.report(id, None)
-        except Lost:
-            self.fleet.leave(id)
         except Exception as error:
             self.fleet.report(id, None)
             logger.error("a replica does not say how it is", exc_info=error)
@@ -291,26 +289,26 @@ class _Passage:
 
     async def _try_all(self) -> None:
         """Asks replicas until one answers."""
-        for attempt in range(ATTEMPTS):
+        lost = 0
+        while True:
             try:
-                full = await self._try()
+                if not await self._try():
+                    return
             except Lost as error:
                 if self._begun:
                     raise RequestError(
                         503, "the replica that wrote this text was lost; ask again for a new one",
                         "replica_lost", retry_after=RETRY_AFTER_S,
                     ) from error  # fmt: skip
-                if attempt + 1 < ATTEMPTS:
-                    self._front.retries += 1
+                lost += 1
+                if lost == ATTEMPTS:
+                    raise RequestError(
+                        503, f"{lost} replicas were lost while they had this request; it is not tried again",
+                        "replica_lost", retry_after=RETRY_AFTER_S,
+                    ) from error  # fmt: skip
                 self._front.fleet.unload(self._ask)
                 await self._front.another(self._until)
-            else:
-                if not full:
-                    return
-        raise RequestError(
-            503, f"{ATTEMPTS} replicas were lost while they had this request; it is not tried again",
-            "replica_lost", retry_after=RETRY_AFTER_S,
-        )  # fmt: skip
+                self._front.retries += 1
 
     async def _try(self) -> bool:
         """Passes one replica's answer on; whether it had no room where another may have some."""
@@ -337,10 +335,13 @@ class _Passage:
 
     def _is_full_elsewhere(self, message: Message) -> bool:
         """Whether this is a refusal for want of room, and not every replica has been asked."""
-        if message["type"] != "http.response.start" or message["status"] != 429 or self._ask.member is None:
+        member, refused_by = self._ask.member, self._ask.refused_by
+        if message["type"] != "http.response.start" or message["status"] != 429 or member is None:
             return False
-        self._ask.refused_by.add(self._ask.member)
-        return bool(set(self._front.fleet.ids) - self._ask.refused_by)
+        if member in refused_by:  # there is no other one to be had
+            return False
+        refused_by.add(member)
+        return self._front.fleet.has_others(refused_by)
 
     async def _forward(self, message: Message) -> None:
         if message["type"] == "http.response.start":

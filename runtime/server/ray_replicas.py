@@ -11,17 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
-import shutil
-import tempfile
 import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
-
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported, as is the next
-os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
 
 import ray
 from ray import serve
@@ -32,6 +26,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 from starlette.types import Message
 
+from gristmill.runtime import ray_session
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.server.fleet import Ask, fleet_named
 from gristmill.runtime.server.front import Lost
@@ -40,7 +35,6 @@ from gristmill.runtime.server.replica import Call, Replica
 from gristmill.runtime.server.settings import Settings
 
 APPLICATION, REPLICA = "gristmill", "Replica"
-OBJECT_STORE_BYTES = 128 << 20  # nothing large goes between processes
 UNBOUNDED = 1_000_000  # calls of one replica, for Serve: the engine bounds what it takes
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 5.0, 30.0
 logging.getLogger("ray.serve").setLevel(logging.ERROR)  # stderr is for the server's log
@@ -136,7 +130,7 @@ class RayLink:
 
     async def stop(self) -> None:
         if self.folder is not None:
-            await asyncio.to_thread(stop_own, self.folder)
+            await asyncio.to_thread(ray_session.stop, self.folder)
 
 
 def problem_of(application: str) -> tuple[str | None, bool]:
@@ -162,12 +156,8 @@ def _reason(said: str) -> str:
 
 def start_own(options: ReplicaOptions, settings: Settings, replicas: int) -> RayLink:
     """Starts Ray on this machine, for nobody else, and replicas on it. Raises GristmillError."""
-    folder = tempfile.mkdtemp(prefix="gristmill-ray-", dir="/tmp")  # sockets lie in it: a short name
+    folder = ray_session.start()
     try:
-        ray.init(
-            address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False, logging_level="ERROR", _temp_dir=folder, _node_ip_address="127.0.0.1",
-        )  # fmt: skip
         if options.device == "cuda" and ray.cluster_resources().get("GPU", 0) < replicas:
             raise GristmillError(
                 f"{replicas} replicas need a GPU each, Ray finds {ray.cluster_resources().get('GPU', 0):g}; "
@@ -181,18 +171,11 @@ def start_own(options: ReplicaOptions, settings: Settings, replicas: int) -> Ray
             wait_for_applications_running=False,
         )
     except BaseException as error:
-        stop_own(folder)
+        ray_session.stop(folder)
         if isinstance(error, GristmillError) or not isinstance(error, Exception):
             raise
         raise GristmillError(f"Ray does not start: {' '.join(str(error).split())[:300]}") from error
     return RayLink(handle, APPLICATION, fleet, folder)
-
-
-def stop_own(folder: str) -> None:
-    """Ends Ray and all that runs on it, and removes what it wrote."""
-    if ray.is_initialized():
-        ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def deployment(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
+from gristmill.runtime import ray_session
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.server.front import Front
 from gristmill.runtime.server.gate import Gate
 from gristmill.runtime.server.logs import Log
-from gristmill.runtime.server.ray_replicas import ReplicaOptions, start_own, stop_own
+from gristmill.runtime.server.ray_replicas import ReplicaOptions, start_own
 from gristmill.runtime.server.serve import GentleServer, gentle, run
 from gristmill.runtime.server.settings import Settings
 
@@ -36,7 +37,6 @@ def serve_replicas(
     try:
         run(make, listening, log_path)
     finally:
-        if link.folder is not None:
-            stop_own(link.folder)  # where the server ended otherwise than gently
+        ray_session.stop(link.folder)  # where the server ended otherwise than gently
     if fronts[0].failed is not None:
         raise GristmillError(fronts[0].failed)
