@@ -27,7 +27,9 @@ def compile_auto(
     from gristmill.quant.request import parse_size
     from gristmill.report.auto import compile_auto as choose
     from gristmill.report.recommend import Promise
+    from gristmill.report.sweep import SWEEP_GRACE_S
     from gristmill.report.watch import watching
+    from gristmill.runtime.ending import ended_by_signals
 
     if min_tok_s is not None and min_tok_s <= 0:
         raise GristmillError(f"min_tok_s is {min_tok_s}, expected a speed above 0")
@@ -38,7 +40,7 @@ def compile_auto(
     if options["gate_tokens"] is not None:
         given["tokens"] = options["gate_tokens"]
     try:
-        with watching(note) as watcher:
+        with ended_by_signals(SWEEP_GRACE_S), watching(note) as watcher:
             chosen = choose(
                 model, out, promise, folder, force=options["force"], watcher=watcher,
                 devices=(options["device"],), samples=options["samples"], **given,

@@ -151,6 +151,7 @@ def compile_command(
     gristmill compile model/ -o model.grist --auto --max-ppl-increase 1% --min-tok-s 30 --max-size 700MB
     """
     import gristmill
+    from gristmill.runtime.ending import ended_by_signals
 
     if auto:
         compile_auto(model, out, as_json, min_tok_s, max_size, sweep, options)
@@ -159,7 +160,7 @@ def compile_command(
         if value is not None:
             raise click.UsageError(f"{name} needs --auto")
     size = int(group_size) if group_size not in (None, "row") else group_size
-    with progress_bar() as progress:
+    with ended_by_signals(), progress_bar() as progress:
         result = gristmill.compile(
             model, out, group_size=size, gate=not no_gate, progress=progress, note=note, **options
         )

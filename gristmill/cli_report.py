@@ -83,9 +83,10 @@ def report_command(
     from gristmill.report.peer_measures import parse_peers
     from gristmill.report.plots import require_matplotlib
     from gristmill.report.subjects import default_threads
-    from gristmill.report.sweep import run_sweep
+    from gristmill.report.sweep import RAY_GRACE_S, SWEEP_GRACE_S, run_sweep
     from gristmill.report.sweep_options import SweepOptions
     from gristmill.report.watch import watching
+    from gristmill.runtime.ending import ended_by_signals
 
     require_matplotlib()
     for name in ("text", "last_word", "reference"):
@@ -95,8 +96,9 @@ def report_command(
         peers=parse_peers(peers, pythons, threads or default_threads()), threads=threads,
         command=_typed(), **given,
     )  # fmt: skip
+    grace_s = SWEEP_GRACE_S if options.ray is None else RAY_GRACE_S
     try:
-        with watching(note) as watcher:
+        with ended_by_signals(grace_s), watching(note) as watcher:
             report = run_sweep(options, watcher)
     except KeyboardInterrupt:
         note("what was measured is kept; the same command goes on from there")

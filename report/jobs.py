@@ -22,7 +22,7 @@ from gristmill.runtime.errors import GristmillError
 
 # The folder that Python was started in must not be searched: in the repository its folders shadow packages.
 BOOT = "import sys; sys.path[:] = [p for p in sys.path if p]; from gristmill.report.tasks import main; main()"
-PATIENCE = 8.0  # seconds that a child has to tidy up when it is told to end
+PATIENCE = 3.0  # seconds that a child has to tidy up when it is told to end, after which it is killed
 # torch's threads wait asleep: where something else runs as well, spinning ones take a calibration minutes.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 Progress = Callable[[str, float], None]
@@ -61,9 +61,9 @@ class Worker:
 
     def __exit__(self, *error: object) -> None:
         if self._child is not None:
-            _end(self._child)
-            self._errors.close()
-            self._child = None
+            child, self._child = self._child, None
+            with self._errors:
+                _end(child)
 
     def run(self, name: str, arguments: dict[str, Any], progress: Progress | None = None) -> Any:
         """As `run_task`."""
@@ -115,11 +115,12 @@ def _end(child: subprocess.Popen[str]) -> None:
     try:
         child.wait(PATIENCE)
     except subprocess.TimeoutExpired:
-        child.kill()
+        pass
+    finally:  # a second Ctrl-C comes here too
+        with suppress(ProcessLookupError):  # it started nothing that is still there
+            os.killpg(child.pid, signal.SIGKILL)
         child.wait()
-    with suppress(ProcessLookupError):  # it started nothing that is still there
-        os.killpg(child.pid, signal.SIGKILL)
-    child.stdout.close()
+        child.stdout.close()
 
 
 def _crash(code: int, errors: Any) -> str:

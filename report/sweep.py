@@ -27,7 +27,7 @@ from gristmill.report.identity import (
     model_digests,
     model_directory,
 )
-from gristmill.report.jobs import TaskFailed, Worker, run_task
+from gristmill.report.jobs import PATIENCE, TaskFailed, Worker, run_task
 from gristmill.report.peer_measures import WITH_LOGITS, Shapes
 from gristmill.report.pieces import Piece, Pieces, Run
 from gristmill.report.schema import Report
@@ -48,6 +48,8 @@ WORK, REFERENCES = "work", "references"
 FALLBACK = Shapes((128, 512), (16,), 128, 64)  # of peers where no own point could be measured
 LATENCY = (128, 64)  # tokens of prompt and generation
 SPEED_KINDS = ("speed", "peer_speed", "why")  # that every run takes anew
+SWEEP_GRACE_S = PATIENCE + 1  # that a sweep has to end its child
+RAY_GRACE_S = 15.0  # and a Ray of its own
 FULL_BYTES = 8 << 20  # with less room than this, the disk is what failed
 
 

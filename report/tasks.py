@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from gristmill.report import storage
 from gristmill.report.jobs import PATIENCE
+from gristmill.runtime.ending import ended_by_signals
 from gristmill.runtime.errors import GristmillError
 
 Progress = Callable[[str, float], None]
@@ -179,9 +180,13 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print goes to where errors go
     requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(requests,), daemon=True).start()
-    while True:
-        request = requests.get()
-        _say(out, _answer(request["task"], request["arguments"], out))
+    with ended_by_signals():
+        try:
+            while True:
+                request = requests.get()
+                _say(out, _answer(request["task"], request["arguments"], out))
+        except SystemExit as ended:  # nothing is left to be tidied up that the interpreter's end would do
+            os._exit(ended.code if isinstance(ended.code, int) else 1)
 
 
 def _answer(name: str, arguments: dict[str, Any], out: TextIO) -> dict[str, Any]:

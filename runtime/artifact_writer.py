@@ -22,12 +22,11 @@ import json
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, BinaryIO
 
 from gristmill.runtime.artifact import (
@@ -44,6 +43,7 @@ from gristmill.runtime.artifact import (
     manifest_hash,
     open_artifact,
 )
+from gristmill.runtime.ending import exit_by, unfinished
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.weights_file import TensorSpec, WeightsWriter
 
@@ -72,6 +72,7 @@ class ArtifactWriter:
         _clear_leftovers(self.out)
         try:
             self.path.mkdir()
+            unfinished.add(self.path)
             self._lock = _lock_directory(self.path)
         except FileExistsError as error:
             raise GristmillError(f"{self.out} is being written by another compile; let it end") from error
@@ -91,6 +92,7 @@ class ArtifactWriter:
                 shutil.rmtree(self.path, ignore_errors=True)
             if self._lock is not None:
                 os.close(self._lock)
+            unfinished.discard(self.path)
             self._signals.remove()
 
     def declare_weights(
@@ -197,16 +199,12 @@ class _TerminationAsExit:
             return  # only the main thread may; the next compile clears what is left
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) == signal.SIG_DFL:
-                self._previous[number] = signal.signal(number, self._exit)
+                self._previous[number] = signal.signal(number, exit_by)
 
     def remove(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
-
-    @staticmethod
-    def _exit(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
 
 
 def looks_like_artifact(path: Path) -> bool:
