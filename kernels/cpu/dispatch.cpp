@@ -5,6 +5,9 @@
 #include "target.h"
 
 namespace gristmill {
+
+bool reads_far_ahead = false;
+
 namespace {
 
 struct Available {
@@ -19,6 +22,7 @@ Available detect() {
   Available found;
 #if defined(GRISTMILL_X86)
   __builtin_cpu_init();
+  reads_far_ahead = __builtin_cpu_is("amd") != 0;
   // __builtin_cpu_supports also asks whether the operating system saves the wide registers
   const bool avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");

@@ -136,7 +136,7 @@ GRISTMILL_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const c
 // Into the second-level cache only.
 GRISTMILL_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 // What lies ahead in a stream of weights that is read at `at`: Zen 3 wants it near, in the first cache.
-GRISTMILL_INLINE void prefetch_stream(const void* at) { prefetch(static_cast<const char*>(at) + 384); }
+GRISTMILL_INLINE void prefetch_stream(const void* at, bool) { prefetch(static_cast<const char*>(at) + 384); }
 
 struct Quads {
   __m256i even[2], odd[2];  // bytes 0 and 2, 1 and 3 of each lane as words

@@ -113,9 +113,11 @@ GRISTMILL_INLINE float first(Vec a) { return _mm512_cvtss_f32(a.v); }
 GRISTMILL_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 // Into the second-level cache only.
 GRISTMILL_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
-// What lies ahead in a stream of weights that is read at `at`: Zen 4 reads 3 to 10 % more where it waits in the
-// second cache, whose queue of lines to come is the longer one.
-GRISTMILL_INLINE void prefetch_stream(const void* at) { prefetch_far(static_cast<const char*>(at) + 1536); }
+// What lies ahead in a stream of weights that is read at `at`; far: as reads_far_ahead says.
+GRISTMILL_INLINE void prefetch_stream(const void* at, bool far) {
+  if (far) prefetch_far(static_cast<const char*>(at) + 1536);
+  else prefetch(static_cast<const char*>(at) + 384);
+}
 
 #if GRISTMILL_VNNI
 // A number is 256 * high + low, both signed bytes.

@@ -135,7 +135,7 @@ GRISTMILL_INLINE float first(Vec a) { return a.lane[0]; }
 GRISTMILL_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 GRISTMILL_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 // What lies ahead in a stream of weights that is read at `at`.
-GRISTMILL_INLINE void prefetch_stream(const void* at) { prefetch(static_cast<const char*>(at) + 384); }
+GRISTMILL_INLINE void prefetch_stream(const void* at, bool) { prefetch(static_cast<const char*>(at) + 384); }
 
 // What a machine's registers hold of a Vec; here all of it.
 using Register = Vec;

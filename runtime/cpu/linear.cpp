@@ -70,11 +70,27 @@ class Product final : public Step {
   }
 
   void work(int64_t begin, int64_t end, int thread) override {
+    if (units_ == &few_) return streams(begin, end, thread);
     for (int64_t unit = begin; unit < end; unit++) {
       // strips of one band follow each other: its activations, the larger part, stay in the cache
       const auto strips = static_cast<int64_t>(units_->size());
       const int64_t first = unit / strips * kBand;
       tile((*units_)[static_cast<size_t>(unit % strips)], first, std::min(rows_, first + kBand), thread);
+    }
+  }
+
+  // Strips that were claimed together are read as one, as far as there is room: streams begin slowly.
+  void streams(int64_t begin, int64_t end, int thread) const {
+    const std::vector<Strip>& strips = *units_;
+    const int64_t most = rows_ <= kFewRows ? kRunRows * kMostStrip : 0;
+    for (int64_t unit = begin; unit < end;) {
+      Strip all = strips[static_cast<size_t>(unit++)];
+      for (; unit < end; unit++) {
+        const Strip& next = strips[static_cast<size_t>(unit)];
+        if ((next.end - all.begin) * rows_ > most) break;
+        all.end = next.end;
+      }
+      tile(all, 0, rows_, thread);
     }
   }
 
