@@ -70,7 +70,7 @@ class Product final : public Step {
   }
 
   void work(int64_t begin, int64_t end, int thread) override {
-    if (units_ == &few_) return streams(begin, end, thread);
+    if (bands_ == 1) return streams(begin, end, thread);
     for (int64_t unit = begin; unit < end; unit++) {
       // strips of one band follow each other: its activations, the larger part, stay in the cache
       const auto strips = static_cast<int64_t>(units_->size());
@@ -79,10 +79,12 @@ class Product final : public Step {
     }
   }
 
-  // Strips that were claimed together are read as one, as far as there is room: streams begin slowly.
+  // Strips that were claimed together are read as one, as far as there is room: streams begin slowly. Not where
+  // rows are taken in several turns, between which the weights should stay in a cache.
   void streams(int64_t begin, int64_t end, int thread) const {
     const std::vector<Strip>& strips = *units_;
-    const int64_t most = rows_ <= kFewRows ? kRunRows * kMostStrip : 0;
+    const bool one_turn = rows_ <= kFewRows || (in_.act_group && units_ == &many_ && rows_ <= kLongStripRows);
+    const int64_t most = one_turn ? kBand * kMostStrip : 0;
     for (int64_t unit = begin; unit < end;) {
       Strip all = strips[static_cast<size_t>(unit++)];
       for (; unit < end; unit++) {
@@ -96,11 +98,12 @@ class Product final : public Step {
 
   size_t scratch_bytes() const override {
     return m.kernels->product_scratch_bytes(in_.in.width) + 64 +
-           static_cast<size_t>((2 * kBand + kRunRows) * kMostStrip) * sizeof(float);
+           static_cast<size_t>(3 * kBand * kMostStrip) * sizeof(float);
   }
 
  private:
   static constexpr int64_t kFewRows = 4;      // up to here the weights' stream is all there is to it
+  static constexpr int64_t kLongStripRows = 16;  // up to here it takes as long as the arithmetic
   static constexpr int64_t kBand = 128;       // rows of one tile
   static_assert(kBand % kRunRows == 0, "a run lies in one band");
   static constexpr int64_t kMostStrip = 128;  // columns of one tile
@@ -196,7 +199,7 @@ class Product final : public Step {
     char* memory = scratch(thread);
     Carver carver(memory);
     carver.take<char>(static_cast<int64_t>(m.kernels->product_scratch_bytes(in_.in.width)));
-    auto* low = carver.take<float>(kRunRows * kMostStrip);
+    auto* low = carver.take<float>(kBand * kMostStrip);
     if (plain())
       return product(strip.begin, strip.end, first, rows, out.row(first) + strip.begin, out.stride, memory, low);
     auto* y = carver.take<float>(kBand * kMostStrip);
