@@ -38,6 +38,13 @@ def time_once(engine: Engine, prompt: int, context: int, tokens: int) -> dict[st
     return {**engine.about, **lengths, **engine.measure(prompt, context, tokens)}
 
 
+def _file_type(name: str) -> str:
+    """argparse's own choices refuse an empty list."""
+    if name not in llamacpp_peer.FILE_TYPES:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(sorted(llamacpp_peer.FILE_TYPES))}")
+    return name
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="peers", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -56,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert")
     convert.add_argument("model", type=Path)
     convert.add_argument("out", type=Path)
-    convert.add_argument("types", nargs="*", choices=sorted(llamacpp_peer.FILE_TYPES))
+    kinds = ", ".join(sorted(llamacpp_peer.FILE_TYPES))
+    convert.add_argument("types", nargs="*", type=_file_type, help=f"beside f16: {kinds}")
     logits = commands.add_parser("logits")
     for name in ("model", "ids", "out"):
         logits.add_argument(name, type=Path)
