@@ -103,7 +103,7 @@ class Product final : public Step {
 
  private:
   static constexpr int64_t kFewRows = 4;      // up to here the weights' stream is all there is to it
-  static constexpr int64_t kLongStripRows = 16;  // up to here it takes as long as the arithmetic
+  static constexpr int64_t kLongStripRows = 16;  // up to here memory still counts
   static constexpr int64_t kBand = 128;       // rows of one tile
   static_assert(kBand % kRunRows == 0, "a run lies in one band");
   static constexpr int64_t kMostStrip = 128;  // columns of one tile
