@@ -51,8 +51,8 @@ def _write_once(
         if not np.isfinite(vector).all():
             raise GristmillError(f"weight {name!r} has values that are not finite; the checkpoint is damaged")
         weights.write(name, np.ascontiguousarray(vector))
-    for name, order in lowered.orders.items():
-        weights.write(name, np.ascontiguousarray(order))
+    for name, beside in (lowered.orders | lowered.channel_scales).items():
+        weights.write(name, np.ascontiguousarray(beside))
     return errors
 
 
@@ -74,3 +74,5 @@ def _specs(lowered: Lowered, wide: set[str]) -> Iterator[TensorSpec]:
         yield TensorSpec(name, "F32", tuple(lazy.shape))
     for name, order in lowered.orders.items():
         yield TensorSpec(name, "I32", order.shape)
+    for name, scale in lowered.channel_scales.items():
+        yield TensorSpec(name, "F32", scale.shape)

@@ -58,7 +58,9 @@ class Lowered:
     in the order of first need.
 
     ``placeholders``: name of a matrix's placeholder in the graph → its stored name; ``roles``: stored name →
-    "embedding", "head" or "linear". ``origins``: what the checkpoint calls each of them.
+    "embedding", "head" or "linear". ``origins``: what the checkpoint calls each of them. ``channel_scales``:
+    NAME.input_scale [k] and NAME.output_scale [n] that a matrix's columns and rows were multiplied by, for
+    adapters to follow.
     """
 
     program: Program
@@ -68,6 +70,7 @@ class Lowered:
     roles: dict[str, str] = field(default_factory=dict)
     orders: dict[str, NDArray[np.int32]] = field(default_factory=dict)
     origins: Origins = field(default_factory=dict)
+    channel_scales: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 # Stored name → the checkpoint's tensors that it is made of, one after the other: name (None: the checkpoint

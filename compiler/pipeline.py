@@ -235,6 +235,8 @@ def _manifest(
         quantization |= {"calibration": made.calibration, "matrices": matrices}
     if made.tuning is not None:
         quantization["tuning"] = made.tuning
+    if made.lowered.channel_scales:
+        quantization["channel_scales"] = True  # they stand beside the weights
     manifest = {
         "source": {"name": source.name, "model_type": source.config.model_type, "sha256": source.hashes},
         "tools": tool_versions(),

@@ -20,7 +20,7 @@ from ..quant.methods import METHODS
 from ..runtime.errors import GristmillError
 from ..runtime.program import Limits
 from ..runtime.tokenizer import Tokenizer
-from . import foreign
+from . import foreign, scale_channels
 from .calibrate import Calibration, Calibrator, Recipe
 from .calibration_set import CalibrationSet, calibration_set
 from .calibration_store import CalibrationStore, StoreFull
@@ -118,6 +118,7 @@ def _run(
         decided = formats.choose(lowered, costs)
         lowered = build()
     result = run.quantize(lowered) if run.recipe.method.calibrated else Calibration()
+    lowered.channel_scales = scale_channels.stored(lowered.placeholders, run.point.factors)
     return lowered, decided, result
 
 

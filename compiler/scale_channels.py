@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from ..passes.graph import Lazy, Traced, arguments, aten, is_op, ours, shape
@@ -226,6 +228,17 @@ def apply(traced: Traced, factors: Mapping[str, Tensor]) -> None:
         lazy.load = _scaled(
             lazy.load, factor if side == "columns" or len(lazy.shape) == 1 else factor[:, None]
         )
+
+
+def stored(names: Mapping[str, str], factors: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
+    """The factors of matrices as an artifact holds them; names: of a matrix's placeholder -> stored."""
+    sides = {"columns": "input_scale", "rows": "output_scale"}
+    split = [(*key.rpartition("."), factor) for key, factor in factors.items()]
+    return {
+        f"{names[name]}.{sides[side]}": factor.numpy().astype(np.float32)
+        for name, _, side, factor in split
+        if name in names
+    }
 
 
 def _scaled(load: Callable[[], Tensor], factor: Tensor) -> Callable[[], Tensor]:

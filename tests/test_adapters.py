@@ -327,12 +327,9 @@ def test_adapters_that_do_not_fit(
     assert not session.adapters.all and session.executor.adapter_bytes == 0  # type: ignore[attr-defined]
 
 
-def test_rotated_and_scaled_artifacts_are_refused(made: Made, tmp_path: Path, text: Path) -> None:
-    model = made.artifact.parent / "model"
-    gristmill.compile(model, tmp_path / "rotated", weights="f32", rotate=True, gate=False)
+def test_rotated_artifacts_are_refused(made: Made, tmp_path: Path) -> None:
     gristmill.compile(
-        model, tmp_path / "awq", method="awq", calibration=text, samples=2, sample_length=16, gate=False
+        made.artifact.parent / "model", tmp_path / "out", weights="f32", rotate=True, gate=False
     )
-    for name, says in (("rotated", "compiled with --rotate"), ("awq", "compiled with --method awq")):
-        with pytest.raises(GristmillError, match=f"{says}.*--lora"):
-            gristmill.load(tmp_path / name, threads=1, adapters=made.folders)
+    with pytest.raises(GristmillError, match="compiled with --rotate.*--lora"):
+        gristmill.load(tmp_path / "out", threads=1, adapters=made.folders)

@@ -2,8 +2,8 @@
 
 A segment keeps the name of the checkpoint's tensor that it is made of; the manifest's `origins` say how: as
 it is, turned (GPT-2's Conv1D, whose A and B are those of any linear), or with its rows in another order.
-Where compiling changed what a linear multiplies or gives, A and B would be of another basis: such artifacts
-are refused.
+AWQ scales what linears read and give; the scales stand beside the weights, and A and B follow them. Where
+compiling turned it (--rotate), A and B would be of another basis: such artifacts are refused.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def refuse_artifact(artifact: Artifact | None) -> None:
     changed = None
     if quantization.get("rotated"):
         changed = "--rotate, which turns what linears read and write"
-    elif "awq" in str(quantization.get("method")):
-        changed = f"--method {quantization['method']}, which scales what linears read"
+    elif "awq" in str(quantization.get("method")) and not quantization.get("channel_scales"):
+        changed = f"--method {quantization['method']} by a version that did not keep how it scaled linears"
     if changed is not None and artifact is not None:
         raise GristmillError(
             f"{artifact.path} was compiled with {changed}, so that adapters do not fit it; compile without "
@@ -52,18 +52,66 @@ def refuse_artifact(artifact: Artifact | None) -> None:
         )
 
 
+class Beside:
+    """Vectors that stand beside an artifact's weights, of its segments."""
+
+    def __init__(self, artifact: Artifact | None) -> None:
+        self._path = None if artifact is None else artifact.weights_path
+        self._entries: dict[str, Any] = {}
+        self._scaled = artifact is not None and bool(artifact.manifest["quantization"].get("channel_scales"))
+        if self._path is not None:
+            header = read_header_bytes(self._path)
+            self._begin, self._entries = len(header), json.loads(header[8:])
+
+    def channel_scales(self, segment: Segment) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """What AWQ multiplied a segment's columns [k] and rows [n] by, None where it left them: its product
+        is diag(rows) W diag(columns) x, of inputs x that were divided by the columns' scales."""
+        if not self._scaled:
+            return None, None
+        return (
+            self._read(f"{segment.name}.input_scale", "F32", segment.k),
+            self._read(f"{segment.name}.output_scale", "F32", segment.n),
+        )
+
+    def rows(self, segment: Segment, count: int) -> np.ndarray:
+        """Which rows of the checkpoint's tensor of `count` a segment has, in its order."""
+        name = f"{segment.name}.rows"
+        rows = self._read(name, "I32", segment.n)
+        if rows is None:
+            raise GristmillError(
+                f"{self._path} does not say which rows {segment.name} has; compile the model again"
+            )
+        if int(rows.min()) < 0 or int(rows.max()) >= count:
+            raise GristmillError(
+                f"{self._path}: {name} names rows that there are not; compile the model again"
+            )
+        return rows
+
+    def _read(self, name: str, dtype: str, count: int) -> np.ndarray | None:
+        entry = self._entries.get(name)
+        if entry is None:
+            return None
+        if self._path is None or entry.get("dtype") != dtype or entry.get("shape") != [count]:
+            raise GristmillError(
+                f"{self._path}: {name} is no vector of {count} {dtype}; compile the model again"
+            )
+        at = self._begin + int(entry["data_offsets"][0])
+        kind = np.int32 if dtype == "I32" else np.float32
+        return np.array(np.memmap(self._path, kind, "r", at, (count,)))
+
+
 def bind(adapter: PeftAdapter, program: Program, artifact: Artifact | None) -> list[LowRank]:
     """The pairs as an executor takes them. Raises GristmillError for what does not fit, or only merges."""
     refuse_artifact(artifact)
     _refuse_unmergeable(adapter)
-    places = _places(program, artifact)
+    places, beside = _places(program, artifact), Beside(artifact)
     found: list[LowRank] = []
     for module, pair in adapter.pairs.items():
         name = find_name(module, places)
         if name is None:
             kinds = sorted({known.rpartition(".")[2] for known in places})
             raise adapter.error(f"the model has no linear {module}; its linears are {', '.join(kinds)}")
-        found += _pairs(adapter, pair, places[name], artifact)
+        found += _pairs(adapter, pair, places[name], beside)
     return found
 
 
@@ -105,9 +153,7 @@ def _places(program: Program, artifact: Artifact | None) -> dict[str, list[Place
     return places
 
 
-def _pairs(
-    adapter: PeftAdapter, pair: Pair, places: list[Place], artifact: Artifact | None
-) -> Iterator[LowRank]:
+def _pairs(adapter: PeftAdapter, pair: Pair, places: list[Place], beside: Beside) -> Iterator[LowRank]:
     n, k = sum({p.segment.name: p.segment.n for p in places}.values()), places[0].segment.k
     if pair.a.shape[1] != k:
         raise adapter.wrong_shape(pair.module, "lora_A", pair.a.shape, f"[{pair.rank}, {k}]")
@@ -118,27 +164,18 @@ def _pairs(
     for stored in (pair.a, pair.b):
         refuse_not_finite(adapter, pair.module, stored.floats())
     same = pair.a.dtype == pair.b.dtype
-    a, b = (pair.a.bits, pair.b.bits) if same else (pair.a.floats(), pair.b.floats())
     for place in places:
         if place.origin not in ("checkpoint", "transposed", "rows"):
             raise adapter.error(f"{pair.module} was changed when it was compiled; {MERGE}")
-        rows = b
+        read, given = beside.channel_scales(place.segment)
+        as_stored = same and read is None and given is None
+        a, b = (pair.a.bits, pair.b.bits) if as_stored else (pair.a.floats(), pair.b.floats())
         if place.origin == "rows":
-            assert artifact is not None
-            rows = b[_rows(artifact, place.segment, n)]
-        kind = pair.a.dtype.lower() if same else "f32"
-        first, second = np.ascontiguousarray(a), np.ascontiguousarray(rows)
+            b = b[beside.rows(place.segment, n)]
+        if read is not None:
+            a = a * read
+        if given is not None:
+            b = b * given[:, None]
+        kind = pair.a.dtype.lower() if as_stored else "f32"
+        first, second = np.ascontiguousarray(a), np.ascontiguousarray(b)
         yield place.instruction, place.number, kind, first, second, pair.scale
-
-
-def _rows(artifact: Artifact, segment: Segment, count: int) -> np.ndarray:
-    """Which rows of the checkpoint's tensor a segment has, in its order."""
-    name, path = f"{segment.name}.rows", artifact.weights_path
-    header = read_header_bytes(path)
-    entry = json.loads(header[8:]).get(name)
-    if entry is None or entry.get("dtype") != "I32" or entry.get("shape") != [segment.n]:
-        raise GristmillError(f"{path} does not say which rows {segment.name} has; compile the model again")
-    rows = np.memmap(path, np.int32, "r", len(header) + int(entry["data_offsets"][0]), (segment.n,))
-    if int(rows.min()) < 0 or int(rows.max()) >= count:
-        raise GristmillError(f"{path}: {name} names rows that there are not; compile the model again")
-    return np.array(rows)
