@@ -29,6 +29,7 @@ from ..passes import (
 )
 from ..passes.graph import EXAMPLE_ROWS, Traced
 from ..passes.manager import Entry, IllegalGraph, run_passes
+from ..quant.methods import METHODS
 from ..runtime import selftest
 from ..runtime.artifact import MODEL_CONFIG
 from ..runtime.artifact_writer import ArtifactWriter
@@ -235,8 +236,8 @@ def _manifest(
         quantization |= {"calibration": made.calibration, "matrices": matrices}
     if made.tuning is not None:
         quantization["tuning"] = made.tuning
-    if made.lowered.channel_scales:
-        quantization["channel_scales"] = True  # they stand beside the weights
+    if METHODS[options.method].awq:
+        quantization["channel_scales"] = True  # those that are not 1 stand beside the weights
     manifest = {
         "source": {"name": source.name, "model_type": source.config.model_type, "sha256": source.hashes},
         "tools": tool_versions(),

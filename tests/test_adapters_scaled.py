@@ -31,7 +31,7 @@ class Scaled(Contents):
     """An artifact's weights as its source would have them: channels not scaled."""
 
     def values(self, segment: Any, rows: Any = slice(None)) -> Any:
-        w = super().values(segment, rows)
+        w: Any = super().values(segment, rows)
         for side, at in (("output_scale", (slice(None), None)), ("input_scale", (None, slice(None)))):
             if f"{segment.name}.{side}" in self._header:
                 w = w / self.tensor(f"{segment.name}.{side}")[at]
