@@ -121,8 +121,8 @@ def serve_command(
         "draft": draft,
     }  # fmt: skip
     if replicas is not None:
-        _refuse_with_replicas(pin, adapters, tensor_parallel)
-        options = _replica_options(artifact, device, replicas, how)
+        _refuse_with_replicas(pin, tensor_parallel)
+        options = _replica_options(artifact, device, replicas, {**how, "adapters": adapters})
     else:
         session = load(
             artifact, device, pin=pin, max_waiting=NO_QUEUE_OF_ITS_OWN, tensor_parallel=tensor_parallel,
@@ -145,12 +145,13 @@ def serve_command(
     serve_replicas(options, replicas, settings, listening, log_path, announce)
 
 
-def _refuse_with_replicas(pin: bool, adapters: dict[str, str], tensor_parallel: int | None) -> None:
+def _refuse_with_replicas(pin: bool, tensor_parallel: int | None) -> None:
     if pin:
         raise GristmillError("--pin would put all replicas on the same processors; leave it out")
-    if adapters or tensor_parallel is not None:
-        asked = "--adapter" if adapters else "--tensor-parallel"
-        raise GristmillError(f"{asked} and --replicas do not go together; serve one process, or leave it out")
+    if tensor_parallel is not None:
+        raise GristmillError(
+            "--tensor-parallel and --replicas do not go together; serve one process, or leave it out"
+        )
 
 
 def _replica_options(artifact: str, device: str, replicas: int, how: dict[str, Any]) -> Any:
@@ -170,7 +171,8 @@ def _replica_options(artifact: str, device: str, replicas: int, how: dict[str, A
         ) from error
 
     paths = {"artifact": artifact, "draft": how["draft"]}  # a replica's directory is another one
-    found = {name: str(Path(path).resolve()) for name, path in paths.items() if path is not None}
+    found: dict[str, Any] = {n: str(Path(path).resolve()) for n, path in paths.items() if path is not None}
+    found["adapters"] = {n: str(Path(path).resolve()) for n, path in how["adapters"].items()}
     if device == "cuda":
         open_artifact(artifact)  # what a GPU has room for, the replicas find out on theirs
     else:

@@ -336,7 +336,7 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(30):
         placed(fleet, Ask((b"%d" % number,), 1, 1))
     assert len(fleet._known) == 10
-    assert len(list(fleets._beginnings(b"x" * 10**6))) == fleets.MOST_BLOCKS
+    assert len(list(fleets._beginnings(b"x" * 10**6, ""))) == fleets.MOST_BLOCKS
 
 
 # ---- losing replicas ----

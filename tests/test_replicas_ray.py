@@ -17,7 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapters import random_pairs, save_adapter
+from families import save_tiny
 from tiny import tiny_artifact
+
+import gristmill
 
 pytest.importorskip("ray.serve", reason="replicas need gristmill[ray]")
 httpx = pytest.importorskip("httpx", reason="the tests of serving need httpx")
@@ -326,3 +330,23 @@ def test_the_application_for_clusters(artifact: Path, tmp_path: Path) -> None:
 def _ok(url: str) -> list[int]:
     listed = httpx.get(url + "/health", timeout=TIMEOUT_S).json()["replicas"]
     return [replica["pid"] for replica in listed if replica["state"] == "ok"]
+
+
+def test_replicas_have_the_adapters(tmp_path: Path, serve: Callable[..., Served]) -> None:
+    model = save_tiny(tmp_path / "model", "llama")
+    gristmill.compile(tmp_path / "model", tmp_path / "out", weights="f32", gate=False)
+    folder = save_adapter(tmp_path / "adapter", random_pairs(model, ("q_proj", "up_proj"), size=0.5))
+    session = gristmill.load(tmp_path / "out", threads=1, adapters={"a": folder})
+    served = serve("--replicas", "2", "--adapter", f"a={folder}", of=tmp_path / "out")
+    wait_until(lambda: served.ready(2))
+    assert {m["id"] for m in httpx.get(served.url + "/v1/models").json()["data"]} == {"out", "a"}
+    texts = {}
+    for name, adapter in (("out", None), ("a", "a")):
+        body = {"model": name, "prompt": "def f(", "temperature": 0, "max_tokens": 12, "ignore_eos": True}
+        for _ in range(3):  # of either replica
+            answer = httpx.post(served.url + "/v1/completions", json=body, timeout=TIMEOUT_S).json()
+            texts[name] = answer["choices"][0]["text"]
+            result = session.generate("def f(", max_new_tokens=12, ignore_eos=True, adapter=adapter)
+            assert texts[name] == result.text
+    assert texts["out"] != texts["a"]
+    assert served.end()[0] == 0

@@ -294,12 +294,13 @@ def _keys(asked: dict[str, Any], headers: Mapping[str, str], prompts: list[bytes
     if session is not None:
         yield blake2b(session.encode("utf-8", "surrogatepass"), digest_size=16, person=b"session").digest()
     if prompts:
-        yield from reversed(list(_beginnings(prompts[0])))
+        model = asked.get("model")  # an adapter has keys and values of its own
+        yield from reversed(list(_beginnings(prompts[0], model if isinstance(model, str) else "")))
 
 
-def _beginnings(prompt: bytes) -> Iterator[bytes]:
-    """A hash for each whole block, of all that stands before its end."""
-    whole = blake2b(digest_size=16, person=b"prompt")
+def _beginnings(prompt: bytes, model: str) -> Iterator[bytes]:
+    """A hash for each whole block, of the model and all that stands before its end."""
+    whole = blake2b(model.encode("utf-8", "surrogatepass") + b"\0", digest_size=16, person=b"prompt")
     for begin in range(0, min(len(prompt) // BLOCK, MOST_BLOCKS) * BLOCK, BLOCK):
         whole.update(prompt[begin : begin + BLOCK])
         yield whole.copy().digest()

@@ -13,8 +13,8 @@ import asyncio
 import logging
 import re
 import uuid
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -53,6 +53,7 @@ class ReplicaOptions:
     max_slots: int | None = None
     hugepages: bool = False
     draft: str | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
 
 def share_of_threads(threads: int, replicas: int) -> int:
@@ -69,7 +70,7 @@ class RayReplica:
         session = await asyncio.to_thread(
             load, options.artifact, options.device, threads=options.threads, max_len=options.max_len,
             max_slots=options.max_slots, hugepages=options.hugepages, draft=options.draft,
-            max_waiting=NO_QUEUE_OF_ITS_OWN,
+            max_waiting=NO_QUEUE_OF_ITS_OWN, adapters=dict(options.adapters),
         )  # fmt: skip
         self._replica = Replica(session, settings)
         await self._replica.start()
