@@ -72,8 +72,19 @@ def start(tmp_path: Path, code: str, *arguments: str) -> subprocess.Popen[str]:
 
 
 def held(process: subprocess.Popen[str]) -> None:
+    """Returns once its main thread is in the operation: nothing else takes processor time after that line."""
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
+    begin = ticks(process.pid)
+    while ticks(process.pid) < begin + 5:
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+def ticks(pid: int) -> int:
+    """Processor time of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
