@@ -118,16 +118,15 @@ def serve_command(
     settings = Settings(model=name, keys=read_keys(api_key_file), **limits)
     how: dict[str, Any] = {
         "threads": threads, "max_len": max_len, "max_slots": max_slots, "hugepages": hugepages,
-        "draft": draft,
+        "draft": draft, "adapters": adapters,
     }  # fmt: skip
     if replicas is not None:
         _refuse_with_replicas(pin, tensor_parallel)
-        options = _replica_options(artifact, device, replicas, {**how, "adapters": adapters})
+        options = _replica_options(artifact, device, replicas, how)
     else:
         session = load(
-            artifact, device, pin=pin, max_waiting=NO_QUEUE_OF_ITS_OWN, tensor_parallel=tensor_parallel,
-            adapters=adapters, **how,
-        )  # fmt: skip
+            artifact, device, pin=pin, max_waiting=NO_QUEUE_OF_ITS_OWN, tensor_parallel=tensor_parallel, **how
+        )
         session.tokenizer  # noqa: B018  an artifact without one is refused before anything listens
     listening = bind(host, port)
     if host not in LOOPBACK and not settings.keys:

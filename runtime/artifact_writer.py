@@ -21,10 +21,9 @@ import hashlib
 import json
 import os
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -43,7 +42,7 @@ from gristmill.runtime.artifact import (
     manifest_hash,
     open_artifact,
 )
-from gristmill.runtime.ending import exit_by, unfinished
+from gristmill.runtime.ending import termination_as_exit, unfinished
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.weights_file import TensorSpec, WeightsWriter
 
@@ -64,7 +63,7 @@ class ArtifactWriter:
         self._weights_file: BinaryIO | None = None
         self._lock: int | None = None
         self._committed = False
-        self._signals = _TerminationAsExit()
+        self._signals = ExitStack()
 
     def __enter__(self) -> ArtifactWriter:
         _check_target(self.out, self._force)
@@ -76,7 +75,7 @@ class ArtifactWriter:
             self._lock = _lock_directory(self.path)
         except FileExistsError as error:
             raise GristmillError(f"{self.out} is being written by another compile; let it end") from error
-        self._signals.install()
+        self._signals.enter_context(termination_as_exit())
         return self
 
     def __exit__(
@@ -93,7 +92,7 @@ class ArtifactWriter:
             if self._lock is not None:
                 os.close(self._lock)
             unfinished.discard(self.path)
-            self._signals.remove()
+            self._signals.close()
 
     def declare_weights(
         self, specs: Iterable[TensorSpec], metadata: dict[str, str] | None = None
@@ -186,25 +185,6 @@ class ArtifactWriter:
             digest = weights.close()
             self._weights_file.close()
             self._files[WEIGHTS] = FileEntry(weights.size_bytes, digest)
-
-
-class _TerminationAsExit:
-    """Makes SIGTERM and SIGHUP an exit that cleans up, while an artifact is written."""
-
-    def __init__(self) -> None:
-        self._previous: dict[int, Any] = {}
-
-    def install(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return  # only the main thread may; the next compile clears what is left
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) == signal.SIG_DFL:
-                self._previous[number] = signal.signal(number, exit_by)
-
-    def remove(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
 
 
 def looks_like_artifact(path: Path) -> bool:

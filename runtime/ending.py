@@ -31,27 +31,42 @@ def ended_by_signals(grace_s: float = GRACE_S) -> Iterator[None]:
     """Within it SIGTERM and SIGHUP raise SystemExit, and after each of ENDING the process ends within grace_s
     seconds, with 128 and the signal's number as exit code. Elsewhere than in the main thread it does nothing.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if not _on_main_thread():
         yield
         return
     came, comes = socket.socketpair()
     comes.setblocking(False)
     before = signal.set_wakeup_fd(comes.fileno(), warn_on_full_buffer=False)
-    defaults = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]
-    for number in defaults:
-        signal.signal(number, exit_by)
     threading.Thread(target=_watch, args=(came, grace_s), name="gristmill-ending", daemon=True).start()
+    try:
+        with termination_as_exit():
+            yield
+    finally:
+        signal.set_wakeup_fd(before)
+        comes.close()  # with which the thread ends
+
+
+@contextmanager
+def termination_as_exit() -> Iterator[None]:
+    """Within it SIGTERM and SIGHUP raise SystemExit, where nothing else handles them. Elsewhere than in the
+    main thread it does nothing."""
+    defaults = []
+    if _on_main_thread():  # no other may
+        defaults = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]
+    for number in defaults:
+        signal.signal(number, _exit_by)
     try:
         yield
     finally:
         for number in defaults:
             signal.signal(number, signal.SIG_DFL)
-        signal.set_wakeup_fd(before)
-        comes.close()  # with which the thread ends
 
 
-def exit_by(number: int, frame: FrameType | None) -> NoReturn:
-    """The handler of a signal that is to end a program as an exception does."""
+def _on_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _exit_by(number: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
 
 

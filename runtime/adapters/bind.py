@@ -8,9 +8,9 @@ compiling turned it (--rotate), A and B would be of another basis: such artifact
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from gristmill.runtime.adapters.peft import Pair, PeftAdapter, find_name, refuse
 from gristmill.runtime.artifact import Artifact
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.program import LOGITS, Program, Segment
-from gristmill.runtime.weights_file import read_header_bytes
+from gristmill.runtime.weights_file import TensorSpec, read_header_bytes, read_tensor_offsets
 
 MERGE = "merge it with `gristmill compile --lora`"
 HEAD = "lm_head"  # what models call a head that is tied to the embedding
@@ -57,11 +57,15 @@ class Beside:
 
     def __init__(self, artifact: Artifact | None) -> None:
         self._path = None if artifact is None else artifact.weights_path
-        self._entries: dict[str, Any] = {}
         self._scaled = artifact is not None and bool(artifact.manifest["quantization"].get("channel_scales"))
-        if self._path is not None:
-            header = read_header_bytes(self._path)
-            self._begin, self._entries = len(header), json.loads(header[8:])
+
+    @cached_property
+    def _tensors(self) -> dict[str, tuple[TensorSpec, int]]:
+        """The file's tensors by name, each with its offset in the file."""
+        if self._path is None:
+            return {}
+        begin = len(read_header_bytes(self._path))
+        return {name: (spec, begin + at) for name, (spec, at) in read_tensor_offsets(self._path).items()}
 
     def channel_scales(self, segment: Segment) -> tuple[np.ndarray | None, np.ndarray | None]:
         """What AWQ multiplied a segment's columns [k] and rows [n] by, None where it left them: its product
@@ -88,16 +92,15 @@ class Beside:
         return rows
 
     def _read(self, name: str, dtype: str, count: int) -> np.ndarray | None:
-        entry = self._entries.get(name)
-        if entry is None:
+        if self._path is None or name not in self._tensors:
             return None
-        if self._path is None or entry.get("dtype") != dtype or entry.get("shape") != [count]:
+        spec, offset = self._tensors[name]
+        if (spec.dtype, spec.shape) != (dtype, (count,)):
             raise GristmillError(
                 f"{self._path}: {name} is no vector of {count} {dtype}; compile the model again"
             )
-        at = self._begin + int(entry["data_offsets"][0])
         kind = np.int32 if dtype == "I32" else np.float32
-        return np.array(np.memmap(self._path, kind, "r", at, (count,)))
+        return np.array(np.memmap(self._path, kind, "r", offset, (count,)))
 
 
 def bind(adapter: PeftAdapter, program: Program, artifact: Artifact | None) -> list[LowRank]:
