@@ -144,6 +144,9 @@ struct Quads {
 struct Factor {
   int32_t even, odd;  // words
 };
+struct Factors {
+  __m256i even, odd;
+};
 struct QuadSum {
   __m256i low, high;
 };
@@ -157,13 +160,15 @@ GRISTMILL_INLINE Quads load_quads(const char* p) {
   return quads;
 }
 GRISTMILL_INLINE QuadSum no_quads() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-GRISTMILL_INLINE __m256i quad_dots(__m256i even, __m256i odd, const Factor* factor) {
-  return _mm256_add_epi32(_mm256_madd_epi16(even, _mm256_set1_epi32(factor->even)),
-                          _mm256_madd_epi16(odd, _mm256_set1_epi32(factor->odd)));
+GRISTMILL_INLINE Factors spread_factor(const Factor* factor) {
+  return {_mm256_set1_epi32(factor->even), _mm256_set1_epi32(factor->odd)};
 }
-GRISTMILL_INLINE void add_quads(QuadSum& sum, const Quads& quads, const Factor* factor) {
-  sum.low = _mm256_add_epi32(sum.low, quad_dots(quads.even[0], quads.odd[0], factor));
-  sum.high = _mm256_add_epi32(sum.high, quad_dots(quads.even[1], quads.odd[1], factor));
+GRISTMILL_INLINE __m256i quad_dots(__m256i even, __m256i odd, const Factors& factors) {
+  return _mm256_add_epi32(_mm256_madd_epi16(even, factors.even), _mm256_madd_epi16(odd, factors.odd));
+}
+GRISTMILL_INLINE void add_quads(QuadSum& sum, const Quads& quads, const Factors& factors) {
+  sum.low = _mm256_add_epi32(sum.low, quad_dots(quads.even[0], quads.odd[0], factors));
+  sum.high = _mm256_add_epi32(sum.high, quad_dots(quads.even[1], quads.odd[1], factors));
 }
 GRISTMILL_INLINE Vec to_float(const QuadSum& sum) {
   return {_mm256_cvtepi32_ps(sum.low), _mm256_cvtepi32_ps(sum.high)};

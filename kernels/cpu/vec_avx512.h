@@ -128,18 +128,30 @@ struct Factor {
   int32_t high, low;
   int64_t unused;  // four lanes become one factor where they are
 };
+struct Factors {
+  __m512i high, low;
+};
 struct QuadSum {
   __m512i high, low;
 };
 GRISTMILL_INLINE Quads load_quads(const char* p) { return {_mm512_loadu_si512(p)}; }
-GRISTMILL_INLINE QuadSum no_quads() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
-// In place by force: compilers copy accumulators from register to register in the middle of the loop.
-GRISTMILL_INLINE void add_dots(__m512i& sum, __m512i bytes, const int32_t& factor) {
-  __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(bytes), "m"(factor));
+// Each of its own by force: compilers copy one zero about.
+GRISTMILL_INLINE __m512i no_dots() {
+  __m512i zero;
+  __asm__("vpxord %0, %0, %0" : "=v"(zero));
+  return zero;
 }
-GRISTMILL_INLINE void add_quads(QuadSum& sum, const Quads& quads, const Factor* factor) {
-  add_dots(sum.high, quads.bytes, factor->high);
-  add_dots(sum.low, quads.bytes, factor->low);
+GRISTMILL_INLINE QuadSum no_quads() { return {no_dots(), no_dots()}; }
+// In place by force: compilers copy accumulators from register to register in the middle of the loop.
+GRISTMILL_INLINE void add_dots(__m512i& sum, __m512i bytes, __m512i factors) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(factors));
+}
+GRISTMILL_INLINE Factors spread_factor(const Factor* factor) {
+  return {_mm512_set1_epi32(factor->high), _mm512_set1_epi32(factor->low)};
+}
+GRISTMILL_INLINE void add_quads(QuadSum& sum, const Quads& quads, const Factors& factors) {
+  add_dots(sum.high, quads.bytes, factors.high);
+  add_dots(sum.low, quads.bytes, factors.low);
 }
 GRISTMILL_INLINE Vec to_float(const QuadSum& sum) {
   return {_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sum.high, 8), sum.low))};
@@ -159,6 +171,9 @@ struct Quads {
 struct Factor {
   int32_t even, odd;  // words
 };
+struct Factors {
+  __m512i even, odd;
+};
 struct QuadSum {
   __m512i dots;
 };
@@ -167,9 +182,12 @@ GRISTMILL_INLINE Quads load_quads(const char* p) {
   return {_mm512_and_si512(x, _mm512_set1_epi16(0xff)), _mm512_srli_epi16(x, 8)};
 }
 GRISTMILL_INLINE QuadSum no_quads() { return {_mm512_setzero_si512()}; }
-GRISTMILL_INLINE void add_quads(QuadSum& sum, const Quads& quads, const Factor* factor) {
-  const __m512i even = _mm512_madd_epi16(quads.even, _mm512_set1_epi32(factor->even));
-  const __m512i odd = _mm512_madd_epi16(quads.odd, _mm512_set1_epi32(factor->odd));
+GRISTMILL_INLINE Factors spread_factor(const Factor* factor) {
+  return {_mm512_set1_epi32(factor->even), _mm512_set1_epi32(factor->odd)};
+}
+GRISTMILL_INLINE void add_quads(QuadSum& sum, const Quads& quads, const Factors& factors) {
+  const __m512i even = _mm512_madd_epi16(quads.even, factors.even);
+  const __m512i odd = _mm512_madd_epi16(quads.odd, factors.odd);
   sum.dots = _mm512_add_epi32(sum.dots, _mm512_add_epi32(even, odd));
 }
 GRISTMILL_INLINE Vec to_float(const QuadSum& sum) { return {_mm512_cvtepi32_ps(sum.dots)}; }

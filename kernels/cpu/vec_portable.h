@@ -168,15 +168,17 @@ struct Quads {
 struct Factor {
   int16_t number[4];
 };
+using Factors = Factor;  // in front of every lane
 constexpr float kFactorMagic = 12582912.f;  // adding it rounds to an integer, which is in the low bits then
 struct QuadSum {
   int32_t lane[kLanes];
 };
 GRISTMILL_INLINE Quads load_quads(const char* p) { return {reinterpret_cast<const uint8_t*>(p)}; }
 GRISTMILL_INLINE QuadSum no_quads() { return {}; }
-GRISTMILL_INLINE void add_quads(QuadSum& sum, const Quads& quads, const Factor* factor) {
+GRISTMILL_INLINE Factors spread_factor(const Factor* factor) { return *factor; }
+GRISTMILL_INLINE void add_quads(QuadSum& sum, const Quads& quads, const Factors& factors) {
   for (int i = 0; i < kLanes; i++) {
-    for (int n = 0; n < 4; n++) sum.lane[i] += quads.bytes[4 * i + n] * factor->number[n];
+    for (int n = 0; n < 4; n++) sum.lane[i] += quads.bytes[4 * i + n] * factors.number[n];
   }
 }
 GRISTMILL_INLINE Vec to_float(const QuadSum& sum) {
