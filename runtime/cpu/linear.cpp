@@ -65,34 +65,25 @@ class Product final : public Step {
   int64_t open() override {
     rows_ = m.rows(in_.in).count;
     units_ = rows_ <= (in_.act_group ? m.kernels->few_rows : kFewRows) ? &few_ : &many_;
-    bands_ = (rows_ + kBand - 1) / kBand;
-    return bands_ * static_cast<int64_t>(units_->size());
-  }
-
-  void work(int64_t begin, int64_t end, int thread) override {
-    if (bands_ == 1) return streams(begin, end, thread);
-    for (int64_t unit = begin; unit < end; unit++) {
-      // strips of one band follow each other: its activations, the larger part, stay in the cache
-      const auto strips = static_cast<int64_t>(units_->size());
-      const int64_t first = unit / strips * kBand;
-      tile((*units_)[static_cast<size_t>(unit % strips)], first, std::min(rows_, first + kBand), thread);
-    }
-  }
-
-  // Strips that were claimed together are read as one, as far as there is room: streams begin slowly. Not where
-  // rows are taken in several turns, between which the weights should stay in a cache.
-  void streams(int64_t begin, int64_t end, int thread) const {
-    const std::vector<Strip>& strips = *units_;
+    // rows are taken in several turns between which the weights should stay in a cache, or in one
     const bool one_turn = rows_ <= kFewRows || (in_.act_group && units_ == &many_ && rows_ <= kLongStripRows);
-    const int64_t most = one_turn ? kBand * kMostStrip : 0;
+    longest_ = one_turn ? kBand * kMostStrip / std::max<int64_t>(rows_, 1) : 0;
+    return (rows_ + kBand - 1) / kBand * static_cast<int64_t>(units_->size());
+  }
+
+  // Strips of one band follow each other: its activations, the larger part, stay in the cache. Those that were
+  // claimed together are read as one, as far as there is room: streams begin slowly.
+  void work(int64_t begin, int64_t end, int thread) override {
+    const auto strips = static_cast<int64_t>(units_->size());
     for (int64_t unit = begin; unit < end;) {
-      Strip all = strips[static_cast<size_t>(unit++)];
+      const int64_t first = unit / strips * kBand;
+      Strip all = (*units_)[static_cast<size_t>(unit++ % strips)];
       for (; unit < end; unit++) {
-        const Strip& next = strips[static_cast<size_t>(unit)];
-        if ((next.end - all.begin) * rows_ > most) break;
+        const Strip& next = (*units_)[static_cast<size_t>(unit % strips)];
+        if (next.end - all.begin > longest_) break;
         all.end = next.end;
       }
-      tile(all, 0, rows_, thread);
+      tile(all, first, std::min(rows_, first + kBand), thread);
     }
   }
 
@@ -222,7 +213,7 @@ class Product final : public Step {
   const size_t index_;
   const std::vector<Strip> few_, many_;
   const std::vector<Strip>* units_ = nullptr;
-  int64_t rows_ = 0, bands_ = 0;
+  int64_t rows_ = 0, longest_ = 0;  // columns of strips that are read as one
 };
 
 }  // namespace
