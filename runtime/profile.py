@@ -129,13 +129,14 @@ class Kind:
     operations: int = 0
     floor: float = 0.0
     memory_floor: float = 0.0
+    compute_floor: float = 0.0
 
     @property
     def bound(self) -> str:
         """What the floor is made of; "overhead" where there is next to none."""
         if self.floor < 0.02 * self.seconds:
             return "overhead"
-        return "memory" if self.memory_floor >= 0.5 * self.floor else "arithmetic"
+        return "memory" if self.memory_floor >= self.compute_floor else "arithmetic"
 
 
 @dataclass(frozen=True)
@@ -212,13 +213,14 @@ def collect(program: Program, times: Sequence[float], roofs: Roofs, forward: For
         name = kind_of(program, instruction)
         kind = found.setdefault(name, Kind(name))
         read, operations, integer = work(program, instruction, forward)
-        memory = read / roofs.stream
+        memory, compute = read / roofs.stream, operations / (roofs.integers if integer else roofs.floats)
         kind.count += 1
         kind.seconds += seconds
         kind.bytes += read
         kind.operations += operations
         kind.memory_floor += memory
-        kind.floor += max(memory, operations / (roofs.integers if integer else roofs.floats))
+        kind.compute_floor += compute
+        kind.floor += max(memory, compute)
     return sorted(found.values(), key=lambda kind: -kind.seconds)
 
 
