@@ -94,8 +94,14 @@ def _sessions(device: Device | None) -> Cells:
         "tune": YES if device.tune else Cell("no", "has nothing to tune"),
         "threads": YES if device.threads else Cell("no", "for device 'cpu'"),
         "pages": YES if device.pages else Cell("no", "for device 'cpu'"),
-        "ranks": YES if device.ranks else Cell("no", "for device 'cpu'"),
+        "ranks": _ranks(device),
     }
+
+
+def _ranks(device: Device) -> Cell:
+    if not device.ranks:
+        return Cell("no", "for devices 'cpu' and 'cuda'")
+    return YES if device.threads else Cell("as", "by NCCL, never run on GPUs")
 
 
 def _all(target: Target) -> Cells:

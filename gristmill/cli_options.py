@@ -38,7 +38,8 @@ DEVICE = click.option(
 TENSOR_PARALLEL = click.option(
     "--tensor-parallel",
     type=int,
-    help="Processes that share the model, its products and --threads; CPU alone.  [default: 1]",
+    help="Processes that share the model, its products and --threads; on `--device cuda` with a GPU each.  "
+    "[default: 1]",
 )
 PIN = click.option("--pin", is_flag=True, help="Keep each thread on a processor of its own.")
 HUGEPAGES = click.option(

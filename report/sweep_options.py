@@ -105,8 +105,6 @@ def check(options: SweepOptions) -> None:
         check_address(options.ray)
     if options.threads is not None and options.devices == ("cuda",):
         raise GristmillError("--threads is for the device cpu; leave it out")
-    if (options.tensor_parallel or 1) > 1 and options.devices != ("cpu",):
-        raise GristmillError("--tensor-parallel is for the device cpu; leave it or the other devices out")
     if options.out.exists() and not options.out.is_dir():
         raise GristmillError(f"{options.out} is a file; give -o a directory")
     if is_artifact(options.out):

@@ -33,7 +33,7 @@ DEVICES = {
         Device(
             "cpu", pages=True, ranks=True, profile=True, batched=True, adapters=True, alike=True,
         ),
-        Device("cuda", threads=False, profile=True, tune=True, batched=True),
+        Device("cuda", threads=False, ranks=True, profile=True, tune=True, batched=True),
         Device("onnx:cpu", exported="onnx"),
         Device("onnx:cuda", exported="onnx", bench=False),
         Device("torchscript", exported="torchscript"),

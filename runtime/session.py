@@ -110,10 +110,10 @@ def load(
     address translation. pin: all threads but the caller's stay on processors of their own. max_waiting:
     sequences that may wait for a slot before more are refused, default 4096. draft: the artifact of a smaller
     model with the same tokenizer, which proposes tokens: the same text in less time. tensor_parallel: so many
-    processes share the model and its products, this one and others that it starts, on device "cpu"; threads
-    are then of all together. adapters: folders of PEFT adapters by the names that requests have for them, see
-    Session.load_adapter. Raises GristmillError for a damaged artifact and for what this machine or model
-    cannot do.
+    processes share the model and its products, this one and others that it starts; on device "cpu" threads
+    are then of all together, on "cuda" each process has a GPU of its own. adapters: folders of PEFT adapters
+    by the names that requests have for them, see Session.load_adapter. Raises GristmillError for a damaged
+    artifact and for what this machine or model cannot do.
     """
     known = (
         "device", "threads", "max_len", "max_slots", "hugepages", "pin", "max_waiting", "draft",
@@ -150,7 +150,7 @@ def _ranks(tensor_parallel: int | None, device: str, pin: bool) -> int:
     ranks = within("tensor_parallel", tensor_parallel, 1, MOST_RANKS)
     if ranks > 1 and not DEVICES[device].ranks:
         raise GristmillError(
-            f"tensor_parallel is for device 'cpu' so far, got {device!r}; leave it out, or load with 'cpu'"
+            f"tensor_parallel is for devices 'cpu' and 'cuda', got {device!r}; leave it out"
         )
     if ranks > 1 and pin:
         raise GristmillError("pin is for one process, ranks would share processors; leave one of the two out")
@@ -176,6 +176,11 @@ def _open(
     max_len = within("max_len", max_len, limits.max_len, limits.max_position)
     max_slots = within("max_slots", max_slots, limits.max_slots, 65536)
     max_waiting = within("max_waiting", max_waiting, MAX_WAITING, 2**31 - 1)
+    if device == "cuda" and ranks > 1:
+        from gristmill.runtime.parallel import open_executor as open_ranks
+
+        many = open_ranks(artifact, program, ranks, ranks, max_len, max_slots, hugepages=False, device=device)
+        return Session(artifact, program, many, max_waiting=max_waiting)
     if device == "cuda":
         from gristmill.runtime.cuda import open_executor
 

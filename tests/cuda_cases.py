@@ -55,7 +55,7 @@ def a_small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def make(program: Made, directory: Path, max_slots: int = 3, **limits: int) -> cuda_executor.CudaExecutor:
     weights = program.write(directory)
     return cuda_executor.CudaExecutor(
-        Program.from_json(program.json), weights, DEVICE, limits.get("max_len", 64), max_slots
+        Program.from_json(program.json), [weights], DEVICE, limits.get("max_len", 64), max_slots
     )
 
 

@@ -210,7 +210,7 @@ def test_nothing_half_open_is_left_where_memory_ends(tmp_path: Path, monkeypatch
     program = llama(CASES["f32"])
     weights, half_made = program.write(tmp_path), []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
-    monkeypatch.setattr(cuda_device, "open_device", lambda: DEVICE)
+    monkeypatch.setattr(cuda_device, "open_device", lambda index: DEVICE)
 
     def allocate(batch: object, *rest: object) -> None:
         half_made.append(weakref.ref(batch))
@@ -256,14 +256,14 @@ def test_damaged_programs_and_weights_are_refused(tmp_path: Path) -> None:
     broken = Program.from_json(program.json)
     broken.instructions[0].out = dataclasses.replace(broken.instructions[0].out, column=1)
     with pytest.raises(GristmillError, match="instruction 0 names"):
-        cuda_executor.CudaExecutor(broken, weights, DEVICE, 64, 3)
+        cuda_executor.CudaExecutor(broken, [weights], DEVICE, 64, 3)
     other = Program.from_json(program.json)
     other.weights["head"][0] = dataclasses.replace(other.weights["head"][0], n=41)
     with pytest.raises(GristmillError, match="head.0: data: expected .*compile the model again"):
-        cuda_weights.Weights(other, weights, DEVICE)
+        cuda_weights.Weights(other, [weights], DEVICE)
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(GristmillError, match="weights.safetensors: .*compile the model again"):
-        cuda_executor.CudaExecutor(Program.from_json(program.json), weights, DEVICE, 64, 3)
+        cuda_executor.CudaExecutor(Program.from_json(program.json), [weights], DEVICE, 64, 3)
 
 
 def test_what_a_machine_lacks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -243,7 +243,7 @@ def test_a_forked_process_is_told_to_load_for_itself(pair: Session) -> None:
 
 def test_what_does_not_go_together_is_refused(path: Path) -> None:
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"device": "cuda"}, "device 'cpu' so far, got 'cuda'"),
+        ({"device": "torchscript"}, "devices 'cpu' and 'cuda', got 'torchscript'"),
         ({"pin": True}, "pin is for one process"),
         ({"tensor_parallel": 0}, "expected an integer from 1 to 64"),
         ({"tensor_parallel": 3}, "2 heads over 1 of keys and values, .*it can be 2"),

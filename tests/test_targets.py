@@ -49,6 +49,7 @@ CUDA_TESTS = {
     "alike": "test_cuda_executor.py::test_bits_depend_on_the_bucket_not_on_company_or_padding",
     "bench": "test_cuda_bench.py::test_a_round_is_measured",
     "profile": "test_cuda_bench.py::test_kinds_are_timed_alone_beside_their_roofs",
+    "ranks": "test_parallel_cuda.py::test_ranks_compute_what_one_device_does",
     "tune": "test_cuda_tuning.py::test_winners_are_kept_and_planned_with",
     **dict.fromkeys(WEIGHTS, "kernels/test_triton_linear.py::test_products_are_exact_but_for_rounding"),
     "asymmetric": "kernels/test_triton_linear.py::test_every_group_of_integers",
@@ -107,11 +108,10 @@ def test_cells_of_cuda_have_their_tests(feature: str) -> None:
 # ---- sessions
 
 
-@pytest.mark.parametrize("feature", ["threads", "pages", "ranks", "adapters"])
+@pytest.mark.parametrize("feature", ["threads", "pages", "adapters"])
 def test_options_that_cuda_refuses(feature: str) -> None:
     options = {
-        "threads": {"threads": 1}, "pages": {"pin": True}, "ranks": {"tensor_parallel": 2},
-        "adapters": {"adapters": {"a": "b"}},
+        "threads": {"threads": 1}, "pages": {"pin": True}, "adapters": {"adapters": {"a": "b"}},
     }  # fmt: skip
     how: Any = options[feature]
     target = next(t for t in TARGETS if t.name == "cuda")

@@ -71,7 +71,7 @@ class Decoder:
             torch.cuda.empty_cache()
             free = torch.cuda.mem_get_info(device)[0]
             refuse_too_large(self.program, max_len, max_slots, weights.stat().st_size, free)
-        self.executor = executors.CudaExecutor(self.program, weights, device, max_len, max_slots)
+        self.executor = executors.CudaExecutor(self.program, [weights], device, max_len, max_slots)
         self._rows = 0
         self._held: dict[int, tuple[Ids, Ids, Ids, Ids]] = {}  # ids, positions, slots, rows of a step
 

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from gristmill.runtime.cuda.executor import CudaExecutor
 
 
-def require_device() -> None:
-    """Raises GristmillError where torch or triton is missing, and without a device that will do."""
-    _open_device()
+def require_device(index: int | None = None) -> None:
+    """Raises GristmillError where torch or triton is missing, and without a device that will do: the current
+    one, or that of a number."""
+    _open_device(index)
 
 
 def open_executor(program: Program, weights: Path, max_len: int, max_slots: int) -> CudaExecutor:
@@ -31,7 +32,7 @@ def open_executor(program: Program, weights: Path, max_len: int, max_slots: int)
 
     remedy = "load with a smaller max_len or max_slots, or end what else uses the GPU"
     with refuse_out_of_memory(device, f"loading {max_slots} slots of {max_len}", remedy):
-        return CudaExecutor(program, weights, device, max_len, max_slots)
+        return CudaExecutor(program, [weights], device, max_len, max_slots)
 
 
 def device_for(program: Program, weights: Path, max_len: int, max_slots: int) -> torch.device:
@@ -45,7 +46,7 @@ def device_for(program: Program, weights: Path, max_len: int, max_slots: int) ->
     return device
 
 
-def _open_device() -> torch.device:
+def _open_device(index: int | None = None) -> torch.device:
     try:
         import triton  # noqa: F401  (what the kernels need, asked for here to say what to install)
 
@@ -54,4 +55,4 @@ def _open_device() -> torch.device:
         raise GristmillError(
             f"device 'cuda' needs torch and triton ({error}); pip install gristmill[cuda]"
         ) from error
-    return open_device()
+    return open_device(index)

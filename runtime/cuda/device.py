@@ -26,14 +26,20 @@ GRAPH_NODE_BYTES = 16 << 10  # of a kernel in a graph: its parameters and the dr
 DRAWING_LAUNCHES = 21  # of both ways to draw
 
 
-def open_device() -> torch.device:
-    """The current CUDA device. Raises GristmillError where there is none that can run the kernels."""
+def open_device(index: int | None = None) -> torch.device:
+    """The current CUDA device, or that of a number. Raises GristmillError where there is none that can run
+    the kernels."""
     if not torch.cuda.is_available():
         raise GristmillError(
             "device 'cuda': torch finds no CUDA device, expected an NVIDIA GPU, its driver and a torch built "
             "for CUDA; load with device 'cpu'"
         )
-    device = torch.device("cuda", torch.cuda.current_device())
+    if index is not None and index >= torch.cuda.device_count():
+        raise GristmillError(
+            f"device 'cuda': each rank of tensor_parallel needs a GPU of its own, {index + 1} or more, and "
+            f"torch finds {torch.cuda.device_count()}; load with a smaller tensor_parallel, or on the CPU"
+        )
+    device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
     found = torch.cuda.get_device_capability(device)
     if found < CAPABILITY:
         raise GristmillError(

@@ -25,7 +25,7 @@ from gristmill.runtime.cuda.device import (
 )
 from gristmill.runtime.cuda.drawing import MAX_VOCABULARY, Drawing, drawing_bytes
 from gristmill.runtime.cuda.graphs import captured
-from gristmill.runtime.cuda.launch import Launcher, Taken
+from gristmill.runtime.cuda.launch import Between, Launcher, Taken
 from gristmill.runtime.cuda.tuning import Timer, Tuned, tune_all, works
 from gristmill.runtime.cuda.weights import Weights
 from gristmill.runtime.decoding.draws import Draws
@@ -50,8 +50,11 @@ class CudaExecutor:
     rows_agree = False  # buckets differ in rounding
 
     def __init__(
-        self, program: Program, weights: Path, device: torch.device, max_len: int, max_slots: int
-    ) -> None:
+        self, program: Program, weights: Sequence[Path], device: torch.device, max_len: int, max_slots: int,
+        between: Between | None = None,
+    ) -> None:  # fmt: skip
+        """weights: the files that hold them. between: what several devices that share a program do between
+        instructions, see runtime/parallel; `capture` then comes after all are connected, else it is done."""
         self.max_tokens, self.vocabulary = program.limits.max_tokens, program.vocabulary
         self.max_len, self.max_slots, self.device = max_len, max_slots, device
         self._program = program
@@ -74,7 +77,7 @@ class CudaExecutor:
             self.processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._launcher = Launcher(
             program, self._weights, self._caches, self._values, self._batch, self._buckets, self.processors,
-            self._few_rows, Tuned.read(device),
+            self._few_rows, Tuned.read(device), between,
         )  # fmt: skip
         self._blocks = {
             rows: torch.zeros(self.max_tokens, 4, dtype=torch.int32, device=device)
@@ -90,8 +93,10 @@ class CudaExecutor:
         self._last: tuple[int, int, dict[int, Tensor] | None] = (0, 0, None)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._draw_graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-        if device.type == "cuda":
-            self._capture()
+        self.wait: Callable[[], None] | None = None  # before results are taken, where that must not block
+        self._shared = between is not None
+        if device.type == "cuda" and not self._shared:
+            self.capture()
 
     def forward(
         self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray
@@ -143,7 +148,7 @@ class CudaExecutor:
         self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray, take: Taken
     ) -> None:
         """Runs the batch; ``take`` gets the logits, piece by piece."""
-        self._check(tokens, positions, slots, rows)
+        self.check(tokens, positions, slots, rows)
         count, wanted = self._bucket(len(tokens)), self._bucket(len(rows))
         alone = len(np.unique(slots)) == len(slots) and count <= self._few_rows
         if alone and 0 < wanted <= count:
@@ -154,12 +159,20 @@ class CudaExecutor:
             self._last = (count, wanted, None if alone else self._cut(len(tokens)))
             if alone and wanted == count and count in self._graphs:
                 self._graphs[count].replay()
-                take(0, count)
+                self._waiting(take)(0, count)
             else:
                 self._drawing.record(count)
-                self._launcher.run(*self._last, take, len(rows))
+                self._launcher.run(*self._last, self._waiting(take), len(rows))
+            if self.wait is not None:
+                self.wait()
             if self.device.type == "cuda":  # nothing may be under way when the ids are filled again
                 torch.cuda.current_stream().synchronize()
+
+    def follow(
+        self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray
+    ) -> None:
+        """`forward` for those who share the work and not the result."""
+        self._execute(tokens, positions, slots, rows, lambda first, count: None)
 
     def forward_hidden(
         self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray
@@ -185,6 +198,14 @@ class CudaExecutor:
             with self._current():
                 copy_slot(self._caches, source, target, length, start)
                 self._drawing.copy_slot(source, target, length, start)
+
+    def exchange_last(self) -> None:
+        """What is exchanged in a forward of the last batch's size, all of it once more; values are spoilt."""
+        rows, wanted, blocks = self._last
+        with self._current():
+            self._launcher.begin(rows, min(wanted, len(self._values.logits)), blocks)
+            for index in range(len(self._program.instructions)):
+                self._launcher.exchange(index)
 
     def relaunch(self, instructions: Sequence[int]) -> Callable[[], None]:
         """What launches some instructions of the last batch once more, to be timed; values are spoilt by it,
@@ -223,6 +244,17 @@ class CudaExecutor:
             for work, config in tune_all(wanted, self.device, time):
                 yield work.key, config
 
+    def _waiting(self, take: Taken) -> Taken:
+        wait = self.wait
+        if wait is None:
+            return take
+
+        def after_wait(first: int, count: int) -> None:
+            wait()
+            take(first, count)
+
+        return after_wait
+
     def _bucket(self, rows: int) -> int:
         return next(bucket for bucket in [0, *self._buckets] if rows <= bucket)
 
@@ -239,25 +271,26 @@ class CudaExecutor:
         """The device is current in the calling thread, whichever that is."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
-    def _capture(self) -> None:
+    def capture(self) -> None:
         """Graphs of the buckets that one row per slot can fill, largest first, all in one pool of memory."""
         most = self._bucket(captured_rows(self.max_slots, self.max_tokens))
         pool = torch.cuda.graph_pool_handle()
         for count in reversed([bucket for bucket in self._buckets if bucket <= most]):
             self._batch.fill({"rows": np.arange(count, dtype=np.int32)})
             self._drawing.fill(Draws.greedy(0))
-            self._graphs[count] = captured(partial(self._launch_batch, count), pool)
+            self._graphs[count] = captured(partial(self._launch_batch, count), pool, self._shared)
             for greedy in (True, False) if self.draws_tokens else ():
                 launch = partial(self._drawing.launch, 0, count, greedy)
-                self._draw_graphs[count, greedy] = captured(launch, pool)
+                self._draw_graphs[count, greedy] = captured(launch, pool, self._shared)
 
     def _launch_batch(self, count: int) -> None:
         self._drawing.record(count)
         self._launcher.run(count, count, None)
 
-    def _check(
+    def check(
         self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray
     ) -> None:
+        """Raises GristmillError for a batch that cannot be run."""
         count = len(tokens)
         if not 1 <= count <= self.max_tokens or len(rows) > self.max_tokens:
             raise GristmillError(

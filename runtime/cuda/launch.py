@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +34,16 @@ TILE_QUERIES = 16  # that a tensor core takes at least
 Taken = Callable[[int, int], None]
 
 
+class Between(Protocol):
+    """What is done to whole values between instructions, where several devices share a program."""
+
+    def values(self, index: int) -> Sequence[int]:
+        """The values that are due after the instruction."""
+
+    def run(self, index: int, whole: Sequence[Tensor]) -> None:
+        """Does what is due; whole: of those values the rows of the batch, [rows, width] f32."""
+
+
 class Launcher:
     """Walks the instructions for a bucket of rows.
 
@@ -44,10 +55,11 @@ class Launcher:
     def __init__(
         self, program: Program, weights: Weights, caches: Sequence[LayerCache], values: Values, batch: Batch,
         buckets: Sequence[int], processors: int, few_rows: int = FEW_ROWS, tuned: Tuned | None = None,
+        between: Between | None = None,
     ) -> None:  # fmt: skip
         self.program, self.weights, self.caches = program, weights, caches
         self.values, self.batch, self.processors = values, batch, processors
-        self._few_rows, self._tuned = few_rows, tuned
+        self._few_rows, self._tuned, self._between = few_rows, tuned, between
         device, most = batch.ids("tokens", 1).device, program.limits.max_tokens
         self._angles = [
             torch.zeros(2, most * (rope.dims // 2), device=device) for rope in program.ropes
@@ -113,6 +125,7 @@ class Launcher:
                 self._in_pieces(index, instruction, taken, wanted if asked is None else asked)
             else:
                 self.launch(index)
+                self.exchange(index)
 
     def begin(self, rows: int, wanted: int, blocks: dict[int, Tensor] | None) -> None:
         """Sets the sizes of what `launch` launches, and launches what all attentions share."""
@@ -128,12 +141,25 @@ class Launcher:
         if self._count(instruction.out):
             getattr(self, f"_{instruction.op}")(index, instruction)
 
+    def exchange(self, index: int) -> None:
+        """Does what is due between an instruction and the next."""
+        if self._between is None:
+            return
+        values = self._between.values(index)
+        views = [View(value, 0, self._width(value)) for value in values]
+        if views and all(self._count(view) for view in views):
+            self._between.run(index, [self._view(view) for view in views])
+
+    def _width(self, value: int) -> int:
+        return self.program.vocabulary if value == LOGITS else self.program.values[value].width
+
     def _in_pieces(self, index: int, i: Instruction, taken: Taken | None, asked: int) -> None:
         """The logits of ``asked`` rows, of the last ones a whole piece: a piece is a bucket."""
         wanted, size = self._wanted, min(self._wanted, len(self.values.logits))
         for start in range(0, min(asked, wanted), max(size, 1)):
             self._first, self._wanted = min(start, wanted - size), size
             self.launch(index)
+            self.exchange(index)
             if taken:
                 taken(self._first, size)
         self._first, self._wanted = 0, wanted
@@ -201,6 +227,8 @@ class Launcher:
 
     def _is_written_before(self, index: int, rows: int, group: int) -> bool:
         before, i = self.program.instructions[index - 1], self.program.instructions[index]
+        if self._between is not None and self._between.values(index - 1):
+            return False
         if not index or not group or i.views["in"] != before.out or "order" in i.vectors:
             return False
         if i.out.value == LOGITS:  # computed in pieces

@@ -49,9 +49,9 @@ class Sizes:
     repeats: int = 20
 
 
-def event_seconds(launch: Callable[[], None], repeats: int) -> float:
-    """By CUDA events around replays of what ``launch`` launches."""
-    graph = captured(launch)
+def event_seconds(launch: Callable[[], None], repeats: int, among_threads: bool = False) -> float:
+    """By CUDA events around replays of what ``launch`` launches; among_threads: see `captured`."""
+    graph = captured(launch, among_threads=among_threads)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for before, after in events:
         before.record()

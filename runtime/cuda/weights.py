@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,14 @@ class Weights:
     orders of columns i32.
     """
 
-    def __init__(self, program: Program, path: Path, device: torch.device) -> None:
+    def __init__(self, program: Program, paths: Sequence[Path], device: torch.device) -> None:
+        """paths: each tensor is in one of these files."""
         try:
-            with safe_open(path, framework="pt") as file:
-                self.matrices = _matrices(program, file, device)
-                self.vectors = {name: _vector(file, name, device) for name in sorted(_names(program))}
+            with _opened(paths) as files:
+                self.matrices = _matrices(program, files, device)
+                self.vectors = {name: _vector(files, name, device) for name in sorted(_names(program))}
         except (SafetensorError, OSError) as error:
-            raise GristmillError(f"{path.name}: {error}; compile the model again") from error
+            raise GristmillError(f"{paths[-1].name}: {error}; compile the model again") from error
 
     @property
     def bytes(self) -> int:
@@ -43,7 +46,25 @@ class Weights:
         return total
 
 
-def _matrices(program: Program, file: Any, device: torch.device) -> dict[str, list[Matrix]]:
+class _Files:
+    """Several weights files as one."""
+
+    def __init__(self, files: Sequence[Any]) -> None:
+        self._last = files[-1]
+        self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118  (not a dict)
+
+    def get_tensor(self, name: str) -> Tensor:
+        found: Tensor = self._file_of.get(name, self._last).get_tensor(name)
+        return found
+
+
+@contextmanager
+def _opened(paths: Sequence[Path]) -> Iterator[_Files]:
+    with ExitStack() as held:
+        yield _Files([held.enter_context(safe_open(path, framework="pt")) for path in paths])
+
+
+def _matrices(program: Program, file: _Files, device: torch.device) -> dict[str, list[Matrix]]:
     """Merged on the host, so that the device never holds a matrix twice; the same segments once."""
     made: dict[tuple[Segment, ...], list[Matrix]] = {}
     for segments in program.weights.values():
@@ -53,7 +74,7 @@ def _matrices(program: Program, file: Any, device: torch.device) -> dict[str, li
     return {key: made[tuple(segments)] for key, segments in program.weights.items()}
 
 
-def _segment(file: Any, segment: Segment) -> Matrix:
+def _segment(file: _Files, segment: Segment) -> Matrix:
     name, has_scales = segment.name, segment.format not in ("f32", "f16", "bf16")
     try:
         return Matrix(
@@ -79,6 +100,6 @@ def _names(program: Program) -> set[str]:
     return found.union(*(i.vectors.values() for i in program.instructions))
 
 
-def _vector(file: Any, name: str, device: torch.device) -> Tensor:
+def _vector(file: _Files, name: str, device: torch.device) -> Tensor:
     stored = file.get_tensor(name).flatten()
     return stored.to(device, torch.float32 if stored.is_floating_point() else torch.int32)

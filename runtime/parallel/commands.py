@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +11,12 @@ from numpy.typing import NDArray
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.parallel.rank import Rank
 
+if TYPE_CHECKING:
+    from gristmill.runtime.parallel.cuda_rank import CudaRank
+
 Ids = NDArray[np.int32]
-FORWARD, HIDDEN, COPY, END = range(4)
+FORWARD, HIDDEN, COPY, END, TIME = range(5)
+KINDS = ("all_reduce", "all_gather")
 
 
 def batch_command(hidden: bool, tokens: Ids, positions: Ids, slots: Ids, rows: Ids) -> bytes:
@@ -24,11 +28,16 @@ def copy_command(source: int, target: int, length: int, start: int) -> bytes:
     return np.array([COPY, source, target, length, start], np.int32).tobytes()
 
 
+def time_command(kind: str, repeats: int) -> bytes:
+    """Times the exchanges of a kind, on GPUs."""
+    return np.array([TIME, KINDS.index(kind), repeats], np.int32).tobytes()
+
+
 def end_command() -> bytes:
     return np.array([END], np.int32).tobytes()
 
 
-def obey(rank: Rank, connection: Connection) -> None:
+def obey(rank: Rank | CudaRank, connection: Connection) -> None:
     """Does what rank 0 says until it says end or is gone."""
     while True:
         try:
@@ -45,11 +54,14 @@ def obey(rank: Rank, connection: Connection) -> None:
             continue
 
 
-def _run(rank: Rank, given: NDArray[Any]) -> None:
+def _run(rank: Rank | CudaRank, given: NDArray[Any]) -> None:
     if given[0] == COPY:
         rank.executor.copy_slot(*given[1:5].tolist())
+        return
+    if given[0] == TIME:
+        rank.time_exchanges(KINDS[given[1]], int(given[2]))  # type: ignore[union-attr]
         return
     count, wanted = given[1:3].tolist()
     tokens, positions, slots, rows = np.split(given[3:], [count, 2 * count, 3 * count])
     assert len(rows) == wanted, "a command was cut short"
-    rank.forward(tokens, positions, slots, rows, hidden=bool(given[0] == HIDDEN))
+    rank.follow(tokens, positions, slots, rows, hidden=bool(given[0] == HIDDEN))

@@ -59,20 +59,26 @@ def file_store(path: str, world: int) -> Any:
     return distributed.FileStore(path, world)
 
 
+def gloo(store: Any, rank: int, world: int, local: bool) -> Any:
+    """Gloo's connection between the ranks; local: all are on this machine, and talk through its loopback
+    interface alone."""
+    backend: Any = torch.distributed.ProcessGroupGloo  # its stubs lack most of it
+    options = backend._Options()
+    options._timeout = TIMEOUT
+    options._threads = 1
+    if local:
+        options._devices = [backend.create_device(hostname="127.0.0.1")]
+    else:
+        options._devices = [backend.create_default_device()]
+    return backend(store, rank, world, options)
+
+
 class Group:
     """The ranks' connection, by torch.distributed's gloo; independent of torch's default group."""
 
     def __init__(self, store: Any, rank: int, world: int, local: bool) -> None:
-        """local: all ranks are on this machine, and talk through its loopback interface alone."""
-        gloo: Any = torch.distributed.ProcessGroupGloo  # its stubs lack most of it
-        options = gloo._Options()
-        options._timeout = TIMEOUT
-        options._threads = 1
-        if local:
-            options._devices = [gloo.create_device(hostname="127.0.0.1")]
-        else:
-            options._devices = [gloo.create_default_device()]
-        self._gloo = gloo(store, rank, world, options)
+        """local: see `gloo`."""
+        self._gloo = gloo(store, rank, world, local)
         self.rank, self.world = rank, world
         self._buffers: dict[str, Floats] = {}
 

@@ -24,16 +24,17 @@ from gristmill.runtime import machine
 from gristmill.runtime.artifact import Artifact
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.footprint import kv_bytes
-from gristmill.runtime.parallel.commands import batch_command, copy_command, end_command
-from gristmill.runtime.parallel.exchange import Group, Traffic, file_store
+from gristmill.runtime.parallel.commands import batch_command, copy_command, end_command, time_command
+from gristmill.runtime.parallel.exchange import Traffic, file_store
 from gristmill.runtime.parallel.interrupts import uninterrupted
-from gristmill.runtime.parallel.rank import Rank, Share
+from gristmill.runtime.parallel.rank import Share, open_rank
 from gristmill.runtime.parallel.split import split
 from gristmill.runtime.parallel.worker import READY
 from gristmill.runtime.program import NO_HIDDEN_STATES, Program, segment_row_bytes
 
 if TYPE_CHECKING:
-    from gristmill.runtime.parallel.probe import ParallelProbe
+    from gristmill.runtime.decoding.draws import Draws
+    from gristmill.runtime.profile import Probe
     from gristmill.runtime.session import Session
 
 Array = np.ndarray[Any, Any]
@@ -59,11 +60,14 @@ class ParallelExecutor:
 
     def __init__(
         self, artifact: Artifact, program: Program, world: int, threads: int, max_len: int, max_slots: int,
-        hugepages: bool,
+        hugepages: bool, device: str = "cpu",
     ) -> None:  # fmt: skip
         each = max(1, threads // world)
         band = BAND if machine.usable_cpus() > each * world else 0
-        shares = [Share(rank, world, each, max_len, max_slots, hugepages, band=band) for rank in range(world)]
+        shares = [
+            Share(rank, world, each, max_len, max_slots, hugepages, band=band, device=device)
+            for rank in range(world)
+        ]
         self._folder = tempfile.mkdtemp(prefix="gristmill-ranks-")
         self._workers: list[Worker] = []
         self._ended: str | None = None
@@ -73,12 +77,13 @@ class ParallelExecutor:
         try:
             for share in shares[1:]:
                 self._workers.append(_start(artifact.path, store, share))
-            self._rank = Rank(program, artifact.weights_path, shares[0])
+            self._rank: Any = open_rank(program, artifact.weights_path, shares[0])
             self._await_all()
             for worker in self._workers:
                 worker.connection.send_bytes(READY)
-            self._rank.connect(Group(file_store(store, world), 0, world, local=True))
+            self._rank.join(file_store(store, world))
             self._await_all()
+            self._rank.watch(self._look_after_workers)
         except (OSError, RuntimeError) as error:
             self._finalizer()
             raise GristmillError(f"the ranks cannot be started: {_line(error)}") from error
@@ -86,13 +91,17 @@ class ParallelExecutor:
             self._finalizer()
             raise
         own = self._rank.executor
-        self.max_tokens, self.vocabulary, self.isa = own.max_tokens, own.vocabulary, own.isa
-        self.max_len, self.max_slots, self.threads = max_len, max_slots, each * world
-        self.world = world
+        self.max_tokens, self.vocabulary = own.max_tokens, own.vocabulary
+        self.max_len, self.max_slots = max_len, max_slots
+        self.threads = each * world if device == "cpu" else own.threads
+        self.world, self.device = world, device
+        self.isa = getattr(own, "isa", "")
+        self.rows_agree = getattr(own, "rows_agree", True)
+        self.draws_tokens = getattr(own, "draws_tokens", False)
         self._hidden = program.hidden is not None
         parts = [split(program, rank, world).program for rank in range(world)]
         self.kv_bytes = sum(kv_bytes(part, max_len, max_slots) for part in parts)
-        self.arena_bytes = world * program.arena_bytes
+        self.arena_bytes = world * own.arena_bytes if device == "cuda" else world * program.arena_bytes
         self.weight_bytes_per_token = sum(_bytes_per_token(part) for part in parts)
         self.weight_bytes = _bytes_of_all(parts)
         self.history: list[dict[str, Traffic]] = []  # of the forwards since profiling began
@@ -123,6 +132,19 @@ class ParallelExecutor:
             self.history.append(self._rank.exchanges.traffic)
         return result
 
+    def sample(self, tokens: Array, positions: Array, slots: Array, rows: Array, draws: Draws) -> Array:
+        """The next tokens [R] i32 of the same batch, which rank 0's GPU draws; see CudaExecutor.sample."""
+        if not self.draws_tokens or len(draws) != len(rows):
+            raise GristmillError(
+                f"got {len(draws)} draws for {len(rows)} rows of a vocabulary of {self.vocabulary}; give one "
+                "for each row, on a device that draws"
+            )
+        command = batch_command(False, tokens, positions, slots, rows)
+        found: Array = self._together(
+            command, lambda: self._rank.sample(tokens, positions, slots, rows, draws)
+        )
+        return found
+
     def copy_slot(self, source: int, target: int, length: int, start: int = 0) -> None:
         """Gives ``target`` positions ``start`` to ``length`` of ``source``; those before, both hold alike."""
         command = copy_command(source, target, length, start)
@@ -131,6 +153,7 @@ class ParallelExecutor:
     def close(self) -> None:
         """Ends the other ranks; nothing works afterwards."""
         self._ended = self._ended or "it was closed"
+        self._rank.close()
         self._finalizer()
 
     # ---- measuring
@@ -149,10 +172,24 @@ class ParallelExecutor:
         """Of rank 0's instructions, which stand where the program's do."""
         return list(self._rank.executor.profile_results())
 
-    def probe(self, session: Session) -> ParallelProbe:
+    def probe(self, session: Session) -> Probe:
+        if self.device == "cuda":
+            from gristmill.runtime.parallel.cuda_probe import ParallelCudaProbe
+
+            return ParallelCudaProbe(session, self)
         from gristmill.runtime.parallel.probe import ParallelProbe
 
         return ParallelProbe(session, self)
+
+    def time_exchanges(self, kind: str, repeats: int) -> float:
+        """Seconds of all exchanges of a kind in a forward like the last one, between GPUs."""
+        command = time_command(kind, repeats)
+        return float(self._together(command, lambda: self._rank.time_exchanges(kind, repeats)))
+
+    @property
+    def rank(self) -> Any:
+        """Rank 0, which is in this process."""
+        return self._rank
 
     # ---- the other ranks
 
@@ -172,8 +209,15 @@ class ParallelExecutor:
                 self._fail(error)
         return result
 
+    def _look_after_workers(self) -> None:
+        """Raises RuntimeError where one has ended."""
+        for worker in self._workers:
+            if worker.process.poll() is not None:
+                raise RuntimeError(f"rank {worker.rank} ended {_how(worker.process)}")
+
     def _fail(self, error: Exception) -> NoReturn:
         self._ended = self._last_words() or _line(error)
+        self._rank.close()
         self._finalizer()
         raise GristmillError(ENDED.format(self._ended)) from error
 

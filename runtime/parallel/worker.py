@@ -41,18 +41,18 @@ def _serve(connection: Connection, given: dict[str, object]) -> None:
     import torch
 
     from gristmill.runtime.parallel.commands import obey
-    from gristmill.runtime.parallel.exchange import Group, file_store
-    from gristmill.runtime.parallel.rank import Rank, Share
+    from gristmill.runtime.parallel.exchange import file_store
+    from gristmill.runtime.parallel.rank import Share, open_rank
 
     torch.set_num_threads(1)
     share = Share(**given["share"])  # type: ignore[arg-type]
     artifact = open_artifact(str(given["artifact"]))
     program = Program.from_json(parse_json(artifact.read(PROGRAM), PROGRAM))
-    rank = Rank(program, Path(artifact.weights_path), share)
+    rank = open_rank(program, Path(artifact.weights_path), share)
     connection.send_bytes(READY)
     connection.recv_bytes()
     store = file_store(str(given["store"]), share.world)
-    rank.connect(Group(store, share.rank, share.world, local=True))
+    rank.join(store)
     connection.send_bytes(READY)
     obey(rank, connection)
 
