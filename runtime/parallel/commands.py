@@ -48,10 +48,8 @@ def obey(rank: Rank | CudaRank, connection: Connection) -> None:
             return
         try:
             _run(rank, given)
-        except (
-            GristmillError
-        ):  # what rank 0 refuses as well, in the same words, before anything was exchanged
-            continue
+        except GristmillError:
+            continue  # rank 0 refuses it as well, in the same words, before anything was exchanged
 
 
 def _run(rank: Rank | CudaRank, given: NDArray[Any]) -> None:

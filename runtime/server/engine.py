@@ -253,9 +253,8 @@ class Engine:
             try:
                 self._scheduler.run_until(self._nothing_left, self._after_step)
                 self._hand_over(self._changed)  # where another thread drove meanwhile
-            except (
-                Exception
-            ) as error:  # of the scheduler itself: requests end with it, the next ones are tried
+            except Exception as error:
+                # of the scheduler itself: requests end with it, the next ones are tried
                 logger.exception("a step failed")
                 self._fail_all(error)
             self._work.wait()
