@@ -78,7 +78,7 @@ class Product final : public Step {
     for (int64_t unit = begin; unit < end;) {
       const int64_t first = unit / strips * kBand;
       Strip all = (*units_)[static_cast<size_t>(unit++ % strips)];
-      for (; unit < end; unit++) {
+      for (; unit < end && unit % strips; unit++) {
         const Strip& next = (*units_)[static_cast<size_t>(unit % strips)];
         if (next.end - all.begin > longest_) break;
         all.end = next.end;
