@@ -164,6 +164,20 @@ def test_bits_do_not_depend_on_chunks_threads_or_company(case: str, isa: str, tm
     assert mixed.tobytes() == expected[[29, 20, 24]].tobytes()
 
 
+@pytest.mark.parametrize("act_group", [0, 32])
+def test_bits_of_long_chunks(act_group: int, tmp_path: Path) -> None:
+    """Of three bands of 128 rows, one not full, over many strips; and of few rows."""
+    program = llama(
+        Llama(layers=1, form=Format("int4", 32), act_group=act_group, intermediate=1216, max_tokens=300)
+    )
+    tokens = tokens_for(program, 300)
+    executors = [make(program, tmp_path, threads=n, max_len=300) for n in (1, 2, 3)]
+    expected = in_chunks(executors[0], tokens, [20] * 15)
+    for executor in executors:
+        for sizes in ([300], [290, 10], [128, 129, 43], [1, 2, 3, 5, 9, 280]):
+            assert in_chunks(executor, tokens, sizes).tobytes() == expected.tobytes(), (executor.threads, sizes)
+
+
 def test_interleaved_rows_of_several_slots(tmp_path: Path) -> None:
     program = llama(CASES["int8"])
     executor = make(program, tmp_path)
