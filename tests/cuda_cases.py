@@ -50,6 +50,9 @@ def a_small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         for table in linear_configs.TABLE.values():
             for rows in [rows for rows in table if rows <= linear_configs.DECODE_TOKENS]:
                 monkeypatch.setitem(table, rows, dataclasses.replace(table[rows], rows=64, chunks=4))
+        for tokens, config in linear_configs.INTEGER_TABLE.items():
+            wide = dataclasses.replace(config, rows=64, chunks=8)
+            monkeypatch.setitem(linear_configs.INTEGER_TABLE, tokens, wide)
 
 
 def make(program: Made, directory: Path, max_slots: int = 3, **limits: int) -> cuda_executor.CudaExecutor:

@@ -29,3 +29,5 @@ def pretend() -> None:
     for table in linear_configs.TABLE.values():
         for rows in [rows for rows in table if rows <= linear_configs.DECODE_TOKENS]:
             table[rows] = dataclasses.replace(table[rows], rows=64, chunks=4)
+    for tokens, config in linear_configs.INTEGER_TABLE.items():
+        linear_configs.INTEGER_TABLE[tokens] = dataclasses.replace(config, rows=64, chunks=8)

@@ -106,8 +106,9 @@ def written(case: Llama, folder: Path) -> tuple[Path, Built]:
     return folder / "artifact", built
 
 
-@pytest.mark.minutes
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["int4_int8", *(pytest.param(c, marks=pytest.mark.minutes) for c in CASES if c != "int4_int8")]
+)
 def test_ranks_compute_what_one_device_does(case: str, tmp_path: Path) -> None:
     """Prefill in chunks, one padded, a decode, and the rows of two slots at once."""
     path, built = written(CASES[case], tmp_path)
