@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,9 @@ def remembered(export: Export, most_parameters: int = MOST_PARAMETERS) -> Export
 
 def _all_that_exports_read(model: Any) -> str:
     """The class, the config, and what may have been changed since the model was built from them."""
-    parts = [type(model).__qualname__, model.config.to_json_string(use_diff=False)]
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config.pop("_name_or_path", None)  # where it was read from
+    parts = [type(model).__qualname__, json.dumps(config, sort_keys=True)]
     parts += [f"{name} {buffer.tolist()}" for name, buffer in model.named_buffers()]
     for module in model.modules():
         if hasattr(module, "rope_type"):

@@ -175,7 +175,8 @@ def test_bits_of_long_chunks(act_group: int, tmp_path: Path) -> None:
     expected = in_chunks(executors[0], tokens, [20] * 15)
     for executor in executors:
         for sizes in ([300], [290, 10], [128, 129, 43], [1, 2, 3, 5, 9, 280]):
-            assert in_chunks(executor, tokens, sizes).tobytes() == expected.tobytes(), (executor.threads, sizes)
+            got = in_chunks(executor, tokens, sizes)
+            assert got.tobytes() == expected.tobytes(), (executor.threads, sizes)
 
 
 def test_interleaved_rows_of_several_slots(tmp_path: Path) -> None:

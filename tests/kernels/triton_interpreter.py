@@ -1,10 +1,9 @@
 """Triton's interpreter, put right where it is not what a device is; importing this does it.
 
 The interpreter of Triton 3.6 multiplies the bits of bf16 matrices as if they were integers, does not round to
-nearest where it narrows, makes no index of its scalars beside numpy 2.4 and on, and looks through the whole
-language for what to replace each time that a kernel calls a function, which takes most of its time; and of what
-is left, half goes into computing every sum of integers twice, to see whether it overflows, which a device does
-not and indices of tests never do.
+nearest where it narrows, makes no index of its scalars beside numpy 2.4 and on, looks through the whole
+language for what to replace each time that a kernel calls a function, and computes every sum of integers
+twice, to see whether it overflows, which a device does not: the last two took three quarters of its time.
 """
 
 from __future__ import annotations
