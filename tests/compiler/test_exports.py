@@ -16,7 +16,7 @@ def test_models_built_alike_are_exported_once() -> None:
         return tracing._export(model)
 
     once = remembered(export)
-    graphs = []
+    graphs: list[Any] = []
     for changes in ({}, {}, {"rms_norm_eps": 1e-3}):
         config = config_of("llama", num_hidden_layers=1, **changes)
         config._name_or_path = f"/somewhere/{len(graphs)}"
