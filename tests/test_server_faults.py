@@ -63,7 +63,7 @@ def requests_logged(server: Running) -> list[dict[str, Any]]:
 def test_a_client_that_leaves_frees_its_slot(endless: Session, tmp_path: Path) -> None:
     with running(endless, tmp_path / "log") as server:
         with server.client() as client:
-            stream = client.completions.create(model=MODEL, prompt="ab", max_tokens=ENDLESS, stream=True)
+            stream = client.completions.create(model=MODEL, **LONG)
             next(iter(stream))
             assert server.taken == 1
             stream.close()
