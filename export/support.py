@@ -101,7 +101,7 @@ def _sessions(device: Device | None) -> Cells:
 def _ranks(device: Device) -> Cell:
     if not device.ranks:
         return Cell("no", "for devices 'cpu' and 'cuda'")
-    return YES if device.threads else Cell("as", "by NCCL, never run on GPUs")
+    return Cell("as", "by NCCL, never run on GPUs") if device.name == "cuda" else YES
 
 
 def _all(target: Target) -> Cells:

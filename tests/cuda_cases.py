@@ -43,6 +43,10 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def a_small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter runs programs one after the other: as few as a GPU with one processor would get."""
     monkeypatch.setattr(linear_configs, "MULTIPROCESSORS", 1)
     monkeypatch.setattr(cuda_executor, "PROCESSORS_OF_CPU", 1)

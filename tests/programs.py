@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gristmill.runtime.artifact_writer import ArtifactWriter
+from gristmill.runtime.weights_file import TensorSpec
+
 Array = NDArray[Any]
 View = list[int]
 ALIGNMENT = 64
@@ -235,6 +238,23 @@ class Program:
         (directory / "program.json").write_bytes(self.text())
         write_safetensors(directory / "weights.safetensors", self.tensors)
         return directory / "weights.safetensors"
+
+
+def write_artifact(built: Program, out: Path, files: dict[str, Any], manifest: dict[str, Any]) -> Path:
+    """As the compiler would have written it; files: beside the program and its weights, by name."""
+    codes = {np.dtype(name): code for name, code in DTYPES.items()}
+    with ArtifactWriter(out) as writer:
+        specs = [TensorSpec(name, codes[a.dtype], a.shape) for name, a in built.tensors.items()]
+        weights = writer.declare_weights(specs, {})
+        for name, array in built.tensors.items():
+            weights.write(name, np.ascontiguousarray(array))
+        writer.write_bytes("program.json", built.text())
+        for name, content in files.items():
+            writer.write_json(name, content)
+        manifest = {"quantization": {"method": "none"}} | manifest
+        writer.seal(manifest)
+        writer.commit(manifest)
+    return out
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from programs import DTYPES, Array, Format, Llama, llama
+from programs import Array, Format, Llama, llama, write_artifact
 from programs import Program as Built
 from tiny import VOCABULARY, byte_tokenizer
 from torch import Tensor, nn
@@ -19,10 +19,8 @@ import gristmill
 from gristmill.export.entry_points import Decode, Prefill
 from gristmill.export.support import Target
 from gristmill.runtime.artifact import MODEL_CONFIG, Artifact
-from gristmill.runtime.artifact_writer import ArtifactWriter
 from gristmill.runtime.program import Program
 from gristmill.runtime.pt2.package import DECODE, PACKAGE, PREFILL
-from gristmill.runtime.weights_file import TensorSpec
 
 BASE = Llama(
     vocabulary=VOCABULARY + 1, hidden=64, intermediate=64, layers=1, heads=2, kv_heads=1, k_dim=32, v_dim=32,
@@ -63,21 +61,13 @@ def program(case: str) -> Built:
 @cache
 def artifact(case: str) -> Path:
     """As the compiler would have written it."""
-    built, out = program(case), Path(ROOM.name) / case
-    codes = {np.dtype(name): code for name, code in DTYPES.items()}
-    with ArtifactWriter(out) as writer:
-        specs = [TensorSpec(name, codes[a.dtype], a.shape) for name, a in built.tensors.items()]
-        weights = writer.declare_weights(specs, {})
-        for name, array in built.tensors.items():
-            weights.write(name, np.ascontiguousarray(array))
-        writer.write_bytes("program.json", built.text())
-        writer.write_json("tokenizer.json", byte_pairs())
-        writer.write_json("tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
-        writer.write_json(MODEL_CONFIG, {"model_type": "llama", "rope_theta": ROPE_BASE})
-        manifest = {"quantization": {"method": "none"}, "origins": origins(built)}
-        writer.seal(manifest)
-        writer.commit(manifest)
-    return out
+    built = program(case)
+    files = {
+        "tokenizer.json": byte_pairs(),
+        "tokenizer_config.json": {"bos_token": "<s>", "eos_token": "</s>"},
+        MODEL_CONFIG: {"model_type": "llama", "rope_theta": ROPE_BASE},
+    }
+    return write_artifact(built, Path(ROOM.name) / case, files, {"origins": origins(built)})
 
 
 def byte_pairs() -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from interpreter import Reference
-from programs import DTYPES, Format, Llama, llama
+from programs import Format, Llama, llama, write_artifact
 from programs import Program as Built
 
 pytest.importorskip("triton", reason="needs triton, which exists for Linux on x86-64")
@@ -34,7 +34,6 @@ from cuda_cases import (  # noqa: F401  (the fixture is for all)
 from triton_device import DEVICE, INTERPRETED
 
 import gristmill
-from gristmill.runtime.artifact_writer import ArtifactWriter
 from gristmill.runtime.cuda import device as cuda_device
 from gristmill.runtime.decoding.draws import Draws
 from gristmill.runtime.errors import GristmillError
@@ -44,7 +43,6 @@ from gristmill.runtime.parallel.split import split
 from gristmill.runtime.profile import Forward, Roofs, probe_of
 from gristmill.runtime.program import Program
 from gristmill.runtime.session import Session
-from gristmill.runtime.weights_file import TensorSpec
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETED and torch.cuda.device_count() < 2, reason="needs two GPUs, or TRITON_INTERPRET=1"
@@ -93,17 +91,8 @@ def pair(path: Path) -> Iterator[Session]:
 
 def written(case: Llama, folder: Path) -> tuple[Path, Built]:
     """An artifact of a made program, without a tokenizer."""
-    built, codes = llama(case), {np.dtype(name): code for name, code in DTYPES.items()}
-    with ArtifactWriter(folder / "artifact") as writer:
-        specs = [TensorSpec(name, codes[a.dtype], a.shape) for name, a in built.tensors.items()]
-        weights = writer.declare_weights(specs, {})
-        for name, array in built.tensors.items():
-            weights.write(name, np.ascontiguousarray(array))
-        writer.write_bytes("program.json", built.text())
-        manifest = {"quantization": {"method": "none"}}
-        writer.seal(manifest)
-        writer.commit(manifest)
-    return folder / "artifact", built
+    built = llama(case)
+    return write_artifact(built, folder / "artifact", {}, {}), built
 
 
 @pytest.mark.parametrize(

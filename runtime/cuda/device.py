@@ -6,7 +6,7 @@ import gc
 import re
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -47,6 +47,11 @@ def open_device(index: int | None = None) -> torch.device:
             f"{found[0]}.{found[1]}, expected {CAPABILITY[0]}.{CAPABILITY[1]} or more; load with device 'cpu'"
         )
     return device
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """The device is current in the calling thread, whichever that is."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def kv_bytes(program: Program, max_len: int, slots: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from gristmill.runtime.cuda.buffers import Batch, Values
 from gristmill.runtime.cuda.device import (
     buckets,
     captured_rows,
+    current,
     few_rows,
     kv_bytes,
     refuse_out_of_memory,
@@ -269,7 +270,7 @@ class CudaExecutor:
 
     def _current(self) -> AbstractContextManager[object]:
         """The device is current in the calling thread, whichever that is."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        return current(self.device)
 
     def capture(self) -> None:
         """Graphs of the buckets that one row per slot can fill, largest first, all in one pool of memory."""

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.parallel.rank import Rank
+from gristmill.runtime.parallel.split import KINDS
 
 if TYPE_CHECKING:
     from gristmill.runtime.parallel.cuda_rank import CudaRank
 
 Ids = NDArray[np.int32]
 FORWARD, HIDDEN, COPY, END, TIME = range(5)
-KINDS = ("all_reduce", "all_gather")
 
 
 def batch_command(hidden: bool, tokens: Ids, positions: Ids, slots: Ids, rows: Ids) -> bytes:

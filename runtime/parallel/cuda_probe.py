@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gristmill.runtime.cuda.probe import CudaProbe
-from gristmill.runtime.parallel.commands import KINDS
-from gristmill.runtime.parallel.split import Exchange
+from gristmill.runtime.parallel.split import KINDS, Exchange
 from gristmill.runtime.profile import PROBE_BYTES, Forward, Profile, Roofs, Transfer, prepared
 from gristmill.runtime.program import LOGITS
 

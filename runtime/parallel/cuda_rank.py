@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from gristmill.runtime.parallel.device_exchange import DeviceExchanges, DeviceGr
 from gristmill.runtime.parallel.exchange import gloo
 from gristmill.runtime.parallel.rank import Share
 from gristmill.runtime.parallel.slices import sliced_weights
-from gristmill.runtime.parallel.split import split
-from gristmill.runtime.program import Program, segment_row_bytes
+from gristmill.runtime.parallel.split import bytes_of_all, split
+from gristmill.runtime.program import Program
 
 Array = np.ndarray[Any, Any]
 Batch = tuple[Array, Array, Array, Array]
@@ -41,12 +40,12 @@ class CudaRank:
         own = self.made.program
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0]
-            devices.refuse_too_large(own, share.max_len, share.max_slots, weight_bytes(own), free)
+            devices.refuse_too_large(own, share.max_len, share.max_slots, bytes_of_all([own]), free)
         doing = f"loading {share.max_slots} slots of {share.max_len}"
         remedy = "load with a smaller max_len or max_slots, or end what else uses the GPU"
         with (
             sliced_weights(weights, self.made) as slices,
-            _current(device),
+            devices.current(device),
             devices.refuse_out_of_memory(device, doing, remedy),
         ):
             self.executor = CudaExecutor(
@@ -57,16 +56,15 @@ class CudaRank:
         """Connects to the other ranks, which all meet at the store."""
         rank, world = self._share.rank, self._share.world
         on_device = self.executor.device.type == "cuda"
-        with _current(self.executor.device):
+        with devices.current(self.executor.device):
             backend = nccl(store, rank, world) if on_device else gloo(store, rank, world, local=True)
         self.connect(DeviceGroup(backend, rank, world))
 
     def connect(self, group: DeviceGroup) -> None:
         """Captures the graphs, exchanges in them: all ranks at once."""
-        self._group = group
         self.exchanges.connect(group)
         if self.executor.device.type == "cuda":
-            with _current(self.executor.device):
+            with devices.current(self.executor.device):
                 self.executor.capture()
 
     def forward(
@@ -104,29 +102,18 @@ class CudaRank:
 
     def close(self) -> None:
         """Ends what is under way between the devices."""
-        if hasattr(self, "_group"):
-            self._group.abort()
+        self.exchanges.abort()
 
     def time_exchanges(self, kind: str, repeats: int) -> float:
         """Seconds of all exchanges of a kind in a forward like the last one; all ranks at once."""
         self.exchanges.only = kind
         try:
             if self.executor.device.type == "cuda":
-                with _current(self.executor.device):
+                with devices.current(self.executor.device):
                     return event_seconds(self.executor.exchange_last, repeats, among_threads=True)
             return wall_seconds(self.executor.exchange_last, repeats)
         finally:
             self.exchanges.only = None
-
-
-def weight_bytes(program: Program) -> int:
-    """Bytes of the matrices of a program, each once."""
-    matrices = {s.name: s for segments in program.weights.values() for s in segments}
-    return sum(s.n * segment_row_bytes(s) for s in matrices.values())
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _until_done(alive: Callable[[], None]) -> None:

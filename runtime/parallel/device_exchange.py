@@ -69,6 +69,11 @@ class DeviceExchanges:
     def connect(self, group: DeviceGroup) -> None:
         self._group = group
 
+    def abort(self) -> None:
+        """Ends what is under way, where it was connected."""
+        if self._group is not None:
+            self._group.abort()
+
     def values(self, index: int) -> list[int]:
         return [exchange.view.value for exchange in self._at(index)]
 

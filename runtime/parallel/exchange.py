@@ -26,7 +26,7 @@ import torch.distributed
 from numpy.typing import NDArray
 
 from gristmill.runtime.parallel.layout import Span
-from gristmill.runtime.parallel.split import Exchange
+from gristmill.runtime.parallel.split import KINDS, Exchange
 from gristmill.runtime.program import LOGITS, Program
 
 Floats = NDArray[np.float32]
@@ -173,7 +173,7 @@ class Exchanges:
     def reset(self) -> None:
         """Begins a forward."""
         self._pending, self._bands = None, 0
-        self.traffic = {"all_reduce": Traffic(), "all_gather": Traffic()}
+        self.traffic = {kind: Traffic() for kind in KINDS}
 
     def run(self, stop: int, first: int, rows: int, total: int, logits: Floats) -> None:
         """What is due at the stop of that number, for so many rows from ``first`` on of a forward's."""

@@ -28,7 +28,7 @@ from gristmill.runtime.parallel.commands import batch_command, copy_command, end
 from gristmill.runtime.parallel.exchange import Traffic, file_store
 from gristmill.runtime.parallel.interrupts import uninterrupted
 from gristmill.runtime.parallel.rank import Share, open_rank
-from gristmill.runtime.parallel.split import split
+from gristmill.runtime.parallel.split import bytes_of_all, split
 from gristmill.runtime.parallel.worker import READY
 from gristmill.runtime.program import NO_HIDDEN_STATES, Program, segment_row_bytes
 
@@ -103,7 +103,7 @@ class ParallelExecutor:
         self.kv_bytes = sum(kv_bytes(part, max_len, max_slots) for part in parts)
         self.arena_bytes = world * own.arena_bytes if device == "cuda" else world * program.arena_bytes
         self.weight_bytes_per_token = sum(_bytes_per_token(part) for part in parts)
-        self.weight_bytes = _bytes_of_all(parts)
+        self.weight_bytes = bytes_of_all(parts)
         self.history: list[dict[str, Traffic]] = []  # of the forwards since profiling began
         self._profiling = False
 
@@ -298,9 +298,3 @@ def _bytes_per_token(program: Program) -> int:
         rows = [1 if instruction.op == "embedding" else s.n for s in segments]
         total += sum(segment_row_bytes(s) * n for s, n in zip(segments, rows, strict=True))
     return total
-
-
-def _bytes_of_all(parts: list[Program]) -> int:
-    """Bytes of the matrices that the ranks have, each once where they share it."""
-    shared = {s.name: s for part in parts for segments in part.weights.values() for s in segments}
-    return sum(s.n * segment_row_bytes(s) for s in shared.values())

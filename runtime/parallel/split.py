@@ -35,6 +35,7 @@ from gristmill.runtime.program import (
 
 PACKED = 64  # columns that int4, int3 and int2 store as one block
 GATHER_PAYS = 1 << 20  # bytes of weights that a rank must be spared: a gather takes as long as reading some
+KINDS = ("all_reduce", "all_gather")  # of exchanges: sums, and columns that are given
 EVEN_UNITS = (64, 16, 1)  # columns that are shared out together, where there are enough
 
 
@@ -68,7 +69,7 @@ class Exchange:
 
     @property
     def kind(self) -> str:
-        return "all_reduce" if self.owned is None else "all_gather"
+        return KINDS[self.owned is not None]
 
 
 @dataclass
@@ -383,6 +384,12 @@ class _Splitter:
         if all(v.made != made for v in self.made.vectors):
             self.made.vectors.append(VectorSlice(source, spans, made))
         return made
+
+
+def bytes_of_all(parts: list[Program]) -> int:
+    """Bytes of the matrices that the ranks have, each once where they share it."""
+    shared = {s.name: s for part in parts for segments in part.weights.values() for s in segments}
+    return sum(s.n * segment_row_bytes(s) for s in shared.values())
 
 
 def _overlap(a: View, b: View) -> bool:
