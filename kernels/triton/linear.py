@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .dequantize import constants, dequantize
 from .epilogue import combine_kernel
+from .handover import FLOAT_GROUP, NOTHING, Handover, Prepared, is_whole
 from .linear_configs import Config, candidates, choose, quads
 from .linear_decode import decode_kernel
 from .linear_integer import constants as integer_constants
@@ -29,6 +30,7 @@ from .overlap import options
 from .quantize import Quantized, quantize, room
 
 ALIGNMENT = 256  # of the pieces of a workspace
+COMBINED = 256  # sums of splits that a program adds up
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -113,7 +115,7 @@ def _pieces(segments: Sequence[Matrix], p: Plan, order: bool, x_dtype: torch.dty
     dense = [s for s, c in zip(segments, p.configs) if c.dense]
     tallest = max((s.n for s in dense if s.data.dtype != p.multiply), default=0)
     floats = not all(config.integer for config in p.configs)
-    quantized = _take_quantized(k, p, w)  # first, where `quantized_input` finds it
+    quantized = _take_quantized(k, p, w) 
     return _Pieces(
         w.take((t, k), x_dtype) if order and floats else None,
         w.take((p.configs[0].splits, t, n), torch.float32) if p.partial else None,
@@ -139,9 +141,57 @@ def workspace_bytes(segments: Sequence[Matrix], p: Plan, order: bool, x_dtype: t
     return counted.used
 
 
-def quantized_input(segments: Sequence[Matrix], p: Plan, workspace: Tensor) -> Quantized | None:
-    """Where `linear` looks for int8 activations that are ``at_hand``, if it multiplies such."""
-    return _take_quantized(segments[0].k, p, _Workspace(workspace))
+def prepared_input(
+    segments: Sequence[Matrix], p: Plan, space: Tensor | None, normed: bool = False, eps: float = 0.0
+) -> Prepared:
+    """What kernels ahead of the product leave for it in ``space``, uint8, `prepared_bytes()` of it.
+
+    normed: there is a norm with ``eps`` in between, whose division is left to the product.
+    """
+    return _prepared(segments[0].k, p, _Workspace(space), normed, eps)
+
+
+def prepared_bytes(segments: Sequence[Matrix], p: Plan, normed: bool) -> int:
+    counted = _Workspace(None)
+    _prepared(segments[0].k, p, counted, normed, 0.0)
+    return counted.used
+
+
+def _prepared(k: int, p: Plan, w: _Workspace, normed: bool, eps: float) -> Prepared:
+    quantized = _take_quantized(k, p, w)
+    group = group_of(p)
+    floats = w.take((p.tokens, k), torch.float32) if quantized is None else None
+    squares = w.take((p.tokens, -(-k // group)), torch.float32) if normed else None
+    return Prepared(quantized, floats, squares, eps)
+
+
+def group_of(p: Plan) -> int:
+    """Columns of a product's input that are prepared together."""
+    return p.act_group or FLOAT_GROUP
+
+
+def takes_prepared(p: Plan) -> bool:
+    """Whether `linear` multiplies what was prepared: all of it as int8, or for few rows all of it as f32."""
+    return all(c.integer for c in p.configs) or all(_is_decode(c) for c in p.configs)
+
+
+def can_hand_over(p: Plan, n: int, glu: bool, group: int) -> bool:
+    """Whether `linear` with n columns of out can prepare the next product's input by such groups."""
+    if not all(c.integer or _is_decode(c) for c in p.configs):
+        return False
+    rows = COMBINED if p.partial else p.configs[0].rows
+    columns = rows // 2 if glu else rows
+    return (columns % group if p.partial else group % columns) == 0 and is_whole(group, n)
+
+
+def counters(p: Plan, n: int, group: int) -> int:
+    """Counters of the handover of n columns."""
+    tokens = p.configs[0].tokens
+    return -(-n // group) * (-(-p.tokens // tokens) if tokens else 1)
+
+
+def _is_decode(config: Config) -> bool:
+    return not (config.tokens or config.dense or config.integer)
 
 
 @triton.jit
@@ -192,15 +242,17 @@ def linear(
     glu: bool = False,
     scale: float = 1.0,
     softcap: float = 0.0,
-    at_hand: bool = False,
+    given: Prepared | None = None,
+    then: Handover | None = None,
 ) -> None:
     """out = softcap(scale * activation(x[:, order] W^T + bias) [* up half]) + residual.
 
     x [T, k], residual and out [T, n], or n / 2 with `glu`: floats of any type whose last dimension has stride
     1; out may be the residual. segments: W from top to bottom; p: their plan for T tokens; bias [n] of any
-    float type; order [k] int32, a permutation; workspace: uint8, `workspace_bytes()` of it; at_hand: what
-    `quantized_input` names holds x already. T > 4 rounds x to `p.multiply`, except beside f32 weights and
-    where it is multiplied as int8. Launches only: no allocation, no synchronization.
+    float type; order [k] int32, a permutation; workspace: uint8, `workspace_bytes()` of it; given: x as
+    kernels ahead prepared it, if they did; then: what to prepare for the next product. T > 4 rounds x to
+    `p.multiply`, except beside f32 weights and where it is multiplied as int8. Launches only: no allocation,
+    no synchronization.
     """
     n = sum(segment.n for segment in segments)
     wanted = (p.tokens, n // 2 if glu else n)
@@ -210,8 +262,12 @@ def linear(
     space = _Workspace(workspace if workspace is not None else x.new_empty(0, dtype=torch.uint8))
     pieces = _pieces(segments, p, order is not None, x.dtype, space)
     end = _Epilogue(out, bias, residual, activation, glu, scale, softcap)
-    if pieces.quantized is not None and not at_hand:
-        quantize(x, pieces.quantized, order)
+    if given is None:
+        given = Prepared(pieces.quantized)
+        if pieces.quantized is not None:
+            quantize(x, pieces.quantized, order)
+    elif given.floats is not None:
+        x = given.floats
     if order is not None and pieces.ordered is not None:
         grid = (triton.cdiv(x.shape[1], 1024), p.tokens)
         gather_columns_kernel[grid](x, x.stride(0), order, pieces.ordered, x.shape[1], BLOCK=1024)
@@ -223,15 +279,16 @@ def linear(
         pieces.x16.copy_(x)
     first = 0
     for segment, config in zip(segments, p.configs):
-        _product(x, segment, first, config, p, pieces, end)
+        _product(x, segment, first, config, p, pieces, end, given, then)
         first += segment.n
     if pieces.partial is not None:
-        _combine(pieces.partial, end)
+        _combine(pieces.partial, end, then)
 
 
 def _product(
-    x: Tensor, m: Matrix, first: int, config: Config, p: Plan, pieces: _Pieces, end: _Epilogue
-) -> None:
+    x: Tensor, m: Matrix, first: int, config: Config, p: Plan, pieces: _Pieces, end: _Epilogue,
+    given: Prepared, then: Handover | None,
+) -> None:  # fmt: skip
     """One segment, whose rows begin at `first`."""
     if config.dense:
         _dense_product(m, first, p, pieces)
@@ -253,9 +310,10 @@ def _product(
         "zero": m.zero, "groups": m.groups, "tokens": p.tokens, "n_out": n_out, "GLU": glu,
         "ROWS": config.rows, "num_warps": config.warps,
     }  # fmt: skip
+    around = given.arguments() | (then.arguments() if then and partial is None else NOTHING)
     if config.integer:
-        assert pieces.quantized is not None
-        _integer_product(m, config, tiles, pieces.quantized, arguments)
+        assert given.quantized is not None
+        _integer_product(m, config, tiles, given.quantized, arguments | around)
         return
     steps = triton.cdiv(m.chunks, config.chunks * config.splits)
     arguments |= {
@@ -264,7 +322,7 @@ def _product(
     }  # fmt: skip
     if not config.tokens:
         decode_kernel[(tiles, config.splits)](
-            **arguments, TOKENS=triton.next_power_of_2(p.tokens), **options()
+            **arguments, **around, TOKENS=triton.next_power_of_2(p.tokens), **options()
         )
         return
     dtype = tl.float32 if m.format == "f32" else _TYPES[p.multiply]
@@ -313,13 +371,12 @@ def _dense_product(m: Matrix, first: int, p: Plan, pieces: _Pieces) -> None:
         torch.mm(pieces.x16.float(), weights.float().t(), out=sums)
 
 
-def _combine(partial: Tensor, end: _Epilogue) -> None:
+def _combine(partial: Tensor, end: _Epilogue, then: Handover | None) -> None:
     splits, tokens, width = partial.shape
-    block = 256
-    tiles = triton.cdiv(end.out.shape[1], block // 2 if end.glu else block)
+    tiles = triton.cdiv(end.out.shape[1], COMBINED // 2 if end.glu else COMBINED)
     combine_kernel[(tiles, tokens)](
-        partial, splits, width, tokens=tokens, n_out=end.out.shape[1], GLU=end.glu, BLOCK=block,
-        **end.arguments(), **options(),
+        partial, splits, width, tokens=tokens, n_out=end.out.shape[1], GLU=end.glu, BLOCK=COMBINED,
+        **end.arguments(), **(then.arguments() if then else NOTHING), **options(),
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from .dequantize import (
     part_values,
 )
 from .epilogue import deliver, weight_rows
+from .handover import hand_over, row_factor
 from .overlap import let_next_begin, wait_for_inputs
 
 # Tensors are [chunks, tokens, rows, inside a chunk]. Triton gives the last dimension to a thread, as far as
@@ -85,10 +86,12 @@ def chunk_products(
 @triton.jit
 def decode_kernel(
     x, ldx, data, stride, scale, zero, groups, magic, bias, residual, ldr, out, ldo, work, work_width,
-    tokens, n_out, k, chunks, split_chunks, factor, softcap,
+    tokens, n_out, k, chunks, split_chunks, factor, softcap, squares, square_count, eps, next_q, next_scale,
+    next_floats, next_squares, next_weight, counters,
     FORMAT: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr, GROUP: tl.constexpr,
     ZERO: tl.constexpr, GLU: tl.constexpr, ACTIVATION: tl.constexpr, SOFTCAP: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, OVERLAP: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, SQUARES: tl.constexpr,
+    NEXT_GROUP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out[t, :] for t < tokens <= TOKENS, or with `work` the sums of split program_id(1), at its place.
 
@@ -111,6 +114,9 @@ def decode_kernel(
     if FORMAT == "int3":
         third = load_third_bits(data, stride, rows4, stored)
     wait_for_inputs(OVERLAP)
+    rms = None
+    if SQUARES:
+        rms = row_factor(squares, square_count, eps, token, tokens, SQUARES)
     total = tl.zeros([CHUNKS, TOKENS, ROWS, 1], tl.float32)
     for at in range(first, end, CHUNKS):
         chunk = (at + tl.arange(0, CHUNKS))[:, None, None, None]
@@ -131,7 +137,14 @@ def decode_kernel(
     y = tl.trans(tl.sum(tl.sum(total, 3), 0))
     if scale is not None and GROUP == 0:
         y *= tl.load(scale + rows).to(tl.float32)[:, None]
+    if rms is not None:
+        y *= rms[None, :]
     deliver(
         y, bias, residual, ldr, out, ldo, work, work_width, tl.program_id(1), token, tokens, rows, column,
         n_out, factor, softcap, GLU, ACTIVATION, SOFTCAP,
     )  # fmt: skip
+    if NEXT_GROUP:
+        hand_over(
+            out, ldo, tl.program_id(0), token, tokens, n_out, next_q, next_scale, next_floats, next_squares,
+            next_weight, counters, ROWS // 2 if GLU else ROWS, NEXT_GROUP,
+        )  # fmt: skip

@@ -31,21 +31,26 @@ class Quantized:
 
 
 @triton.jit
+def rounded(groups):
+    """int8 [G, W] and scale [G] of groups [G, W]; what is no number has a scale that is none."""
+    most = tl.max(tl.abs(groups), 1)
+    poison = tl.sum(groups * 0.0, 1)
+    step = tl.where(most > 0, 127.0 / most, 0.0)
+    q = (groups * step[:, None] + ROUNDS) - ROUNDS
+    q = tl.where((poison == 0)[:, None], q, 0.0)
+    return q.to(tl.int8), most / 127.0 + poison
+
+
+@triton.jit
 def store_quantized(value, column, q, scale, token, k, GROUP: tl.constexpr):
     """value [BLOCK] f32 of ``column`` [BLOCK], 0 beyond k, whose first column begins a group."""
     block: tl.constexpr = value.shape[0]
     columns = (k + 63) // 64 * 64
-    groups = tl.reshape(value, [block // GROUP, GROUP])
-    most = tl.max(tl.abs(groups), 1)
-    poison = tl.sum(groups * 0.0, 1)  # what is no number stays so
-    step = tl.where(most > 0, 127.0 / most, 0.0)
-    rounded = (groups * step[:, None] + ROUNDS) - ROUNDS
-    rounded = tl.where((poison == 0)[:, None], rounded, 0.0)
-    bytes = tl.reshape(rounded.to(tl.int8), [block])
-    tl.store(q + token * columns + column, bytes, column < columns)
+    bytes, step = rounded(tl.reshape(value, [block // GROUP, GROUP]))
+    tl.store(q + token * columns + column, tl.reshape(bytes, [block]), column < columns)
     first = tl.min(column, 0) // GROUP + tl.arange(0, block // GROUP)
     count = (k + GROUP - 1) // GROUP
-    tl.store(scale + token * count + first, most / 127.0 + poison, first < count)
+    tl.store(scale + token * count + first, step, first < count)
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -20,7 +21,19 @@ from gristmill.kernels.triton.attention import (
 from gristmill.kernels.triton.cache import LayerCache
 from gristmill.kernels.triton.embedding import embedding
 from gristmill.kernels.triton.gather import gather_rows
-from gristmill.kernels.triton.linear import Plan, linear, plan, quantized_input, workspace_bytes
+from gristmill.kernels.triton.handover import Handover, Prepared, is_wanted
+from gristmill.kernels.triton.linear import (
+    Plan,
+    can_hand_over,
+    counters,
+    group_of,
+    linear,
+    plan,
+    prepared_bytes,
+    prepared_input,
+    takes_prepared,
+    workspace_bytes,
+)
 from gristmill.kernels.triton.norms import layer_norm, rms_norm
 from gristmill.kernels.triton.pointwise import pointwise
 from gristmill.kernels.triton.quantize import Quantized
@@ -66,17 +79,23 @@ class Launcher:
         ]
         self._plans: dict[tuple[int, int], Plan] = {}
         self._tilings: dict[tuple[int, int], Tiling] = {}
-        size, floats, queries = 1, 1, 1
+        size, floats, queries, inputs = 1, 1, 1, 1
         for index, i in enumerate(program.instructions):
             for rows in buckets:
                 if i.op == "linear":
                     piece = min(rows, len(values.logits)) if i.out.value == LOGITS else rows
                     size = max(size, self._plan(index, i, piece))
+                    inputs = max(inputs, self._input_bytes(index, i, piece))
                 elif i.op == "attention":
                     floats = max(floats, self._tile(index, i, rows))
                     queries = max(queries, rows * i.attribute("heads") * caches[i.attribute("cache")].k.dim)
         self._workspace = torch.zeros(size, dtype=torch.uint8, device=device)
-        self._int8_inputs = dict(self._find_int8_inputs())
+        # a product writes the next one's input while it reads its own
+        self._inputs = torch.zeros(2, inputs, dtype=torch.uint8, device=device)
+        self._prepared: dict[tuple[int, int], Prepared] = {}
+        self._handovers: dict[tuple[int, int], Handover] = {}
+        self._dissolved: set[tuple[int, int]] = set()  # norms that products on both sides have taken over
+        self._find_prepared()
         self._partials = torch.zeros(floats, device=device)
         self._queries = torch.zeros(queries, device=device)
         self.block_rows = {tile.rows for tile in self._tilings.values()}
@@ -84,7 +103,7 @@ class Launcher:
     @property
     def bytes(self) -> int:
         """Bytes of what kernels keep in between."""
-        return sum(t.nbytes for t in (self._workspace, self._partials, self._queries, *self._angles))
+        return sum(t.nbytes for t in (self._workspace, self._inputs, self._partials, self._queries, *self._angles))
 
     def _plan(self, index: int, i: Instruction, rows: int) -> int:
         """Plans a product; bytes of workspace."""
@@ -95,6 +114,11 @@ class Launcher:
         configs = self._tuned.configs(segments, rows, glu, act_group) if self._tuned else None
         chosen = self._plans[index, rows] = plan(segments, rows, glu, configs, act_group=act_group)
         return workspace_bytes(segments, chosen, "order" in i.vectors, torch.float32)
+
+    def _input_bytes(self, index: int, i: Instruction, rows: int) -> int:
+        assert i.weight is not None
+        p = self._plans[index, rows]
+        return prepared_bytes(self.weights.matrices[i.weight], p, True) if takes_prepared(p) else 0
 
     def _tile(self, index: int, i: Instruction, rows: int) -> int:
         """Tiles an attention; floats of partials."""
@@ -198,6 +222,8 @@ class Launcher:
         )  # fmt: skip
 
     def _rms_norm(self, index: int, i: Instruction) -> None:
+        if (index, self._count(i.out)) in self._dissolved:
+            return
         rms_norm(
             self._given(i, "in"), self._vector(i, "weight"), self._input(i, "residual"), i.attribute("eps"),
             self._view(i.out), self._int8_beside(index),
@@ -214,29 +240,68 @@ class Launcher:
         after = index + 1
         if after == len(self.program.instructions):
             return None
-        return self._int8_inputs.get((after, self._count(self.program.instructions[after].out)))
+        found = self._prepared.get((after, self._count(self.program.instructions[after].out)))
+        return found.quantized if found else None
 
-    def _find_int8_inputs(self) -> Iterator[tuple[tuple[int, int], Quantized]]:
-        """By product and rows: where it looks for activations that the instruction before it writes."""
+    def _find_prepared(self) -> None:
+        """Which instructions prepare a product's input, by the product and its rows."""
+        most = 0
+        products = [n for n, i in enumerate(self.program.instructions) if i.op == "linear"]
         for (index, rows), chosen in self._plans.items():
-            i = self.program.instructions[index]
-            if i.weight is not None and self._is_written_before(index, rows, chosen.act_group):
-                given = quantized_input(self.weights.matrices[i.weight], chosen, self._workspace)
-                assert given is not None, "a plan with groups of activations has room for them"
-                yield (index, rows), given
+            space = self._inputs[products.index(index) % 2]
+            if takes_prepared(chosen) and self._is_alone(index - 1, index):
+                most = max(most, self._find_one(index, rows, chosen, space))
+        self._counters = torch.zeros(most, dtype=torch.int32, device=self._inputs.device)
+        for key, handover in self._handovers.items():
+            self._handovers[key] = replace(handover, counters=self._counters)
 
-    def _is_written_before(self, index: int, rows: int, group: int) -> bool:
-        before, i = self.program.instructions[index - 1], self.program.instructions[index]
-        if self._between is not None and self._between.values(index - 1):
+    def _find_one(self, index: int, rows: int, chosen: Plan, space: Tensor) -> int:
+        """Of one product; how many counters that takes."""
+        i, before = self.program.instructions[index], self.program.instructions[index - 1]
+        assert i.weight is not None
+        segments = self.weights.matrices[i.weight]
+        norm = before if self._is_dissolved(index - 1, rows, chosen) else None
+        if before.op == "linear" and chosen.act_group or norm:
+            by = index - 2 if norm else index - 1
+            if self._hands_over(by, rows, chosen):
+                eps = norm.attribute("eps") if norm else 0.0
+                to = prepared_input(segments, chosen, space, norm is not None, eps)
+                weight = self._vector(norm, "weight") if norm else None
+                self._prepared[index, rows] = to
+                self._handovers[by, rows] = Handover(to, group_of(chosen), weight, self._inputs)
+                if norm:
+                    self._dissolved.add((index - 1, rows))
+                return counters(self._plans[by, rows], before.out.width, group_of(chosen))
+        if chosen.act_group and self._writes_int8(before, index - 1, rows, chosen.act_group):
+            self._prepared[index, rows] = prepared_input(segments, chosen, space)
+        return 0
+
+    def _is_alone(self, index: int, after: int) -> bool:
+        """Whether the one is all that the other takes in, and nothing happens between them."""
+        if index < 0 or (self._between is not None and self._between.values(index)):
             return False
-        if not index or not group or i.views["in"] != before.out or "order" in i.vectors:
+        i, before = self.program.instructions[after], self.program.instructions[index]
+        return i.views["in"] == before.out and "order" not in i.vectors and i.out.value != LOGITS
+
+    def _writes_int8(self, i: Instruction, index: int, rows: int, group: int) -> bool:
+        if i.op != "attention":
+            return i.op in ("rms_norm", "layer_norm")
+        cache = self.caches[i.attribute("cache")]
+        return can_quantize(cache, i.attribute("heads"), self._tilings[index, rows], group)
+
+    def _is_dissolved(self, index: int, rows: int, chosen: Plan) -> bool:
+        """Whether a norm is left to the products on both of its sides."""
+        i = self.program.instructions[index]
+        if i.op != "rms_norm" or "residual" in i.views or i.out == self.program.hidden:
             return False
-        if i.out.value == LOGITS:  # computed in pieces
+        readers = sum(view.value == i.out.value for other in self.program.instructions for view in other.reads())
+        return readers == 1 and self._is_alone(index - 1, index) and self._hands_over(index - 1, rows, chosen)
+
+    def _hands_over(self, index: int, rows: int, to: Plan) -> bool:
+        i = self.program.instructions[index]
+        if not is_wanted() or i.op != "linear":
             return False
-        if before.op != "attention":
-            return before.op in ("rms_norm", "layer_norm")
-        cache = self.caches[before.attribute("cache")]
-        return can_quantize(cache, before.attribute("heads"), self._tilings[index - 1, rows], group)
+        return can_hand_over(self._plans[index, rows], i.out.width, i.attribute("glu"), group_of(to))
 
     def _linear(self, index: int, i: Instruction) -> None:
         assert i.weight is not None
@@ -246,7 +311,8 @@ class Launcher:
             p=self._plans[index, len(out)], workspace=self._workspace, bias=self._vector(i, "bias"),
             residual=self._input(i, "residual"), order=self._vector(i, "order"),
             activation=i.attribute("activation"), glu=i.attribute("glu"), scale=i.attribute("scale"),
-            softcap=i.attribute("softcap"), at_hand=(index, len(out)) in self._int8_inputs,
+            softcap=i.attribute("softcap"), given=self._prepared.get((index, len(out))),
+            then=self._handovers.get((index, len(out))),
         )  # fmt: skip
 
     def _attention(self, index: int, i: Instruction) -> None:
