@@ -40,6 +40,44 @@ def load_part(x, ldx, token, tokens, chunk, inside, k, part: tl.constexpr, FORMA
 
 
 @triton.jit
+def halves(x):
+    """The two halves of the last dimension, which a thread has whole."""
+    last: tl.constexpr = x.shape[3] // 2
+    parted = tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2], 2, last])
+    return tl.split(tl.permute(parted, (0, 1, 2, 4, 3)))
+
+
+@triton.jit
+def part_sums(
+    raw, third, magic, x, ldx, token, tokens, chunk, k, part: tl.constexpr, FORMAT: tl.constexpr
+):  # fmt: skip
+    """Sums of the products of a part of the chunks, [C, T, B, 1], and those of x alone, [C, T, 1, 1].
+
+    A thread loads 4 activations of 32 bits at once, where it has 8 weights: these are taken half by half, or
+    every step would send them through shared memory to other threads.
+    """
+    if raw.shape[3] == 8 and x.dtype.element_ty.primitive_bitwidth == 32:
+        low, high = halves(raw)
+        sums, x_sums = _sums(low, third, magic, x, ldx, token, tokens, chunk, k, 0, part, FORMAT)
+        more, more_x = _sums(high, third, magic, x, ldx, token, tokens, chunk, k, 4, part, FORMAT)
+        return sums + more, x_sums + more_x
+    else:
+        return _sums(raw, third, magic, x, ldx, token, tokens, chunk, k, 0, part, FORMAT)
+
+
+@triton.jit
+def _sums(
+    raw, third, magic, x, ldx, token, tokens, chunk, k, first: tl.constexpr, part: tl.constexpr,
+    FORMAT: tl.constexpr,
+):  # fmt: skip
+    """The same of the columns of raw, of which the part has ``first`` before them."""
+    inside = first + tl.arange(0, raw.shape[3])[None, None, None, :]
+    x_part = load_part(x, ldx, token, tokens, chunk, inside, k, part, FORMAT)
+    values = part_values(raw, third, magic, inside, part, FORMAT)
+    return tl.sum(values * x_part, 3, keep_dims=True), tl.sum(x_part, 3, keep_dims=True)
+
+
+@triton.jit
 def group_scale(
     scale, zero, groups, rows, chunk,
     part: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
@@ -59,7 +97,7 @@ def group_scale(
 
 @triton.jit
 def chunk_products(
-    x, ldx, raw, third, scale, zero, groups, magic, rows, chunk, token, tokens, k, last, inside,
+    x, ldx, raw, third, scale, zero, groups, magic, rows, chunk, token, tokens, k, last,
     FORMAT: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
     """The products of chunks, f32 [C, T, B, 1]."""
@@ -72,9 +110,9 @@ def chunk_products(
     sums = total
     x_sums = tl.zeros([chunk.shape[0], token.shape[1], 1, 1], tl.float32)
     for part in tl.static_range(PARTS):
-        x_part = load_part(x, ldx, token, tokens, chunk, inside, k, part, FORMAT)
-        sums += tl.sum(part_values(raw, third, magic, inside, part, FORMAT) * x_part, 3, keep_dims=True)
-        x_sums += tl.sum(x_part, 3, keep_dims=True)
+        more, more_x = part_sums(raw, third, magic, x, ldx, token, tokens, chunk, k, part, FORMAT)
+        sums += more
+        x_sums += more_x
         if GROUP == 32 and PARTS > 1 and part == PARTS // 2 - 1:
             total = s0 * (sums - z0 * x_sums)
             sums = tl.zeros_like(sums)
@@ -129,7 +167,7 @@ def decode_kernel(
             raw = next_raw
         total += chunk_products(
             x, ldx, raw, third, scale, zero, groups, magic, rows4, chunk, token4, tokens, k, chunks - 1,
-            inside, FORMAT, PARTS, GROUP, ZERO,
+            FORMAT, PARTS, GROUP, ZERO,
         )  # fmt: skip
         raw = next_raw
         if FORMAT == "int3":

@@ -352,7 +352,8 @@ def test_all_table_entries_compile_for_sm_90(compiled: list[Compiled]) -> None:
 
 @ahead_of_time
 def test_decoding_loads_wide_and_stays_in_registers(compiled: list[Compiled]) -> None:
-    decoding = [k for k in compiled if k.kernel == "decode_kernel" and "one row" in k.launch]
+    decoding = [k for k in compiled if k.kernel == "decode_kernel" and k.launch.endswith(" one row")]
+    decoding = [k for k in decoding if "handed over" not in k.launch]  # which waits for others at its end
     assert decoding
     for kernel in decoding:
         loop = kernel.ptx

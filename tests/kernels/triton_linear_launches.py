@@ -41,14 +41,14 @@ INTEGERS = {"int4": 128, "int8": 64, "int3": 128, "int2": 32}  # format -> activ
 def call(
     m: Matrix, tokens: int, glu: bool = False, splits: int = 1, act_group: int = 0, **more: bool
 ) -> None:
-    """What a decoder asks of a linear, with activations in bf16."""
+    """What a decoder asks of a linear, with activations in f32 as the executor has them."""
     dense = more.get("dense", False)
     chosen = choose(m, tokens, act_group)
     config = replace(TABLE[FAMILIES.get(m.format, m.format)][bucket(tokens)], dense=dense)
     configs = [replace(chosen if act_group else config, splits=splits)]
     p = plan([m], tokens, glu, configs, native_fp8=more.get("native_fp8", False), act_group=act_group)
     n = m.n // 2 if glu else m.n
-    x, out = (torch.empty(tokens, w, dtype=torch.bfloat16, device="meta") for w in (m.k, n))
+    x, out = (torch.empty(tokens, w, device="meta") for w in (m.k, n))
     ordered = more.get("order", False)
     order = torch.empty(m.k, dtype=torch.int32, device="meta") if ordered else None
     size = workspace_bytes([m], p, ordered, x.dtype)
