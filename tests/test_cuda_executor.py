@@ -60,6 +60,24 @@ def test_equals_the_interpreter_of_programs(case: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("case,norms", [("int8_two_layers", 3), ("f32", 1), ("window_order", 0)])
+def test_products_hand_over_to_the_next(
+    case: str, norms: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every norm but the first and the last, and what the down projection multiplies, as a kernel would."""
+    program = llama(CASES[case])
+    tokens, executor = tokens_for(program, 6), make(program, tmp_path)
+    launcher = executor._launcher
+    assert sum(rows == 1 for _, rows in launcher._dissolved) == norms
+    got = in_chunks(executor, tokens, [3, 2, 1])
+    assert in_chunks(executor, tokens, [3, 2, 1], slot=1).tobytes() == got.tobytes()
+    monkeypatch.setenv("GRISTMILL_HANDOVER", "0")
+    apart = make(program, tmp_path)
+    assert not apart._launcher._dissolved and not apart._launcher._handovers
+    assert_close(got, in_chunks(apart, tokens, [3, 2, 1]), 2e-5 if case == "f32" else 2e-3)
+    assert launcher._counters.eq(0).all() and (case == "window_order" or launcher._handovers)
+
+
 def test_hidden_states_are_what_the_head_multiplies(tmp_path: Path) -> None:
     program = llama(CASES["f32"])
     tokens, zeros = tokens_for(program, 4), ints([0] * 4)

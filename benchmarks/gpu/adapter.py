@@ -257,9 +257,27 @@ class Launches:
         return len(self.kernels) + self.operations
 
 
+def launches_by_kind(steps: Sequence[Step], launch: bool = True) -> dict[str, Launches]:
+    """What all instructions of a kind launch."""
+    found: dict[str, Launches] = {}
+    for step in steps:
+        with counted(launch) as once:
+            step.run()
+        of_kind = found.setdefault(step.kind, Launches([]))
+        of_kind.kernels += once.kernels
+        of_kind.operations += once.operations
+    return found
+
+
+def count_on_nothing(program: Program, processors: int) -> dict[str, int]:
+    """Kernels by kind of instruction that decoding one row takes; nothing is compiled or run."""
+    launcher = meta_launcher(program, 1, 4096, processors)
+    return {kind: made.count for kind, made in launches_by_kind(steps(launcher, 1), launch=False).items()}
+
+
 @contextmanager
-def counted() -> Iterator[Launches]:
-    """Counts kernels until the end of the block, in the interpreter too."""
+def counted(launch: bool = True) -> Iterator[Launches]:
+    """Counts kernels until the end of the block, in the interpreter too; launch: and lets them run."""
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -270,7 +288,7 @@ def counted() -> Iterator[Launches]:
     def recording(run: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(self: Any, *args: Any, **options: Any) -> Any:
             with torch.utils._python_dispatch._disable_current_modes():
-                kernel = run(self, *args, **options)
+                kernel = run(self, *args, **options) if launch else None
             found.kernels.append((self.__name__, tuple(options["grid"]), kernel))
             return kernel
 

@@ -14,7 +14,7 @@ from statistics import median
 from random_artifact import RandomModel
 
 from gpu import numerics, paper
-from gpu.adapter import Decoder, Launches, LongAttention, counted, random_ids
+from gpu.adapter import Decoder, Launches, LongAttention, launches_by_kind, random_ids
 from gpu.bench import BENCHMARKS, Bench, options_of
 from gpu.results import ATTENTION, BATCH, FASTER, FIRST, PEER, SHARE, TOKENS
 from gpu.roofs import Run
@@ -105,11 +105,10 @@ def decode(bench: Bench, decoder: Decoder, name: str) -> None:
 
 def predicted(bench: Bench, decoder: Decoder, name: str) -> None:
     """Beside what was measured: what paper said, with the kernels that each kind of instruction launches."""
-    by_kind = launches_by_kind(decoder)
-    kinds = [step.kind for step in decoder.steps()]
-    operations = sum(by_kind[kind].operations for kind in kinds)
+    by_kind = launches_by_kind(decoder.steps())
+    operations = sum(launches.operations for launches in by_kind.values())
     note = f"{operations} of torch's" if operations else ""
-    count = sum(by_kind[kind].count for kind in kinds)
+    count = sum(launches.count for launches in by_kind.values())
     bench.results.add(name, name, "kernels per token", count, "", note)
     device = bench.paper_device
     counts = {kind: launches.count for kind, launches in by_kind.items()}
@@ -121,21 +120,11 @@ def predicted(bench: Bench, decoder: Decoder, name: str) -> None:
         occupancy(bench, by_kind, name)
 
 
-def launches_by_kind(decoder: Decoder) -> dict[str, Launches]:
-    """What one instruction of each kind launches."""
-    found: dict[str, Launches] = {}
-    for step in decoder.steps():
-        if step.kind not in found:
-            with counted() as found[step.kind]:
-                step.run()
-    return found
-
-
 def occupancy(bench: Bench, by_kind: dict[str, Launches], name: str) -> None:
-    """Of the kernels that ran, from what the driver says of them."""
+    """Of the kernels that ran, the last of each name and kind, from what the driver says of them."""
     device = bench.paper_device
     for kind, launches in by_kind.items():
-        for kernel, grid, loaded in launches.kernels:
+        for kernel, grid, loaded in {name: (name, *rest) for name, *rest in launches.kernels}.values():
             k = paper.Compiled(
                 kind, kernel, grid, loaded.metadata.num_warps, loaded.metadata.shared, loaded.n_regs,
                 4 * loaded.n_spills,

@@ -115,7 +115,7 @@ def _pieces(segments: Sequence[Matrix], p: Plan, order: bool, x_dtype: torch.dty
     dense = [s for s, c in zip(segments, p.configs) if c.dense]
     tallest = max((s.n for s in dense if s.data.dtype != p.multiply), default=0)
     floats = not all(config.integer for config in p.configs)
-    quantized = _take_quantized(k, p, w) 
+    quantized = _take_quantized(k, p, w)
     return _Pieces(
         w.take((t, k), x_dtype) if order and floats else None,
         w.take((p.configs[0].splits, t, n), torch.float32) if p.partial else None,
@@ -352,7 +352,7 @@ def _integer_product(
     steps = triton.cdiv(count, config.chunks * config.splits)
     integer_kernel[grid](
         **arguments, xq=x_words, ldx=x_words.stride(0), words=words, stride=words.stride(0), quads=count,
-        split_quads=steps * config.chunks, QUADS=config.chunks,
+        split_quads=steps * config.chunks, QUADS=config.chunks, maxnreg=config.registers or None,
     )  # fmt: skip
 
 

@@ -130,8 +130,8 @@ def quad_products(
 @triton.jit
 def integer_kernel(
     xq, ldx, xs, x_groups, words, stride, scale, zero, groups, bias, residual, ldr, out, ldo, work,
-    work_width, tokens, n_out, quads, split_quads, factor, softcap, squares, square_count, eps, next_q, next_scale,
-    next_floats, next_squares, next_weight, counters,
+    work_width, tokens, n_out, quads, split_quads, factor, softcap, squares, square_count, eps, next_q,
+    next_scale, next_floats, next_squares, next_weight, counters,
     FORMAT: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr,
     UNIT: tl.constexpr, MIDDLE: tl.constexpr, GLU: tl.constexpr, ACTIVATION: tl.constexpr,
     SOFTCAP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, QUADS: tl.constexpr,

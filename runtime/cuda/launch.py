@@ -103,7 +103,8 @@ class Launcher:
     @property
     def bytes(self) -> int:
         """Bytes of what kernels keep in between."""
-        return sum(t.nbytes for t in (self._workspace, self._inputs, self._partials, self._queries, *self._angles))
+        between = (self._workspace, self._inputs, self._counters, self._partials, self._queries)
+        return sum(t.nbytes for t in (*between, *self._angles))
 
     def _plan(self, index: int, i: Instruction, rows: int) -> int:
         """Plans a product; bytes of workspace."""
@@ -294,8 +295,10 @@ class Launcher:
         i = self.program.instructions[index]
         if i.op != "rms_norm" or "residual" in i.views or i.out == self.program.hidden:
             return False
-        readers = sum(view.value == i.out.value for other in self.program.instructions for view in other.reads())
-        return readers == 1 and self._is_alone(index - 1, index) and self._hands_over(index - 1, rows, chosen)
+        reads = (view.value for other in self.program.instructions for view in other.reads())
+        if sum(value == i.out.value for value in reads) > 1 or not self._is_alone(index - 1, index):
+            return False
+        return self._hands_over(index - 1, rows, chosen)
 
     def _hands_over(self, index: int, rows: int, to: Plan) -> bool:
         i = self.program.instructions[index]

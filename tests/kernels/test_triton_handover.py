@@ -68,7 +68,7 @@ KINDS += [(name, False, True) for name, (*_, tokens, _) in AHEAD.items() if toke
 
 
 @pytest.mark.parametrize("name,integers,normed", KINDS)
-def test_the_next_product_gets_what_kernels_between_would_give(name: str, integers: bool, normed: bool) -> None:
+def test_the_next_product_gets_what_kernels_between_give(name: str, integers: bool, normed: bool) -> None:
     fmt, config, tokens, glu = AHEAD[name]
     k, width = 64, 72  # of which a last group of 64 is cut, and what is stored of it not
     first = move(random_matrix(fmt, 2 * width if glu else width, k)[0])
@@ -105,8 +105,9 @@ def test_the_next_product_gets_what_kernels_between_would_give(name: str, intege
 def check_int8(to: Prepared, between: Tensor, out: Tensor, normed: bool) -> None:
     """The same bytes as quantizing later, but for those that lie between two steps within rounding."""
     assert to.quantized is not None
-    parts = [torch.empty(s, dtype=d, device=DEVICE) for s, d in room(len(out), out.shape[1], to.quantized.group)]
-    later = Quantized(parts[0], parts[1], to.quantized.group)
+    group = to.quantized.group
+    q, scale = (torch.empty(s, dtype=d, device=DEVICE) for s, d in room(len(out), out.shape[1], group))
+    later = Quantized(q, scale, group)
     quantize(between, later)
     if not normed:
         assert torch.equal(to.quantized.q, later.q) and torch.equal(to.quantized.scale, later.scale)
