@@ -34,9 +34,9 @@ FEW_ROWS = 4  # up to here both executors have kernels that are made to read wei
 # weights that a lane takes in a turn. By format, and whether a row has several scales. "bench_gpu.py --paper
 # --compile" counts them again.
 INSTRUCTIONS = {
-    ("f32", False): 3.81, ("bf16", False): 5.63, ("f16", False): 5.09, ("fp8", False): 5.14,
-    ("int8", False): 6.66, ("int8", True): 7.94, ("int4", True): 6.13, ("int3", True): 9.19,
-    ("int2", True): 5.29,
+    ("f32", False): 4.62, ("bf16", False): 4.88, ("f16", False): 4.41, ("fp8", False): 3.91,
+    ("int8", False): 6.62, ("int8", True): 7.12, ("int4", True): 5.55, ("int3", True): 7.97,
+    ("int2", True): 4.68,
 }  # fmt: skip
 # The same of kernels/triton/linear_integer.py, where activations are int8.
 INTEGER_INSTRUCTIONS = {"int8": 1.28, "int4": 1.62, "int3": 2.58, "int2": 1.42}
