@@ -30,6 +30,7 @@ from .overlap import options
 from .quantize import Quantized, quantize, room
 
 ALIGNMENT = 256  # of the pieces of a workspace
+MANY_RESULTS = 1 << 21  # from here on a program combines 1,024: as many as a GPU holds at once have work
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -82,7 +83,7 @@ def plan(
 
 @functools.cache
 def adds_floats(device: torch.device) -> bool:
-    """Whether torch adds an f32 residual within a product of 16-bit floats: on a GPU not every version does."""
+    """Whether this torch adds an f32 residual within a product of 16-bit floats; some refuse to on a GPU."""
     if device.type != "cuda":
         return True
     ones, sums = (torch.ones(16, 16, dtype=t, device=device) for t in (torch.bfloat16, torch.float32))
@@ -354,12 +355,13 @@ def _multiply(x: Tensor, weights: Tensor, residual: Tensor | None, out: Tensor) 
 
 def _combine(partial: Tensor, end: _Epilogue) -> None:
     splits, tokens, width = partial.shape
-    block = 256
-    tiles = triton.cdiv(end.out.shape[1], block // 2 if end.glu else block)
-    combine_kernel[(tiles, tokens)](
-        partial, splits, width, tokens=tokens, n_out=end.out.shape[1], GLU=end.glu, BLOCK=block,
-        **end.arguments(), **options(),
+    n_out = end.out.shape[1]
+    block = 1024 if tokens * n_out >= MANY_RESULTS else 128 if end.glu else 256
+    combine_kernel[(triton.cdiv(n_out, block), tokens)](
+        partial, splits, width, tokens=tokens, n_out=n_out, GLU=end.glu, BLOCK=block, **end.arguments(),
+        **options(),
     )  # fmt: skip
+
 
 
 def tune(

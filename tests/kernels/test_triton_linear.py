@@ -18,6 +18,7 @@ from triton_device import DEVICE, ahead_of_time
 from triton_matrices import FORMATS, random_matrix
 
 from gristmill.kernels.reference import linear as reference
+from gristmill.kernels.triton import linear as products
 from gristmill.kernels.triton.dequantize import dequantize
 from gristmill.kernels.triton.embedding import embedding
 from gristmill.kernels.triton.linear import Plan, adds_floats, fastest, linear, plan, workspace_bytes
@@ -260,6 +261,18 @@ def test_dense_products_go_straight_into_the_result(formats: tuple[str, ...], re
     linear(x, segments, out, p=p, workspace=workspace, residual=added)
     torch.testing.assert_close(out.cpu().double(), wanted, **FLOAT32)
     assert torch.equal(wide[:, :4], before[:, :4]) and torch.equal(wide[:, 4 + n :], before[:, 4 + n :])
+
+
+@pytest.mark.parametrize("glu", [False, True])
+def test_many_results_are_combined_as_few(glu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    m = move(random_matrix("int4", 2 * 1100, 64, 32)[0])
+    width = 1100 if glu else 2200
+    x, residual = strided(2, 64, torch.float32, 1), strided(2, width, torch.float32, 2)
+    p = plan([m], 2, glu, [Config(16, 4, 16, dense=True)])
+    end: dict[str, Any] = {"residual": residual, "bias": strided(1, 2200, torch.float32, 3)[0], "glu": glu}
+    few = run(x, [m], p, width, torch.float32, activation="silu", **end)
+    monkeypatch.setattr(products, "MANY_RESULTS", 0)
+    assert torch.equal(run(x, [m], p, width, torch.float32, activation="silu", **end), few)
 
 
 @pytest.mark.parametrize("glu", [False, True])
