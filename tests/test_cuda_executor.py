@@ -362,6 +362,17 @@ def test_what_products_keep_in_between_is_counted(case: str, tmp_path: Path) -> 
     assert executor._launcher._workspace.nbytes == max(1, counted)  # a tensor has a byte at least
 
 
+def test_what_dense_products_do_without_is_counted_still(tmp_path: Path) -> None:
+    made = llama(DENSE)
+    executor, program = make(made, tmp_path), Program.from_json(made.json)
+    rounded = executor._launcher._rounded_inputs.nbytes
+    assert rounded == 8 * 64 * 2, "of the widest input, for 8 rows"
+    counted = cuda_device.product_bytes(program, cuda_device.few_rows(3, program.limits.max_tokens))
+    kept = executor._launcher._workspace.nbytes
+    assert kept == 8 * 2 * 48 * 4, "the sums of gates and up projections alone"
+    assert kept + rounded < counted
+
+
 def test_dense_products_of_many_rows_are_counted() -> None:
     program = Program.from_json(llama(CASES["int4_int8"]).json)
     program.limits = dataclasses.replace(program.limits, max_tokens=2048)
