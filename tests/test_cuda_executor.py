@@ -43,6 +43,7 @@ from gristmill.runtime.cuda import drawing as cuda_drawing
 from gristmill.runtime.cuda import executor as cuda_executor
 from gristmill.runtime.cuda import launch as cuda_launch
 from gristmill.runtime.cuda import weights as cuda_weights
+from gristmill.runtime.cuda.residuals import added_in_place
 from gristmill.runtime.decoding.contrastive import generate_contrastive
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.program import NO_HIDDEN_STATES, Program, View
@@ -98,7 +99,7 @@ def test_what_cublas_alone_reads_is_written_in_16_bits(
     executor = make(program, tmp_path)
     at_once = run(executor, tokens)
     assert_close(at_once, in_chunks(Reference(program), tokens, [7]), MANY_TOLERANCE)
-    # x, norm, qkv, attended, o, norm, inner; the head's two are of few rows
+    # x, norm, qkv, attended, o, norm, inner; the head's two are its own
     assert written(executor, tokens) == [True, False, True, False, True, False, False, True, True]
     assert all(written(executor, tokens[:4])), "up to four rows are not rounded"
     monkeypatch.setattr(cuda_launch.Launcher, "_values_kept", lambda launcher: set(range(9)))
@@ -343,7 +344,7 @@ def test_what_a_machine_lacks_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_too_little_memory_names_what_fits() -> None:
     program = Program.from_json(llama(CASES["f32"]).json)
-    fixed = cuda_device.RESERVE_BYTES + 1000 + program.arena_bytes + 4 * 8 * 40
+    fixed = cuda_device.RESERVE_BYTES + 1000 + added_in_place(program).arena_bytes + 4 * 8 * 40
     fixed += cuda_device.graph_bytes(program, 3) + cuda_drawing.drawing_bytes(8, 40, 0, 3)
     fixed += cuda_device.product_bytes(program, 8)
     row = 16 * 4 * 2 + 4  # of one position in one slot: key, value, token

@@ -363,7 +363,6 @@ def _combine(partial: Tensor, end: _Epilogue) -> None:
     )  # fmt: skip
 
 
-
 def tune(
     matrix: Matrix, tokens: int, x_dtype: torch.dtype, multiply: torch.dtype = torch.bfloat16,
     glu: bool = False, time: Callable[[Callable[[], None]], float] | None = None, act_group: int = 0,

@@ -15,6 +15,7 @@ from gristmill.kernels.triton.linear import plan, workspace_bytes
 from gristmill.kernels.triton.matrix import BITS, WORDS, merge, meta_matrix
 from gristmill.runtime.cuda.buffers import LOGIT_ROWS
 from gristmill.runtime.cuda.drawing import drawing_bytes
+from gristmill.runtime.cuda.residuals import added_in_place
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.footprint import kv_rows
 from gristmill.runtime.program import LOGITS, Program, Segment
@@ -135,7 +136,7 @@ def needed_bytes(program: Program, max_len: int, max_slots: int, weight_bytes: i
     rows = few_rows(max_slots, program.limits.max_tokens)
     return (
         weight_bytes
-        + program.arena_bytes
+        + added_in_place(program).arena_bytes
         + 4 * rows * program.vocabulary
         + drawing_bytes(rows, program.vocabulary, max_len, max_slots)
         + graph_bytes(program, max_slots)
