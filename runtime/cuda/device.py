@@ -15,6 +15,7 @@ from gristmill.kernels.triton.linear import plan, workspace_bytes
 from gristmill.kernels.triton.matrix import BITS, WORDS, merge, meta_matrix
 from gristmill.runtime.cuda.buffers import LOGIT_ROWS
 from gristmill.runtime.cuda.drawing import drawing_bytes
+from gristmill.runtime.cuda.residuals import added_in_place
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.footprint import kv_rows
 from gristmill.runtime.program import LOGITS, Program, Segment
@@ -90,7 +91,9 @@ def buckets(max_tokens: int) -> list[int]:
 
 def product_bytes(program: Program, logit_rows: int) -> int:
     """What products keep in between: dequantized weights, partial sums and rounded activations of the largest
-    one, by the plans of the table; logit_rows: of which the logits are computed at once.
+    one, by the plans of the table, and the room for activations that are rounded before; at most, for where
+    those are and where sums go straight into the result, a product does without the one or the other.
+    logit_rows: of which the logits are computed at once.
     """
     shapes = set()
     for i in program.instructions:
@@ -100,13 +103,15 @@ def product_bytes(program: Program, logit_rows: int) -> int:
             forms = tuple(_form(segment, act_group) for segment in segments)
             most = logit_rows if i.out.value == LOGITS else program.limits.max_tokens
             shapes.add((forms, most, i.attribute("glu"), act_group, "order" in i.vectors))
-    size = 0
+    size = rounded = 0
     for forms, most, glu, act_group, order in shapes:
         matrices = merge([meta_matrix(*form) for form in forms])
         for rows in buckets(most):
             planned = plan(matrices, rows, glu, act_group=act_group)
             size = max(size, workspace_bytes(matrices, planned, order, torch.float32))
-    return size
+            if all(config.dense for config in planned.configs):
+                rounded = max(rounded, rows * matrices[0].k * planned.multiply.itemsize)
+    return size + rounded
 
 
 def _form(segment: Segment, act_group: int) -> tuple[str, int, int, int, bool]:
@@ -131,7 +136,7 @@ def needed_bytes(program: Program, max_len: int, max_slots: int, weight_bytes: i
     rows = few_rows(max_slots, program.limits.max_tokens)
     return (
         weight_bytes
-        + program.arena_bytes
+        + added_in_place(program).arena_bytes
         + 4 * rows * program.vocabulary
         + drawing_bytes(rows, program.vocabulary, max_len, max_slots)
         + graph_bytes(program, max_slots)

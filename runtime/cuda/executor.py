@@ -27,6 +27,7 @@ from gristmill.runtime.cuda.device import (
 from gristmill.runtime.cuda.drawing import MAX_VOCABULARY, Drawing, drawing_bytes
 from gristmill.runtime.cuda.graphs import captured
 from gristmill.runtime.cuda.launch import Between, Launcher, Taken
+from gristmill.runtime.cuda.residuals import added_in_place
 from gristmill.runtime.cuda.tuning import Timer, Tuned, tune_all, works
 from gristmill.runtime.cuda.weights import Weights
 from gristmill.runtime.decoding.draws import Draws
@@ -58,6 +59,8 @@ class CudaExecutor:
         instructions, see runtime/parallel; `capture` then comes after all are connected, else it is done."""
         self.max_tokens, self.vocabulary = program.limits.max_tokens, program.vocabulary
         self.max_len, self.max_slots, self.device = max_len, max_slots, device
+        if between is None:
+            program = added_in_place(program)
         self._program = program
         self._buckets = buckets(self.max_tokens)
         self._few_rows = few_rows(max_slots, self.max_tokens)

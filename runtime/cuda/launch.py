@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -24,6 +25,7 @@ from gristmill.kernels.triton.gather import gather_rows
 from gristmill.kernels.triton.handover import Handover, Prepared, is_wanted
 from gristmill.kernels.triton.linear import (
     Plan,
+    adds_floats,
     can_hand_over,
     counters,
     group_of,
@@ -63,6 +65,10 @@ class Launcher:
     A row's bits depend on the buckets alone, not on the other rows: plans and tilings are made for a bucket,
     whether its rows are of one slot or of many. few_rows: up to this bucket rows may be one of each slot, and
     attention is cut for that. tuned: configs for this device, instead of the table's.
+
+    Where a product by cuBLAS is the only reader of a value, the instruction before it writes the value in the
+    16 bits that are multiplied, into a buffer that all such products share: an instruction that is a product
+    itself writes there only after it has read its own input.
     """
 
     def __init__(
@@ -77,19 +83,24 @@ class Launcher:
         self._angles = [
             torch.zeros(2, most * (rope.dims // 2), device=device) for rope in program.ropes
         ]
+        self._kept = self._values_kept()
         self._plans: dict[tuple[int, int], Plan] = {}
+        self._rounded: set[tuple[int, int]] = set()
         self._tilings: dict[tuple[int, int], Tiling] = {}
-        size, floats, queries, inputs = 1, 1, 1, 1
+        size, floats, queries, inputs, rounded = 1, 1, 1, 1, 1
         for index, i in enumerate(program.instructions):
             for rows in buckets:
                 if i.op == "linear":
                     piece = min(rows, len(values.logits)) if i.out.value == LOGITS else rows
                     size = max(size, self._plan(index, i, piece))
                     inputs = max(inputs, self._input_bytes(index, i, piece))
+                    if (index, piece) in self._rounded:
+                        rounded = max(rounded, piece * self._input_view(i).width)
                 elif i.op == "attention":
                     floats = max(floats, self._tile(index, i, rows))
                     queries = max(queries, rows * i.attribute("heads") * caches[i.attribute("cache")].k.dim)
         self._workspace = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._rounded_inputs = torch.zeros(rounded, dtype=torch.bfloat16, device=device)
         # a product writes the next one's input while it reads its own
         self._inputs = torch.zeros(2, inputs, dtype=torch.uint8, device=device)
         self._prepared: dict[tuple[int, int], Prepared] = {}
@@ -103,8 +114,8 @@ class Launcher:
     @property
     def bytes(self) -> int:
         """Bytes of what kernels keep in between."""
-        between = (self._workspace, self._inputs, self._counters, self._partials, self._queries)
-        return sum(t.nbytes for t in (*between, *self._angles))
+        kept = (self._workspace, self._inputs, self._counters, self._rounded_inputs, self._partials)
+        return sum(t.nbytes for t in (*kept, self._queries, *self._angles))
 
     def _plan(self, index: int, i: Instruction, rows: int) -> int:
         """Plans a product; bytes of workspace."""
@@ -113,8 +124,61 @@ class Launcher:
         glu = i.attribute("glu")
         act_group = i.attribute("act_group")
         configs = self._tuned.configs(segments, rows, glu, act_group) if self._tuned else None
-        chosen = self._plans[index, rows] = plan(segments, rows, glu, configs, act_group=act_group)
-        return workspace_bytes(segments, chosen, "order" in i.vectors, torch.float32)
+        chosen = self._plans[index, rows] = plan(
+            segments, rows, glu, configs, act_group=act_group, straight=self._goes_straight(i)
+        )
+        x_dtype = torch.float32
+        if self._is_rounded_before(index, rows):
+            self._rounded.add((index, rows))
+            x_dtype = chosen.multiply
+        return workspace_bytes(segments, chosen, "order" in i.vectors, x_dtype)
+
+    def _goes_straight(self, i: Instruction) -> bool:
+        """Whether nothing follows a product but a residual that torch can add to it."""
+        if i.attribute("glu") or i.attribute("activation") != "none" or "bias" in i.vectors:
+            return False
+        if i.attribute("scale") != 1 or i.attribute("softcap"):
+            return False
+        return "residual" not in i.views or adds_floats(self.values.arena.device)
+
+    def _values_kept(self) -> set[int]:
+        """The values that something else reads than one instruction of the program."""
+        instructions = self.program.instructions
+        reads = Counter(view.value for i in instructions for view in i.reads())
+        kept = {value for value, count in reads.items() if count > 1}
+        if self.program.hidden is not None:
+            kept.add(self.program.hidden.value)
+        if self._between is not None:
+            kept.update(*(self._between.values(index) for index in range(len(instructions))))
+        return kept
+
+    def _is_rounded_before(self, index: int, rows: int) -> bool:
+        """Whether the instruction before a product writes its input, for cuBLAS and nobody else."""
+        before, i = self.program.instructions[index - 1], self.program.instructions[index]
+        if not index or i.views["in"] != before.out or before.out.value in self._kept or "order" in i.vectors:
+            return False
+        if not all(config.dense for config in self._plans[index, rows].configs):
+            return False
+        if before.op == "linear":  # which combines what it has multiplied
+            return self._plans[index - 1, rows].partial
+        return before.op in ("rms_norm", "layer_norm", "attention")
+
+    def _input_view(self, i: Instruction) -> View:
+        view = i.views["in"]
+        assert isinstance(view, View), "a linear has one input"
+        return view
+
+    def _rounded_input(self, index: int, rows: int) -> Tensor | None:
+        """Where a product finds its input in 16 bits, [rows, k], if the instruction before it writes that."""
+        if (index, rows) not in self._rounded:
+            return None
+        width = self._input_view(self.program.instructions[index]).width
+        return self._rounded_inputs.view(self._plans[index, rows].multiply)[: rows * width].view(rows, width)
+
+    def _out(self, index: int, i: Instruction) -> Tensor:
+        """Where an instruction writes its result: as the value, or as the next one's input in 16 bits."""
+        rounded = self._rounded_input(index + 1, self._count(i.out))
+        return self._view(i.out) if rounded is None else rounded
 
     def _input_bytes(self, index: int, i: Instruction, rows: int) -> int:
         assert i.weight is not None
@@ -227,13 +291,13 @@ class Launcher:
             return
         rms_norm(
             self._given(i, "in"), self._vector(i, "weight"), self._input(i, "residual"), i.attribute("eps"),
-            self._view(i.out), self._int8_beside(index),
+            self._out(index, i), self._int8_beside(index),
         )  # fmt: skip
 
     def _layer_norm(self, index: int, i: Instruction) -> None:
         layer_norm(
             self._given(i, "in"), self._vector(i, "weight"), self._vector(i, "bias"),
-            self._input(i, "residual"), i.attribute("eps"), self._view(i.out), self._int8_beside(index),
+            self._input(i, "residual"), i.attribute("eps"), self._out(index, i), self._int8_beside(index),
         )  # fmt: skip
 
     def _int8_beside(self, index: int) -> Quantized | None:
@@ -293,12 +357,9 @@ class Launcher:
     def _is_dissolved(self, index: int, rows: int, chosen: Plan) -> bool:
         """Whether a norm is left to the products on both of its sides."""
         i = self.program.instructions[index]
-        if i.op != "rms_norm" or "residual" in i.views or i.out == self.program.hidden:
+        if i.op != "rms_norm" or "residual" in i.views or i.out.value in self._kept:
             return False
-        reads = (view.value for other in self.program.instructions for view in other.reads())
-        if sum(value == i.out.value for value in reads) > 1 or not self._is_alone(index - 1, index):
-            return False
-        return self._hands_over(index - 1, rows, chosen)
+        return self._is_alone(index - 1, index) and self._hands_over(index - 1, rows, chosen)
 
     def _hands_over(self, index: int, rows: int, to: Plan) -> bool:
         i = self.program.instructions[index]
@@ -308,9 +369,10 @@ class Launcher:
 
     def _linear(self, index: int, i: Instruction) -> None:
         assert i.weight is not None
-        out = self._view(i.out)
+        out = self._out(index, i)
+        rounded = self._rounded_input(index, len(out))
         linear(
-            self._given(i, "in"), self.weights.matrices[i.weight], out,
+            self._given(i, "in") if rounded is None else rounded, self.weights.matrices[i.weight], out,
             p=self._plans[index, len(out)], workspace=self._workspace, bias=self._vector(i, "bias"),
             residual=self._input(i, "residual"), order=self._vector(i, "order"),
             activation=i.attribute("activation"), glu=i.attribute("glu"), scale=i.attribute("scale"),
@@ -336,7 +398,7 @@ class Launcher:
             partials = cut_partials(self._partials, self._rows, heads, tiles.splits, cache.v.dim)
         attend(
             q if prepared is None else prepared, cache, positions, slots, i.attribute("scale"), tiles,
-            self._view(i.out), i.attribute("softcap"), self._vector(i, "sinks"),
+            self._out(index, i), i.attribute("softcap"), self._vector(i, "sinks"),
             None if self._blocks is None else self._blocks[tiles.rows], partials,
             self._int8_beside(index),
         )  # fmt: skip
