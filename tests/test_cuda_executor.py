@@ -112,6 +112,7 @@ def test_what_cublas_alone_reads_is_written_in_16_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the bits that a copy of the f32 values would have."""
+    monkeypatch.setenv("GRISTMILL_HANDOVER", "0")
     program = llama(DENSE)
     tokens = tokens_for(program, 7)
     executor = make(program, tmp_path)
