@@ -27,7 +27,8 @@ def captured(
     launch: Launch, pool: Any = None, among_threads: bool = False, warm_ups: int = WARM_UPS
 ) -> torch.cuda.CUDAGraph:
     """What ``launch`` launches, after warming up on another stream, as a graph. among_threads: other threads
-    of this process, NCCL's, may ask the device for something meanwhile."""
+    of this process, NCCL's or those of a server, may ask the device for something meanwhile. warm_ups: none
+    where it has run before."""
     side, current = _side_stream(torch.cuda.current_device()), torch.cuda.current_stream()
     graph, mode = torch.cuda.CUDAGraph(), "thread_local" if among_threads else "global"
     with _one_at_a_time:
