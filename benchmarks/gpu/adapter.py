@@ -91,6 +91,20 @@ class Decoder:
             found = self.forward(ids[start : start + chunk], start, logits=int(last))
         return found
 
+    def has_prompt_graph(self, rows: int) -> bool:
+        """Whether such a forward of one sequence, with the logits of its last position, has a graph now."""
+        cache = self.executor._graph_cache
+        return cache is not None and (rows, 1, False) in cache
+
+    @contextmanager
+    def launching(self) -> Iterator[None]:
+        """Until the end of the block prompts are launched, whether they have graphs or not."""
+        cache, self.executor._graph_cache = self.executor._graph_cache, None
+        try:
+            yield
+        finally:
+            self.executor._graph_cache = cache
+
     def hold(self, rows: int, context: int) -> None:
         """``rows`` sequences of ``context`` positions; `replay` and `launch` decode their next ones."""
         ids = random_ids(rows * (context + 1), self.executor.vocabulary).reshape(rows, -1)
@@ -118,7 +132,7 @@ class Decoder:
 
     def launch(self) -> None:
         """The step by launches of its kernels."""
-        self.executor._launch_batch(self._rows)
+        self.executor._launch_batch(self._rows, self._rows, None)
 
     def step(self) -> NDArray[np.float32]:
         """The step as a session runs it: ids go to the device, logits come back."""

@@ -8,13 +8,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+from numpy.typing import NDArray
 from random_artifact import RandomModel
 
 from gpu import numerics, paper
-from gpu.adapter import Decoder, Launches, LongAttention, launches_by_kind, random_ids
+from gpu.adapter import Decoder, Ids, Launches, LongAttention, launches_by_kind, random_ids
 from gpu.bench import BENCHMARKS, Bench, options_of
 from gpu.results import ATTENTION, BATCH, FASTER, FIRST, PEER, SHARE, TOKENS
 from gpu.roofs import Run
@@ -170,16 +173,38 @@ def first_token(bench: Bench, decoder: Decoder, name: str) -> None:
     ids = random_ids(sizes.prompt, decoder.executor.vocabulary)
     needed, roof = paper.operations(decoder.program, sizes.prompt), bench.matmul
     for chunk in (sizes.prompt, sizes.chunk):
-
-        def run(chunk: int = chunk) -> None:
-            decoder.take_in(ids, chunk)
-
-        run()
-        seconds = median(wall_seconds(run, 1) for _ in range(sizes.prompts))
-        share, where = needed / seconds / roof, f"{sizes.prompt} tokens in forwards of {chunk}"
-        add(name, name, f"first token, {where}", 1e3 * seconds, "ms", f"{sizes.prompt / seconds:.0f} tok/s")
+        seconds, how = prompt_seconds(bench, decoder, name, ids, chunk)
+        share, note = needed / seconds / roof, f"{sizes.prompt / seconds:.0f} tok/s, {how}"
+        add(name, name, f"first token, {prompt_label(bench, chunk)}", 1e3 * seconds, "ms", note)
         measure = FIRST if chunk == sizes.prompt else f"{FIRST}, forwards of {chunk}"
         add(name, name, measure, share, "", f"{needed / seconds / 1e12:.0f} TFLOP/s")
+
+
+def prompt_label(bench: Bench, chunk: int) -> str:
+    return f"{bench.sizes.prompt} tokens in forwards of {chunk}"
+
+
+def prompt_seconds(bench: Bench, decoder: Decoder, name: str, ids: Ids, chunk: int) -> tuple[float, str]:
+    """Of a prompt as a session runs it, and how that is: on a GPU from graphs, beside which it is launched;
+    both have the same logits."""
+    with decoder.launching():
+        launched, expected = timed_prompt(bench, decoder, ids, chunk)
+    if not bench.clock.on_gpu:
+        return launched, "launched: no graph here"
+    decoder.take_in(ids, chunk)  # the second one captures
+    replayed, found = timed_prompt(bench, decoder, ids, chunk)
+    where, add, differing = prompt_label(bench, chunk), bench.results.add, int((found != expected).sum())
+    passed = decoder.has_prompt_graph(chunk) and differing == 0 and bool(np.isfinite(found).all())
+    add(name, name, f"graph equals eager, {where}", differing, "logits differ", passed=passed)
+    add(name, name, f"first token launched eagerly, {where}", 1e3 * launched, "ms")
+    return replayed, "from graphs"
+
+
+def timed_prompt(bench: Bench, decoder: Decoder, ids: Ids, chunk: int) -> tuple[float, NDArray[np.float32]]:
+    """Seconds of one, after another to warm up, and its logits."""
+    logits = decoder.take_in(ids, chunk)
+    run = partial(decoder.take_in, ids, chunk)
+    return median(wall_seconds(run, 1) for _ in range(bench.sizes.prompts)), logits
 
 
 def profile(bench: Bench, decoder: Decoder, name: str) -> None:

@@ -15,6 +15,7 @@ from gristmill.kernels.triton.linear import plan, workspace_bytes
 from gristmill.kernels.triton.matrix import BITS, WORDS, merge, meta_matrix
 from gristmill.runtime.cuda.buffers import LOGIT_ROWS
 from gristmill.runtime.cuda.drawing import drawing_bytes
+from gristmill.runtime.cuda.graphs import MOST_CACHED
 from gristmill.runtime.cuda.residuals import added_in_place
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.footprint import kv_rows
@@ -22,7 +23,7 @@ from gristmill.runtime.program import LOGITS, Program, Segment
 
 CAPABILITY = (8, 0)  # Ampere: the first with bf16 on tensor cores
 RESERVE_BYTES = 512 << 20  # for kernels, cuBLAS and what attention keeps in between
-MOST_CAPTURED = 256  # rows; a batch of more is long enough that launching it hides behind running it
+MOST_CAPTURED = 256  # rows of a graph that is captured at load
 GRAPH_NODE_BYTES = 16 << 10  # of a kernel in a graph: its parameters and the driver's own; not measured
 DRAWING_LAUNCHES = 21  # of both ways to draw
 
@@ -77,9 +78,10 @@ def few_rows(max_slots: int, max_tokens: int) -> int:
 
 
 def graph_bytes(program: Program, max_slots: int) -> int:
-    """What the driver keeps for all captured graphs, by an estimate that is to be on the safe side."""
-    graphs = captured_rows(max_slots, program.limits.max_tokens).bit_length() + 1
-    kernels = 2 * len(program.instructions) + len(program.ropes) + DRAWING_LAUNCHES
+    """What the driver keeps for all graphs, those of load and as many as may come later, by an estimate that
+    is to be on the safe side."""
+    graphs = captured_rows(max_slots, program.limits.max_tokens).bit_length() + 1 + MOST_CACHED
+    kernels = 3 * len(program.instructions) + len(program.ropes) + DRAWING_LAUNCHES
     return graphs * kernels * GRAPH_NODE_BYTES
 
 

@@ -109,7 +109,9 @@ class Launcher:
         self._find_prepared()
         self._partials = torch.zeros(floats, device=device)
         self._queries = torch.zeros(queries, device=device)
-        self.block_rows = {tile.rows for tile in self._tilings.values()}
+        self.block_rows = {
+            rows: {tile.rows for (_, of), tile in self._tilings.items() if of == rows} for rows in buckets
+        }
 
     @property
     def bytes(self) -> int:
