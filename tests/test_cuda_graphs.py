@@ -235,3 +235,27 @@ def test_a_launch_that_fails_leaves_its_shape_unknown() -> None:
             cache.run("shape", fail)
     cache.run("shape", lambda: launched.append(1))
     assert launched == [1] and not captures.made
+
+
+def test_graphs_of_a_load_are_those_of_one_row_for_each_slot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All their kernels are launched before the first capture, which is that of the largest graph."""
+    made: list[object] = []
+
+    def capture(launch: Callable[[], object], pool: object, shared: bool) -> object:
+        made.append(launch)
+        return launch
+
+    executor = make(llama(CASES["f32"]), tmp_path, max_slots=2)
+    launched: list[tuple[int, int]] = []
+    run_batch = executor._launcher.run
+    monkeypatch.setattr(
+        executor._launcher, "run", lambda *batch: (launched.append(batch[:2]), run_batch(*batch))
+    )
+    monkeypatch.setattr(cuda_executor, "captured", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    executor.capture()
+    assert list(executor._graphs) == [2, 1] and launched == [(2, 2), (1, 1)]
+    assert list(executor._draw_graphs) == [(2, True), (2, False), (1, True), (1, False)]
+    assert len(made) == 6
