@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FORMATS = ("int4", "bf16", "int8", "fp8")
-SECTIONS = ("numerics", *FORMATS, "attention", "peer")
+SECTIONS = ("numerics", *FORMATS, "attention", "variants", "peer")
 BUDGET = 520.0  # seconds, so that all is over within nine minutes
 
 

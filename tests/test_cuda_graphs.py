@@ -250,9 +250,12 @@ def test_graphs_of_a_load_are_those_of_one_row_for_each_slot(
     executor = make(llama(CASES["f32"]), tmp_path, max_slots=2)
     launched: list[tuple[int, int]] = []
     run_batch = executor._launcher.run
-    monkeypatch.setattr(
-        executor._launcher, "run", lambda *batch: (launched.append(batch[:2]), run_batch(*batch))
-    )
+
+    def launch_batch(rows: int, wanted: int, *rest: Any) -> None:
+        launched.append((rows, wanted))
+        run_batch(rows, wanted, *rest)
+
+    monkeypatch.setattr(executor._launcher, "run", launch_batch)
     monkeypatch.setattr(cuda_executor, "captured", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     executor.capture()

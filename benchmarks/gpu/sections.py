@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -21,6 +22,9 @@ from gpu.adapter import Decoder, Ids, Launches, LongAttention, launches_by_kind,
 from gpu.bench import BENCHMARKS, Bench, options_of
 from gpu.results import ATTENTION, BATCH, FASTER, FIRST, PEER, SHARE, TOKENS
 from gpu.roofs import Run
+from gristmill.kernels.triton.handover import VARIABLE as HANDOVER
+from gristmill.kernels.triton.overlap import VARIABLE as OVERLAP
+from gristmill.kernels.triton.overlap import options
 from gristmill.report.attained import REACHED
 from gristmill.report.peers.peer_process import Peer
 from gristmill.runtime.profile import Forward, work
@@ -289,6 +293,39 @@ def torch_compile(bench: Bench) -> None:
     bench.results.add("peer", PEER_FORMAT, f"{PEER}, with ids in and logits out", times, "", note)
 
 
+VARIANTS = {
+    f"without handover ({HANDOVER}=0)": {HANDOVER: "0"},
+    f"overlapped ({OVERLAP}=1)": {OVERLAP: "1"},
+}
+
+
+def variants(bench: Bench, name: str = "int4") -> None:
+    """Decoding with what can be switched, in turns with the default."""
+    sizes = bench.sizes
+    decoders = {"": opened(bench, name)}
+    for variant, switched in VARIANTS.items():
+        before = {variable: os.environ.get(variable) for variable in switched}
+        os.environ.update(switched)
+        options.cache_clear()
+        try:
+            decoders[variant] = opened(bench, name)
+        finally:
+            for variable, value in before.items():
+                os.environ.pop(variable) if value is None else os.environ.update({variable: value})
+            options.cache_clear()
+    for decoder in decoders.values():
+        decoder.hold(1, sizes.context)
+    rounds = []
+    for _ in range(sizes.rounds):
+        seconds = {v: bench.clock.seconds(d.replay, sizes.replays) for v, d in decoders.items()}
+        rounds.append(seconds)
+    for variant in VARIANTS:
+        found = 1 / median(seconds[variant] for seconds in rounds)
+        bench.results.add("variants", name, f"decode, {variant}", found, "tok/s")
+        times = median(seconds[""] / seconds[variant] for seconds in rounds)
+        bench.results.add("variants", name, f"decode, {variant}, times the default", times, "")
+
+
 # name -> what it does, seconds that it takes at least on an H200
 SECTIONS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "numerics": (check_numbers, 30),
@@ -297,5 +334,6 @@ SECTIONS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "int8": (lambda bench: measure_format(bench, "int8"), 20),
     "fp8": (lambda bench: measure_format(bench, "fp8"), 20),
     "attention": (attention, 15),
+    "variants": (variants, 40),
     "peer": (torch_compile, 120),
 }
