@@ -106,11 +106,11 @@ def test_what_is_handed_over_never_changes(
     order = np.arange(rows, dtype=np.int32)
     batch = tokens_for(program, rows), ints([3] * rows), order, order
     executor = make(program, tmp_path, max_slots=rows)
-    assert bool(executor._launcher._dissolved) and executor._launcher._handovers
+    assert bool(executor._launcher.products.dissolved) and executor._launcher.products.handovers
     first = executor.forward(*batch)
     for _ in range(300):
         assert executor.forward(*batch).tobytes() == first.tobytes()
-    assert not executor._launcher._counters.any()
+    assert not executor._launcher.products.counters.any()
     monkeypatch.setenv("GRISTMILL_HANDOVER", "0")
     assert_close(first, make(program, tmp_path, max_slots=rows).forward(*batch), MANY_TOLERANCE)
 

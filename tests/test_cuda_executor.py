@@ -41,7 +41,7 @@ from gristmill.runtime.cpu import _native
 from gristmill.runtime.cuda import device as cuda_device
 from gristmill.runtime.cuda import drawing as cuda_drawing
 from gristmill.runtime.cuda import executor as cuda_executor
-from gristmill.runtime.cuda import launch as cuda_launch
+from gristmill.runtime.cuda import products as cuda_products
 from gristmill.runtime.cuda import weights as cuda_weights
 from gristmill.runtime.cuda.graphs import MOST_CACHED
 from gristmill.runtime.cuda.residuals import added_in_place
@@ -70,15 +70,15 @@ def test_products_hand_over_to_the_next(
     """Every norm but the first and the last, and what the down projection multiplies, as a kernel would."""
     program = llama(CASES[case])
     tokens, executor = tokens_for(program, 6), make(program, tmp_path)
-    launcher = executor._launcher
-    assert sum(rows == 1 for _, rows in launcher._dissolved) == norms
+    products = executor._launcher.products
+    assert sum(rows == 1 for _, rows in products.dissolved) == norms
     got = in_chunks(executor, tokens, [3, 2, 1])
     assert in_chunks(executor, tokens, [3, 2, 1], slot=1).tobytes() == got.tobytes()
     monkeypatch.setenv("GRISTMILL_HANDOVER", "0")
     apart = make(program, tmp_path)
-    assert not apart._launcher._dissolved and not apart._launcher._handovers
+    assert not apart._launcher.products.dissolved and not apart._launcher.products.handovers
     assert_close(got, in_chunks(apart, tokens, [3, 2, 1]), 2e-5 if case == "f32" else 2e-3)
-    assert launcher._counters.eq(0).all() and (case == "window_order" or launcher._handovers)
+    assert products.counters.eq(0).all() and (case == "window_order" or products.handovers)
 
 
 def test_hidden_states_are_what_the_head_multiplies(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_what_cublas_alone_reads_is_written_in_16_bits(
     # x, norm, qkv, attended, o, norm, inner; the head's two are its own
     assert written(executor, tokens) == [True, False, True, False, True, False, False, True, True]
     assert all(written(executor, tokens[:4])), "up to four rows are not rounded"
-    monkeypatch.setattr(cuda_launch.Launcher, "_values_kept", lambda launcher: set(range(9)))
+    monkeypatch.setattr(cuda_products.Products, "_values_kept", lambda products: set(range(9)))
     apart = make(program, tmp_path)
     assert run(apart, tokens).tobytes() == at_once.tobytes()
     assert all(written(apart, tokens))
@@ -380,16 +380,16 @@ def test_what_products_keep_in_between_is_counted(case: str, tmp_path: Path) -> 
     made = llama(CASES[case])
     executor, program = make(made, tmp_path), Program.from_json(made.json)
     counted = cuda_device.product_bytes(program, cuda_device.few_rows(3, program.limits.max_tokens))
-    assert executor._launcher._workspace.nbytes == max(1, counted)  # a tensor has a byte at least
+    assert executor._launcher.products.workspace.nbytes == max(2, counted)
 
 
 def test_what_dense_products_do_without_is_counted_still(tmp_path: Path) -> None:
     made = llama(DENSE)
     executor, program = make(made, tmp_path), Program.from_json(made.json)
-    rounded = executor._launcher._rounded_inputs.nbytes
+    rounded = executor._launcher.products._rounded_inputs.nbytes
     assert rounded == 8 * 64 * 2, "of the widest input, for 8 rows"
     counted = cuda_device.product_bytes(program, cuda_device.few_rows(3, program.limits.max_tokens))
-    kept = executor._launcher._workspace.nbytes
+    kept = executor._launcher.products.workspace.nbytes
     assert kept == 8 * 2 * 48 * 4, "the sums of gates and up projections alone"
     assert kept + rounded < counted
 
