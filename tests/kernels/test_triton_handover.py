@@ -33,16 +33,16 @@ from gristmill.kernels.triton.norms import rms_norm
 from gristmill.kernels.triton.quantize import Quantized, quantize, room
 
 EPS = 1e-5
-INTEGER = Config(2, 4, 1, integer=True)
+INTEGER = Config(8, 8, 1, integer=True)
 # format, config, tokens, gated: a pair's programs have half as many columns
 AHEAD = {
     "dp4a": ("int4", INTEGER, 1, False),
-    "dp4a gated": ("int8", Config(8, 4, 2, integer=True), 3, True),
-    "dp4a in splits": ("int4", Config(4, 2, 4, 2, integer=True), 4, False),
+    "dp4a gated": ("int8", Config(16, 8, 2, integer=True), 3, True),
+    "dp4a in splits": ("int4", Config(8, 2, 4, 2, integer=True), 4, False),
     "tiles": ("int8", Config(16, 0, 16, integer=True), 17, False),
     "gated tiles in splits": ("int4", Config(32, 0, 16, 2, integer=True), 7, True),
-    "floats": ("bf16", Config(4, 4), 2, False),
-    "floats in splits": ("fp8", Config(2, 4, splits=2), 4, True),
+    "floats": ("bf16", Config(8, 8), 2, False),
+    "floats in splits": ("fp8", Config(16, 4, splits=2), 4, True),
 }
 
 
@@ -74,7 +74,7 @@ def test_the_next_product_gets_what_kernels_between_give(name: str, integers: bo
     first = move(random_matrix(fmt, 2 * width if glu else width, k)[0])
     second = move(random_matrix("int4" if integers else "bf16", 12, width, 64 if integers else 0, seed=5)[0])
     p = planned(first, config, tokens, glu, 64)
-    following = INTEGER if integers else Config(4, 4)
+    following = INTEGER if integers else Config(8, 8)
     next_p = planned(second, following, tokens, False, 64)
     group = group_of(next_p)
     assert takes_prepared(next_p) and can_hand_over(p, width, glu, group)
