@@ -26,11 +26,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention_warps import attend_by_warps
 from .cache import LayerCache, data_columns, scale_planes
 from .overlap import let_next_begin, options, wait_for_inputs
 from .quantize import Quantized, store_quantized
 
 LOG2E = tl.constexpr(math.log2(math.e))
+REGISTERS = 128  # of a thread where a processor is to hold 16 warps
 SPLIT = tl.constexpr(256)  # positions of the shortest split
 
 
@@ -120,9 +122,17 @@ def _tiles(
     K_PLANES: tl.constexpr,
     V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, V_TYPE: tl.constexpr, V_BYTES: tl.constexpr,
     V_PLANES: tl.constexpr,
-    CAPPED: tl.constexpr,
+    CAPPED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over the tiles [begin, end), of which positions from ``most`` on are not read."""
+    """The online softmax over the tiles [begin, end), of which positions from ``most`` on are not read.
+
+    With PARTS these are all of a program's tiles, and the sums that are passed are empty.
+    """
+    if PARTS:
+        return attend_by_warps(
+            query, position, begin, most, k, k_scales, v, v_scales, row, ring, scale, softcap,
+            N, PARTS, WINDOW, K_DIM, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_TYPE, V_BYTES, V_PLANES, CAPPED,
+        )  # fmt: skip
     for start in range(begin, end, N):
         at = start + tl.arange(0, N)
         inside = at < most
@@ -182,7 +192,7 @@ def _attend_kernel(
     K_DIM: tl.constexpr, K_BLOCK: tl.constexpr, K_TYPE: tl.constexpr, K_BYTES: tl.constexpr,
     K_PLANES: tl.constexpr,
     V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, V_TYPE: tl.constexpr, V_BYTES: tl.constexpr,
-    V_PLANES: tl.constexpr, OVERLAP: tl.constexpr,
+    V_PLANES: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One block, kv head and split. Query m of the tile is head m % GROUP of the block's row m // GROUP."""
     let_next_begin(OVERLAP)
@@ -235,19 +245,20 @@ def _attend_kernel(
             m, l, shift, acc = _tiles(
                 m, l, shift, acc, query, query_sum, position, begin, open, most,
                 k, k_scales, v, v_scales, row, ring, scale, softcap, N, WINDOW, True,
-                K_DIM, K_BLOCK, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_BLOCK, V_TYPE, V_BYTES, V_PLANES, CAPPED,
+                K_DIM, K_BLOCK, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_BLOCK, V_TYPE, V_BYTES, V_PLANES, CAPPED, PARTS,
             )  # fmt: skip
         closed = tl.maximum(open, tl.minimum(first + 1, most) // N * N)
         m, l, shift, acc = _tiles(
             m, l, shift, acc, query, query_sum, position, open, closed, most,
             k, k_scales, v, v_scales, row, ring, scale, softcap, N, WINDOW, False,
-            K_DIM, K_BLOCK, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_BLOCK, V_TYPE, V_BYTES, V_PLANES, CAPPED,
+            K_DIM, K_BLOCK, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_BLOCK, V_TYPE, V_BYTES, V_PLANES, CAPPED, PARTS,
+            PARTS,
         )  # fmt: skip
         open = closed
     m, l, shift, acc = _tiles(
         m, l, shift, acc, query, query_sum, position, open, most, most,
         k, k_scales, v, v_scales, row, ring, scale, softcap, N, WINDOW, True,
-        K_DIM, K_BLOCK, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_BLOCK, V_TYPE, V_BYTES, V_PLANES, CAPPED,
+        K_DIM, K_BLOCK, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_BLOCK, V_TYPE, V_BYTES, V_PLANES, CAPPED, PARTS,
     )  # fmt: skip
     acc += shift[:, None]
     v_column = tl.arange(0, V_BLOCK)
@@ -327,6 +338,7 @@ class Tiling:
     splits: int
     warps: int
     stages: int
+    parts: int = 0
 
 
 @dataclass(frozen=True)
@@ -422,14 +434,16 @@ def attend(
     assert not split or (partials is not None and partials.acc.shape[2:] == (tiles.splits, cache.v.dim))
     assert not (split and cache.window) or tiles.splits >= 4, "a window needs splits for its ends"
     programs = len(q) if blocks is None else len(blocks)
-    queries = max(16, triton.next_power_of_2((1 if blocks is None else tiles.rows) * group))
+    queries = triton.next_power_of_2((1 if blocks is None else tiles.rows) * group)
+    queries = max(8 if tiles.parts else 16, queries)
+    registers = REGISTERS if tiles.parts and queries == 8 else None
     left = (partials.m, partials.l, partials.acc) if split and partials else (None, None, None)
     _attend_kernel[(programs, cache.kv_heads, tiles.splits)](
         q, cache.k.data, cache.k.scales, cache.v.data, cache.v.scales, sinks, out, *left,
         blocks, positions, slots, q.stride(0), out.stride(0), cache.ring, scale, softcap,
         KV_HEADS=cache.kv_heads, GROUP=group, M=queries, N=tiles.columns, SPLITS=tiles.splits,
-        WINDOW=cache.window, CAPPED=softcap > 0, ALWAYS_MASKED=queries == 16, **_shape(cache),
-        num_warps=tiles.warps, num_stages=tiles.stages, **options(),
+        WINDOW=cache.window, CAPPED=softcap > 0, ALWAYS_MASKED=queries <= 16, PARTS=tiles.parts, **_shape(cache),
+        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=registers, **options(),
     )  # fmt: skip
     if split:
         to = (None, None) if quantized is None else (quantized.q, quantized.scale)
