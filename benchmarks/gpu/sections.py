@@ -223,7 +223,7 @@ def attention(bench: Bench, names: tuple[str, ...] = LONG_CACHES) -> None:
         made[name] = LongAttention.make(
             name, heads, kv_heads, dim, sizes.long_context, sizes.long_layers, bench.device
         )
-        runs[name] = bench.clock.graphed(made[name].launcher(bench.processors))
+        runs[name] = bench.clock.graphed(made[name].launcher(made[name].tilings(bench.processors)[0]))
     rounds = []
     for _ in range(sizes.rounds):
         roof = bench.roof.sample()
@@ -239,6 +239,29 @@ def attention(bench: Bench, names: tuple[str, ...] = LONG_CACHES) -> None:
         if name != "f16":
             faster = median(times["f16"] / times[name] for _, times in rounds)
             add("attention", kind, FASTER, faster, "")
+    for name, layer in made.items():
+        other_tilings(bench, f"{name} KV", layer)
+
+
+def other_tilings(bench: Bench, kind: str, layer: LongAttention) -> None:
+    """All tilings of a long context in turns, and how far off they are from the last, whose warps share tiles."""
+    found = layer.tilings(bench.processors)
+    if len(found) == 1:
+        return
+    runs = [bench.clock.graphed(layer.launcher(tiles)) for tiles in found]
+    results, times = [], []
+    for run in runs:
+        run()
+        results.append(layer.out.double())
+    for _ in range(max(1, bench.sizes.rounds // 2)):
+        times.append([bench.clock.seconds(run, bench.sizes.replays) for run in runs])
+    for tiles, result, *seconds in zip(found, results, *times):
+        off = float((result - results[-1]).abs().max() / results[-1].abs().max())
+        what = f"tiles of {tiles.columns}, {tiles.warps} warps, {tiles.resident} x, {tiles.splits} splits"
+        bench.results.add(
+            "attention", kind, what, 1e6 * median(seconds) / bench.sizes.long_layers, "us",
+            f"{off:.1e} of the largest number off", passed=off < 0.02,
+        )  # fmt: skip
 
 
 def torch_compile(bench: Bench) -> None:
@@ -282,6 +305,6 @@ SECTIONS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "bf16": (lambda bench: measure_format(bench, "bf16"), 30),
     "int8": (lambda bench: measure_format(bench, "int8"), 20),
     "fp8": (lambda bench: measure_format(bench, "fp8"), 20),
-    "attention": (attention, 15),
+    "attention": (attention, 45),
     "peer": (torch_compile, 120),
 }

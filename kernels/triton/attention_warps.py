@@ -28,6 +28,35 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 SMALLEST = tl.constexpr(1e-20)  # of the scales that the reference follows
+# inline assembly by which bytes become f16: of a word's four, and of the bytes of two words pair by pair
+INT8_NUMBERS = tl.constexpr(
+    """{ .reg .b32 t, p, q, c; xor.b32 t, $2, 0x80808080; mov.b32 c, 0x64806480;
+    prmt.b32 p, t, 0x64646464, 0x4140; prmt.b32 q, t, 0x64646464, 0x4342;
+    sub.f16x2 $0, p, c; sub.f16x2 $1, q, c; }"""
+)
+FP8_NUMBERS = tl.constexpr(
+    """{ .reg .b16 p, q; mov.b32 {p, q}, $2;
+    cvt.rn.f16x2.e4m3x2 $0, p; cvt.rn.f16x2.e4m3x2 $1, q; }"""
+)
+INT8_PAIRS = tl.constexpr(
+    """{ .reg .b32 t, u, x, y, p, q, r, s, c; mov.b32 c, 0x64806480;
+    xor.b32 x, $4, 0x80808080; xor.b32 y, $5, 0x80808080;
+    prmt.b32 t, x, y, 0x5140; prmt.b32 u, x, y, 0x7362;
+    prmt.b32 p, t, 0x64646464, 0x4140; prmt.b32 q, t, 0x64646464, 0x4342;
+    prmt.b32 r, u, 0x64646464, 0x4140; prmt.b32 s, u, 0x64646464, 0x4342;
+    sub.f16x2 $0, p, c; sub.f16x2 $1, q, c; sub.f16x2 $2, r, c; sub.f16x2 $3, s, c; }"""
+)
+FP8_PAIRS = tl.constexpr(
+    """{ .reg .b32 t, u; .reg .b16 p, q, r, s;
+    prmt.b32 t, $4, $5, 0x5140; prmt.b32 u, $4, $5, 0x7362; mov.b32 {p, q}, t; mov.b32 {r, s}, u;
+    cvt.rn.f16x2.e4m3x2 $0, p; cvt.rn.f16x2.e4m3x2 $1, q;
+    cvt.rn.f16x2.e4m3x2 $2, r; cvt.rn.f16x2.e4m3x2 $3, s; }"""
+)
+
+
+def by_warps(dtype: str, dim: int) -> bool:
+    """Whether keys or values of this type and width can be loaded so."""
+    return dtype in ("f16", "int8", "fp8") and dim in (64, 128)
 
 
 @triton.jit
@@ -62,48 +91,27 @@ def _numbers(words, TYPE: tl.constexpr):
     if INTERPRETED:
         first = tl.join(_byte(words, 0, TYPE), _byte(words, 1, TYPE))
         return tl.join(first, tl.join(_byte(words, 2, TYPE), _byte(words, 3, TYPE)))
-    elif TYPE == "fp8":
-        a, b = tl.inline_asm_elementwise(
-            "{ .reg .b16 p, q; mov.b32 {p, q}, $2; cvt.rn.f16x2.e4m3x2 $0, p; cvt.rn.f16x2.e4m3x2 $1, q; }",
-            "=r,=r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-        return tl.join(_halves(a), _halves(b))
     else:
-        a, b = tl.inline_asm_elementwise(
-            """{ .reg .b32 t, p, q, c; xor.b32 t, $2, 0x80808080; mov.b32 c, 0x64806480;
-            prmt.b32 p, t, 0x64646464, 0x4140; prmt.b32 q, t, 0x64646464, 0x4342;
-            sub.f16x2 $0, p, c; sub.f16x2 $1, q, c; }""",
-            "=r,=r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-        return tl.join(_halves(a), _halves(b))
+        ASSEMBLY: tl.constexpr = INT8_NUMBERS if TYPE == "int8" else FP8_NUMBERS
+        first, second = tl.inline_asm_elementwise(
+            ASSEMBLY, "=r,=r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
+        return tl.join(_halves(first), _halves(second))
 
 
 @triton.jit
 def _pairs(x, y, TYPE: tl.constexpr):
-    """The four numbers of each word of bytes of two positions, f16 [..., 2, 2, 2]: number a + 2 b of position e
-    at (e, a, b)."""
+    """The four numbers of each word of two positions, f16 [..., 2, 2, 2]: number a + 2 b of position e at
+    (e, a, b)."""
     if INTERPRETED:
         a, b = tl.join(_byte(x, 0, TYPE), _byte(y, 0, TYPE)), tl.join(_byte(x, 1, TYPE), _byte(y, 1, TYPE))
         c, d = tl.join(_byte(x, 2, TYPE), _byte(y, 2, TYPE)), tl.join(_byte(x, 3, TYPE), _byte(y, 3, TYPE))
         return tl.join(tl.join(a, b), tl.join(c, d))
-    elif TYPE == "fp8":
-        a, b, c, d = tl.inline_asm_elementwise(
-            """{ .reg .b32 t, u; .reg .b16 p, q, r, s;
-            prmt.b32 t, $4, $5, 0x5140; prmt.b32 u, $4, $5, 0x7362; mov.b32 {p, q}, t; mov.b32 {r, s}, u;
-            cvt.rn.f16x2.e4m3x2 $0, p; cvt.rn.f16x2.e4m3x2 $1, q;
-            cvt.rn.f16x2.e4m3x2 $2, r; cvt.rn.f16x2.e4m3x2 $3, s; }""",
-            "=r,=r,=r,=r,r,r", [x, y], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-        return tl.join(tl.join(_halves(a), _halves(b)), tl.join(_halves(c), _halves(d)))
     else:
+        ASSEMBLY: tl.constexpr = INT8_PAIRS if TYPE == "int8" else FP8_PAIRS
         a, b, c, d = tl.inline_asm_elementwise(
-            """{ .reg .b32 t, u, x, y, p, q, r, s, c;
-            xor.b32 x, $4, 0x80808080; xor.b32 y, $5, 0x80808080; mov.b32 c, 0x64806480;
-            prmt.b32 t, x, y, 0x5140; prmt.b32 u, x, y, 0x7362;
-            prmt.b32 p, t, 0x64646464, 0x4140; prmt.b32 q, t, 0x64646464, 0x4342;
-            prmt.b32 r, u, 0x64646464, 0x4140; prmt.b32 s, u, 0x64646464, 0x4342;
-            sub.f16x2 $0, p, c; sub.f16x2 $1, q, c; sub.f16x2 $2, r, c; sub.f16x2 $3, s, c; }""",
-            "=r,=r,=r,=r,r,r", [x, y], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+            ASSEMBLY, "=r,=r,=r,=r,r,r", [x, y], dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True, pack=1,
         )  # fmt: skip
         return tl.join(tl.join(_halves(a), _halves(b)), tl.join(_halves(c), _halves(d)))
 
@@ -132,7 +140,7 @@ def _queries(query, PARTS: tl.constexpr, DIM: tl.constexpr, TYPE: tl.constexpr):
 
 @triton.jit
 def _values(words, PARTS: tl.constexpr, DIM: tl.constexpr, TYPE: tl.constexpr):
-    """Values to multiply [PARTS, DIM, N / PARTS] of words [4, 8, N / 8, 2, .., ..]; see `_columns`, `_chances`."""
+    """Values to multiply [PARTS, DIM, N / PARTS] of words [4, 8, N / 8, 2, .., ..]; see also `_columns`."""
     EIGHTS: tl.constexpr = words.shape[2] // PARTS
     EACH: tl.constexpr = words.shape[4] * words.shape[5]
     x, y = tl.split(tl.permute(words, (0, 1, 2, 4, 5, 3)))
@@ -222,7 +230,7 @@ def _load_values(
 ):  # fmt: skip
     """Rows of ROW words of a tile's values [4, 8, N / 8, 2, ROW / 8 / WORDS, WORDS].
 
-    That is pairs of an eight of positions, chunks, eights, position of a pair, chunks of the next load, words.
+    That is pairs of eight positions, chunks, eights, positions of a pair, further chunks, words.
     """
     WORDS: tl.constexpr = min(4, ROW // 8)
     eight = tl.arange(0, N // 8)[None, None, :, None, None, None]
@@ -232,6 +240,24 @@ def _load_values(
     chunk = tl.arange(0, ROW // 8 // WORDS)[None, None, None, None, :, None] * 8 + chunk
     word = chunk * WORDS + tl.arange(0, WORDS)[None, None, None, None, None, :]
     return _load(data, ROW, start, offset, word, end, ring, WINDOW, MASKED)
+
+
+@triton.jit
+def _fetch(
+    data, start, end, ring, N: tl.constexpr, ROW: tl.constexpr, WINDOW: tl.constexpr
+):  # fmt: skip
+    """Asks for a tile's rows in the L2 cache, 128 bytes for a thread; past the end for the last one again."""
+    LINES: tl.constexpr = ROW // 32 if ROW > 32 else 1
+    line = tl.arange(0, N * LINES)
+    position = tl.minimum(start + line // LINES, end - 1)
+    if WINDOW:
+        position = position % ring
+    if not INTERPRETED:
+        address = (data + position * ROW + line % LINES * 32).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l", [address], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -269,6 +295,7 @@ def _walk(
     N: tl.constexpr, PARTS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
     K_DIM: tl.constexpr, K_TYPE: tl.constexpr, K_ROW: tl.constexpr,
     V_DIM: tl.constexpr, V_TYPE: tl.constexpr, V_ROW: tl.constexpr, CAPPED: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """The tiles [begin, end), the first of which is loaded; a tile is asked for as soon as one is multiplied.
 
@@ -276,6 +303,9 @@ def _walk(
     """
     for start in range(begin, end, N):
         after = start + N
+        if AHEAD:
+            _fetch(k, start + (AHEAD + 1) * N, end, ring, N, K_ROW, WINDOW)
+            _fetch(v, start + (AHEAD + 1) * N, end, ring, N, V_ROW, WINDOW)
         s = tl.dot(_keys(k_words, PARTS, K_DIM, K_TYPE), queries, out_dtype=tl.float32)
         k_words = _load_keys(k, after, end, ring, N, K_ROW, WINDOW, MASKED)
         s = _scores(s, k_scale, k_base, query_sum, unit, softcap, K_TYPE, CAPPED)
@@ -318,7 +348,7 @@ def attend_by_warps(
     N: tl.constexpr, PARTS: tl.constexpr, WINDOW: tl.constexpr,
     K_DIM: tl.constexpr, K_TYPE: tl.constexpr, K_BYTES: tl.constexpr, K_PLANES: tl.constexpr,
     V_DIM: tl.constexpr, V_TYPE: tl.constexpr, V_BYTES: tl.constexpr, V_PLANES: tl.constexpr,
-    CAPPED: tl.constexpr,
+    CAPPED: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """m, l, shift [M] and acc [M, V_DIM] of the tiles [begin, most); see `attention._tiles`.
 
@@ -352,7 +382,7 @@ def attend_by_warps(
         m, l, shift, acc = _walk(
             m, l, shift, acc, *first, queries, query_sum, position, begin, closed,
             k, k_scales, v, v_scales, ring, unit, softcap, N, PARTS, WINDOW, False,
-            K_DIM, K_TYPE, K_ROW, V_DIM, V_TYPE, V_ROW, CAPPED,
+            K_DIM, K_TYPE, K_ROW, V_DIM, V_TYPE, V_ROW, CAPPED, AHEAD,
         )  # fmt: skip
     first = _load_tile(
         closed, most, k, k_scales, v, v_scales, ring, N, PARTS, WINDOW, True, K_TYPE, K_ROW, V_TYPE, V_ROW
@@ -360,7 +390,7 @@ def attend_by_warps(
     m, l, shift, acc = _walk(
         m, l, shift, acc, *first, queries, query_sum, position, closed, most,
         k, k_scales, v, v_scales, ring, unit, softcap, N, PARTS, WINDOW, True,
-        K_DIM, K_TYPE, K_ROW, V_DIM, V_TYPE, V_ROW, CAPPED,
+        K_DIM, K_TYPE, K_ROW, V_DIM, V_TYPE, V_ROW, CAPPED, AHEAD,
     )  # fmt: skip
     most_m = tl.max(m, 0)
     reference = tl.where(most_m == float("-inf"), 0.0, most_m)
