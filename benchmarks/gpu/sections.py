@@ -244,22 +244,25 @@ def attention(bench: Bench, names: tuple[str, ...] = LONG_CACHES) -> None:
 
 
 def other_tilings(bench: Bench, kind: str, layer: LongAttention) -> None:
-    """All tilings of a long context in turns, and how far off they are from the last, whose warps share tiles."""
+    """All tilings of a long context in turns, and how far off the last one, of shared tiles."""
     found = layer.tilings(bench.processors)
     if len(found) == 1:
         return
-    runs = [bench.clock.graphed(layer.launcher(tiles)) for tiles in found]
-    results, times = [], []
+    runs, results = [bench.clock.graphed(layer.launcher(tiles)) for tiles in found], []
     for run in runs:
         run()
         results.append(layer.out.double())
-    for _ in range(max(1, bench.sizes.rounds // 2)):
-        times.append([bench.clock.seconds(run, bench.sizes.replays) for run in runs])
-    for tiles, result, *seconds in zip(found, results, *times):
+    rounds = [
+        [bench.clock.seconds(run, bench.sizes.replays) for run in runs]
+        for _ in range(max(1, bench.sizes.rounds // 2))
+    ]
+    for tiles, result, *seconds in zip(found, results, *rounds):
         off = float((result - results[-1]).abs().max() / results[-1].abs().max())
-        what = f"tiles of {tiles.columns}, {tiles.warps} warps, {tiles.resident} x, {tiles.splits} splits"
+        shape = f"tiles of {tiles.columns}, {tiles.warps} warps, {tiles.splits} splits"
+        if tiles.parts:
+            shape = f"by warps, {shape}, {tiles.resident} programs, {tiles.ahead} ahead"
         bench.results.add(
-            "attention", kind, what, 1e6 * median(seconds) / bench.sizes.long_layers, "us",
+            "attention", kind, shape, 1e6 * median(seconds) / bench.sizes.long_layers, "us",
             f"{off:.1e} of the largest number off", passed=off < 0.02,
         )  # fmt: skip
 

@@ -33,10 +33,10 @@ from .quantize import Quantized, store_quantized
 
 LOG2E = tl.constexpr(math.log2(math.e))
 REGISTERS = 65536  # of a processor of an sm_90
-# columns, warps and resident programs where warps go by themselves, by whether keys and values are bytes
+# columns, warps, resident programs and tiles ahead where warps go by themselves, by whether all is bytes
 WARP_SHAPES = {
-    True: ((128, 8, 2), (64, 4, 4), (64, 4, 3), (128, 4, 2)),
-    False: ((64, 4, 3), (128, 8, 1), (128, 4, 2)),
+    True: ((128, 8, 2, 0), (128, 8, 2, 1), (64, 4, 4, 0), (64, 4, 3, 0), (128, 4, 2, 0)),
+    False: ((64, 4, 3, 0), (64, 4, 3, 1), (128, 8, 1, 0), (128, 4, 2, 0)),
 }
 SPLIT = tl.constexpr(256)  # positions of the shortest split
 
@@ -339,7 +339,8 @@ class Tiling:
     rows: most query rows of a block, a power of two; columns: positions of a tile, a power of two up to 256;
     splits: most splits of the context, 1 or a power of two (at least 4 with a window); warps: of a program;
     stages: tiles that are under way; parts: 0, or as many as there are warps where these go through the tiles
-    by themselves (attention_warps.py); resident: programs of up to 8 queries that a processor then holds.
+    by themselves (attention_warps.py); resident: programs of up to 8 queries that a processor then holds;
+    ahead: tiles that are then asked for in the L2 cache before they are loaded.
     """
 
     rows: int
@@ -389,7 +390,7 @@ def allocate_partials(
 
 
 def tiling(cache: LayerCache, heads: int, rows: int, blocks: int, processors: int = 132) -> Tiling:
-    """The first of `tilings`, for launches of up to ``blocks`` blocks that should hold up to ``rows`` rows each."""
+    """The first of `tilings`."""
     return tilings(cache, heads, rows, blocks, processors)[0]
 
 
@@ -398,8 +399,9 @@ def tilings(
 ) -> list[Tiling]:
     """Those that are worth a measurement, the one first that should be fastest.
 
-    A block gets as many rows as fit into a tile of 16 queries, which tensor cores take at least, or where
-    more rows are asked for, of 128.
+    They are for launches of up to ``blocks`` blocks that should hold up to ``rows`` rows each. A block gets
+    as many rows as fit into a tile of 16 queries, which tensor cores take at least, or where more rows are
+    asked for, of 128.
     """
     group = heads // cache.kv_heads
     wide = max(cache.k.dim, cache.v.dim) > 128
@@ -442,10 +444,10 @@ def _tilings_by_warps(
     bytes_only = "f16" not in (cache.k.dtype, cache.v.dtype)
     most, few = blocks * cache.kv_heads, -(-blocks // block_rows) * cache.kv_heads
     found = []
-    for columns, warps, resident in WARP_SHAPES[bytes_only]:
+    for columns, warps, resident, ahead in WARP_SHAPES[bytes_only]:
         loads = (most / (resident * processors), few / processors)
         splits = _with_ends(cache, _balanced(loads, _most_splits(cache)))
-        found.append(Tiling(block_rows, columns, splits, warps, 1, warps, resident))
+        found.append(Tiling(block_rows, columns, splits, warps, 1, warps, resident, ahead))
     return found
 
 

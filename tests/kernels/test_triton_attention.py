@@ -228,7 +228,7 @@ def test_tilings_by_warps_fill_the_device():
     assert tiling(cache, 32, 4, 4).splits == 16, "4 rows in two rounds, one block of them on 128 processors"
     assert tiling(cache, 32, 4, 64).splits == 1
     assert tiling(cache, 32, 4, 1).registers() == 128
-    assert [tiles.parts for tiles in tilings(cache, 32, 4, 1)] == [8, 4, 4, 4, 0]
+    assert [tiles.parts for tiles in tilings(cache, 32, 4, 1)] == [8, 8, 4, 4, 4, 0]
     assert [tiles.parts for tiles in tilings(cache, 32, 512, 17)] == [0]
     for other in (("int4", "int8", 128), ("int8", "f32", 128), ("int8", "int8", 256), ("f16", "f16", 80)):
         cache = allocate(*other[:2], other[2], other[2], 8, 1, 1 << 15, device="meta")

@@ -6,6 +6,7 @@ A register is bytes [n, 2] or [n, 4], the least significant one first.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def _from_e4m3(a: Tensor) -> Tensor:
     return a.contiguous().view(torch.float8_e4m3fn).half().view(torch.uint8)
 
 
-OPERATIONS = {
+OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "mov.b32": lambda a: a, "xor.b32": lambda a, b: a ^ b, "prmt.b32": _permute, "sub.f16x2": _subtract,
     "cvt.rn.f16x2.e4m3x2": _from_e4m3,
 }  # fmt: skip
