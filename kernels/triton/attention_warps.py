@@ -30,10 +30,10 @@ conversions of integers at 16 lanes a cycle and processor), beside the bytes at 
       barriers of a tile           9             14            11            16
       issue, conversions           7.8 us        25, 18 us     18, 9 us      20, 18 us
       measured on an H200          51.9 us       62.1 us       47.8 us       66.8 us
-    by warps: instructions         231           385           256
+    by warps: instructions         233           389           258
       of these conversions         36            180           84
       barriers of a tile           0             0             0
-      issue                        4.1 us        6.8 us        4.5 us
+      issue                        4.1 us        6.9 us        4.6 us
     bytes                          30.2 us       16.0 us       15.6 us       9.4 us
 
 With 128 registers for int8 and fp8, 168 for f16, 16 and 12 warps of a processor have 4 and 8 KiB each under
@@ -263,26 +263,35 @@ def _load_values(
 
 
 @triton.jit
-def _fetch(data, start, end, ring, N: tl.constexpr, ROW: tl.constexpr, WINDOW: tl.constexpr):
-    """Asks for a tile's rows of ROW words in the L2 cache; beyond the last row for its end again."""
+def _fetch(data, others, start, end, ring, N: tl.constexpr, ROW: tl.constexpr, WINDOW: tl.constexpr):
+    """Asks for a tile's rows of ROW words of two tensors in the L2 cache; beyond the last row for its end."""
     if not INTERPRETED:
-        place = tl.minimum(start * ROW + 32 * tl.arange(0, N * ROW // 32), end * ROW - 1)
+        LINES: tl.constexpr = N * ROW // 32
+        line = tl.arange(0, 2 * LINES)
+        place = tl.minimum(start * ROW + 32 * (line % LINES), end * ROW - 1)
         if WINDOW:
             place = place % (ring * ROW)
+        address = tl.where(line < LINES, (data + place).to(tl.int64), (others + place).to(tl.int64))
         tl.inline_asm_elementwise(
-            "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l", [(data + place).to(tl.int64)],
-            dtype=tl.int32, is_pure=False, pack=1,
+            "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l", [address], dtype=tl.int32, is_pure=False,
+            pack=1,
         )  # fmt: skip
 
 
 @triton.jit
-def _fetch_scales(
-    scales, start, end, ring, N: tl.constexpr, TYPE: tl.constexpr, WINDOW: tl.constexpr
+def _fetch_tile(
+    start, end, k, k_scales, v, v_scales, ring, N: tl.constexpr, WINDOW: tl.constexpr,
+    K_TYPE: tl.constexpr, K_ROW: tl.constexpr, V_TYPE: tl.constexpr, V_ROW: tl.constexpr,
 ):  # fmt: skip
-    if TYPE != "f16":
-        _fetch(scales, start, end, ring, N, 1, WINDOW)
-    if TYPE == "int8":
-        _fetch(scales + ring, start, end, ring, N, 1, WINDOW)
+    if K_ROW == V_ROW:
+        _fetch(k, v, start, end, ring, N, K_ROW, WINDOW)
+    else:
+        _fetch(k, k, start, end, ring, N, K_ROW, WINDOW)
+        _fetch(v, v, start, end, ring, N, V_ROW, WINDOW)
+    if K_TYPE != "f16":  # the second plane of int8 or the first one again
+        _fetch(k_scales, k_scales + (ring if K_TYPE == "int8" else 0), start, end, ring, N, 1, WINDOW)
+    if V_TYPE != "f16":
+        _fetch(v_scales, v_scales + (ring if V_TYPE == "int8" else 0), start, end, ring, N, 1, WINDOW)
 
 
 @triton.jit
@@ -301,16 +310,21 @@ def _load_tile(
 
 @triton.jit
 def _scores(s, scale, base, query_sum, unit, softcap, TYPE: tl.constexpr, CAPPED: tl.constexpr):
-    """Scores [PARTS, COUNT, M] in base 2 of products with stored keys."""
+    """Of products with stored keys [PARTS, COUNT, M] two factors whose product is the score in base 2.
+
+    Sums of products are fma here and where scores are used, so that no compiler chooses between one and two
+    roundings in the tiles that need a mask otherwise than in those that do not.
+    """
+    factor = unit
     if TYPE == "int8":
-        s = s * (scale * unit)[:, :, None] + query_sum[None, None, :] * (base * unit)[:, :, None]
+        s = tl.fma(s, (scale * unit)[:, :, None], query_sum[None, None, :] * (base * unit)[:, :, None])
+        factor = 1.0
     elif TYPE == "fp8":
-        s = s * (scale * unit)[:, :, None]
-    else:
-        s = s * unit
+        factor = (scale * unit)[:, :, None]
     if CAPPED:  # softcap tanh(s / softcap) = softcap - 2 softcap / (e^(2 s / softcap) + 1)
-        s = (softcap - 2 * softcap / (tl.exp2(s * (2 * LOG2E / softcap)) + 1)) * LOG2E
-    return s
+        s = softcap - 2 * softcap / (tl.exp2(s * factor * (2 * LOG2E / softcap)) + 1)
+        factor = LOG2E
+    return s, factor
 
 
 @triton.jit
@@ -329,37 +343,39 @@ def _walk(
     for start in range(begin, end, N):
         after = start + N
         if AHEAD:
-            fetched = after + AHEAD * N
-            _fetch(k, fetched, end, ring, N, K_ROW, WINDOW)
-            _fetch_scales(k_scales, fetched, end, ring, N, K_TYPE, WINDOW)
-            _fetch(v, fetched, end, ring, N, V_ROW, WINDOW)
-            _fetch_scales(v_scales, fetched, end, ring, N, V_TYPE, WINDOW)
+            _fetch_tile(
+                after + AHEAD * N, end, k, k_scales, v, v_scales, ring, N, WINDOW,
+                K_TYPE, K_ROW, V_TYPE, V_ROW,
+            )  # fmt: skip
         s = tl.dot(_keys(k_words, PARTS, K_DIM, K_TYPE), queries, out_dtype=tl.float32)
         k_words = _load_keys(k, after, end, ring, N, K_ROW, WINDOW, MASKED)
-        s = _scores(s, k_scale, k_base, query_sum, unit, softcap, K_TYPE, CAPPED)
+        s, factor = _scores(s, k_scale, k_base, query_sum, unit, softcap, K_TYPE, CAPPED)
         k_scale, k_base = _load_scales(k_scales, after, end, ring, N, PARTS, K_TYPE, WINDOW, MASKED)
+        scaled = s * factor
+        if V_TYPE != "f16":
+            scaled = tl.fma(s, factor, _log2(tl.maximum(v_scale, SMALLEST))[:, :, None])
         if MASKED:
             at = (start + _offsets(N, PARTS))[:, :, None]
             seen = at <= position[None, None, :]
             if WINDOW:
                 seen = seen & (at > position[None, None, :] - WINDOW)
-            s = tl.where(seen, s, float("-inf"))
-        scaled = s
-        if V_TYPE != "f16":
-            scaled = s + _log2(tl.maximum(v_scale, SMALLEST))[:, :, None]
+            scaled = tl.where(seen, scaled, float("-inf"))
         most_s = tl.maximum(m, tl.max(scaled, 1))
         reference = most_s
         if MASKED:  # a row that has seen nothing yet
             reference = tl.where(most_s == float("-inf"), 0.0, most_s)
-        p = tl.exp2(s - reference[:, None, :])
+        above = tl.fma(s, factor, -reference[:, None, :])
+        if MASKED:
+            above = tl.where(seen, above, float("-inf"))
+        p = tl.exp2(above)
         correction = tl.exp2(m - reference)[:, None, :]
         m = most_s
-        l = l * correction + p
+        l = tl.fma(l, correction, p)
         if V_TYPE == "int8":
-            shifted = p * v_base[:, :, None]
+            base = v_base[:, :, None]
             if MASKED:  # what is no number stays with those who see it
-                shifted = tl.where(seen, shifted, 0.0)
-            shift = shift * correction + shifted
+                base = tl.where(seen, base, 0.0)
+            shift = tl.fma(p, base, shift * correction)
         if V_TYPE != "f16":
             p = p * v_scale[:, :, None]
             if MASKED:
