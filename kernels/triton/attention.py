@@ -12,6 +12,8 @@ shares its block or its batch: tiles that a row does not see leave its sums exac
 so integers enter the tensor cores as they are, exact in f16, and what scales them is applied to scores and
 probabilities. int4 has several scales in a row and is scaled before. A cache of f32 is multiplied in f32.
 
+Up to 16 queries over f16, int8 and fp8 go another way: warps by themselves (attention_warps.py).
+
 With one split a program writes its rows' output; with more (flash-decoding) it writes m, l and acc, which
 `combine` adds up in the order of the context.
 """

@@ -1,5 +1,7 @@
 """Attention in Triton, in Triton's interpreter or on a device, against float64 over the same stored cache."""
 
+import re
+
 import pytest
 import torch
 
@@ -27,6 +29,7 @@ from gristmill.runtime.program import CACHE_TYPES
 
 TOLERANCE = {"f32": 2e-5, "f16": 2e-3}  # of f32 products, and of queries and probabilities rounded to f16
 DECODE, BLOCKS = Tiling(1, 64, 1, 4, 2), Tiling(8, 32, 1, 4, 2)
+BY_WARPS = [f"attention {dtype} {rows}" for dtype in ("f16", "int8", "fp8") for rows in (1, 4)]
 WARPS = Tiling(4, 64, 1, 4, 1, 4, 4)  # which go through the context by themselves
 
 
@@ -241,3 +244,17 @@ def test_kernels_compile_for_sm_90():
     assert len(compiled) > 25
     for kernel in compiled:
         assert kernel.fits(), kernel.summary()
+    by_warps = [k for k in compiled if k.kernel == "_attend_kernel" and k.launch in BY_WARPS]
+    assert len(by_warps) == len(BY_WARPS)
+    for kernel in by_warps:
+        found = [body for body in loops(kernel.ptx) if "mma.sync" in body]
+        assert len(found) == 2, "tiles that all rows see, and others"
+        for body in found:  # Triton has found the layouts: nothing passes through shared memory
+            assert "bar.sync" not in body and "st.shared" not in body, kernel.summary()
+
+
+def loops(ptx):
+    """From every label to the last branch back to it."""
+    starts = {match[1]: match.start() for match in re.finditer(r"^(\$L\w+):", ptx, re.M)}
+    ends = {match[1]: match.end() for match in re.finditer(r"bra(?:\.uni)?\s+(\$L\w+);", ptx)}
+    return [ptx[start : ends[name]] for name, start in starts.items() if ends.get(name, 0) > start]
