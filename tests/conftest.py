@@ -60,7 +60,8 @@ def exports_are_remembered() -> Iterator[None]:
 def rows_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter multiplies by BLAS, whose order of summing depends on a row's place on some
     processors; a device's does not."""
-    monkeypatch.setattr(np, "matmul", lambda a, b, dtype=None: np.einsum("ij,jk->ik", a, b, dtype=dtype))
+    rows = "...ij,...jk->...ik"
+    monkeypatch.setattr(np, "matmul", lambda a, b, dtype=None: np.einsum(rows, a, b, dtype=dtype))
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpu.paper import ROPES
 from gristmill.compiler.memory import plan_arena
 from gristmill.kernels.triton import linear_configs
-from gristmill.kernels.triton.attention import allocate_partials, attend, tiling
+from gristmill.kernels.triton.attention import Tiling, allocate_partials, attend, tilings
 from gristmill.kernels.triton.cache import LayerCache, allocate, row_bytes
 from gristmill.kernels.triton.matrix import Matrix, merge, meta_matrix
 from gristmill.runtime.artifact import PROGRAM, open_artifact
@@ -212,11 +212,15 @@ class LongAttention:
         row = row_bytes(cache.k.dtype, cache.k.dim) + row_bytes(cache.v.dtype, cache.v.dim)
         return row * cache.kv_heads * cache.ring
 
-    def launcher(self, processors: int) -> Callable[[], None]:
+    def tilings(self, processors: int) -> list[Tiling]:
+        """Those that come into question, the executor's first."""
+        first = self.caches[0]
+        group = self.heads // first.kv_heads
+        return tilings(first, self.heads, max(1, TILE_QUERIES // group), 1, processors)
+
+    def launcher(self, tiles: Tiling) -> Callable[[], None]:
         """A function that launches every layer's attention once."""
         first, device = self.caches[0], self.q.device
-        group = self.heads // first.kv_heads
-        tiles = tiling(first, self.heads, max(1, TILE_QUERIES // group), 1, processors)
         partials = None
         if tiles.splits > 1:
             partials = allocate_partials(1, self.heads, tiles.splits, first.v.dim, device)

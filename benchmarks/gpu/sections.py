@@ -241,7 +241,7 @@ def attention(bench: Bench, names: tuple[str, ...] = LONG_CACHES) -> None:
         made[name] = LongAttention.make(
             name, heads, kv_heads, dim, sizes.long_context, sizes.long_layers, bench.device
         )
-        runs[name] = bench.clock.graphed(made[name].launcher(bench.processors))
+        runs[name] = bench.clock.graphed(made[name].launcher(made[name].tilings(bench.processors)[0]))
     rounds = []
     for _ in range(sizes.rounds):
         roof = bench.roof.sample()
@@ -257,6 +257,32 @@ def attention(bench: Bench, names: tuple[str, ...] = LONG_CACHES) -> None:
         if name != "f16":
             faster = median(times["f16"] / times[name] for _, times in rounds)
             add("attention", kind, FASTER, faster, "")
+    for name, layer in made.items():
+        other_tilings(bench, f"{name} KV", layer)
+
+
+def other_tilings(bench: Bench, kind: str, layer: LongAttention) -> None:
+    """All tilings of a long context in turns, and how far off the last one, of shared tiles."""
+    found = layer.tilings(bench.processors)
+    if len(found) == 1:
+        return
+    runs, results = [bench.clock.graphed(layer.launcher(tiles)) for tiles in found], []
+    for run in runs:
+        run()
+        results.append(layer.out.double())
+    rounds = [
+        [bench.clock.seconds(run, bench.sizes.replays) for run in runs]
+        for _ in range(max(1, bench.sizes.rounds // 2))
+    ]
+    for tiles, result, *seconds in zip(found, results, *rounds):
+        off = float((result - results[-1]).abs().max() / results[-1].abs().max())
+        shape = f"tiles of {tiles.columns}, {tiles.warps} warps, {tiles.splits} splits"
+        if tiles.parts:
+            shape = f"by warps, {shape}, {tiles.resident} programs, {tiles.ahead} ahead"
+        bench.results.add(
+            "attention", kind, shape, 1e6 * median(seconds) / bench.sizes.long_layers, "us",
+            f"{off:.1e} of the largest number off", passed=off < 0.02,
+        )  # fmt: skip
 
 
 def torch_compile(bench: Bench) -> None:
@@ -333,7 +359,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "bf16": (lambda bench: measure_format(bench, "bf16"), 30),
     "int8": (lambda bench: measure_format(bench, "int8"), 20),
     "fp8": (lambda bench: measure_format(bench, "fp8"), 20),
-    "attention": (attention, 15),
+    "attention": (attention, 45),
     "variants": (variants, 40),
     "peer": (torch_compile, 120),
 }

@@ -12,6 +12,8 @@ shares its block or its batch: tiles that a row does not see leave its sums exac
 so integers enter the tensor cores as they are, exact in f16, and what scales them is applied to scores and
 probabilities. int4 has several scales in a row and is scaled before. A cache of f32 is multiplied in f32.
 
+Up to 16 queries over f16, int8 and fp8 go another way: warps by themselves (attention_warps.py).
+
 With one split a program writes its rows' output; with more (flash-decoding) it writes m, l and acc, which
 `combine` adds up in the order of the context.
 """
@@ -26,11 +28,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention_warps import attend_by_warps, by_warps
 from .cache import LayerCache, data_columns, scale_planes
 from .overlap import let_next_begin, options, wait_for_inputs
 from .quantize import Quantized, store_quantized
 
 LOG2E = tl.constexpr(math.log2(math.e))
+REGISTERS = 65536  # of a processor of an sm_90
+# columns, warps, resident programs and tiles ahead where warps go by themselves, by whether all is bytes
+WARP_SHAPES = {
+    True: ((128, 8, 2, 0), (128, 8, 2, 1), (64, 4, 4, 0), (64, 4, 3, 0), (128, 4, 2, 0)),
+    False: ((64, 4, 3, 0), (64, 4, 3, 1), (128, 8, 1, 0), (128, 4, 2, 0)),
+}
 SPLIT = tl.constexpr(256)  # positions of the shortest split
 
 
@@ -120,9 +129,18 @@ def _tiles(
     K_PLANES: tl.constexpr,
     V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, V_TYPE: tl.constexpr, V_BYTES: tl.constexpr,
     V_PLANES: tl.constexpr,
-    CAPPED: tl.constexpr,
+    CAPPED: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over the tiles [begin, end), of which positions from ``most`` on are not read."""
+    """The online softmax over the tiles [begin, end), of which positions from ``most`` on are not read.
+
+    With PARTS these are all of a program's tiles, and the sums that are passed are empty.
+    """
+    if PARTS:
+        return attend_by_warps(
+            query, position, begin, most, k, k_scales, v, v_scales, row, ring, scale, softcap,
+            N, PARTS, WINDOW, K_DIM, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_TYPE, V_BYTES, V_PLANES, CAPPED,
+            AHEAD,
+        )  # fmt: skip
     for start in range(begin, end, N):
         at = start + tl.arange(0, N)
         inside = at < most
@@ -182,7 +200,7 @@ def _attend_kernel(
     K_DIM: tl.constexpr, K_BLOCK: tl.constexpr, K_TYPE: tl.constexpr, K_BYTES: tl.constexpr,
     K_PLANES: tl.constexpr,
     V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, V_TYPE: tl.constexpr, V_BYTES: tl.constexpr,
-    V_PLANES: tl.constexpr, OVERLAP: tl.constexpr,
+    V_PLANES: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One block, kv head and split. Query m of the tile is head m % GROUP of the block's row m // GROUP."""
     let_next_begin(OVERLAP)
@@ -236,18 +254,21 @@ def _attend_kernel(
                 m, l, shift, acc, query, query_sum, position, begin, open, most,
                 k, k_scales, v, v_scales, row, ring, scale, softcap, N, WINDOW, True,
                 K_DIM, K_BLOCK, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_BLOCK, V_TYPE, V_BYTES, V_PLANES, CAPPED,
+                PARTS, AHEAD,
             )  # fmt: skip
         closed = tl.maximum(open, tl.minimum(first + 1, most) // N * N)
         m, l, shift, acc = _tiles(
             m, l, shift, acc, query, query_sum, position, open, closed, most,
             k, k_scales, v, v_scales, row, ring, scale, softcap, N, WINDOW, False,
             K_DIM, K_BLOCK, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_BLOCK, V_TYPE, V_BYTES, V_PLANES, CAPPED,
+            PARTS, AHEAD,
         )  # fmt: skip
         open = closed
     m, l, shift, acc = _tiles(
         m, l, shift, acc, query, query_sum, position, open, most, most,
         k, k_scales, v, v_scales, row, ring, scale, softcap, N, WINDOW, True,
         K_DIM, K_BLOCK, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_BLOCK, V_TYPE, V_BYTES, V_PLANES, CAPPED,
+        PARTS, AHEAD,
     )  # fmt: skip
     acc += shift[:, None]
     v_column = tl.arange(0, V_BLOCK)
@@ -319,7 +340,9 @@ class Tiling:
 
     rows: most query rows of a block, a power of two; columns: positions of a tile, a power of two up to 256;
     splits: most splits of the context, 1 or a power of two (at least 4 with a window); warps: of a program;
-    stages: tiles that are under way.
+    stages: tiles that are under way; parts: 0, or as many as there are warps where these go through the tiles
+    by themselves (attention_warps.py); resident: programs of up to 8 queries that a processor then holds;
+    ahead: tiles that are then asked for in the L2 cache before they are loaded.
     """
 
     rows: int
@@ -327,6 +350,15 @@ class Tiling:
     splits: int
     warps: int
     stages: int
+    parts: int = 0
+    resident: int = 0
+    ahead: int = 0
+
+    def registers(self) -> int | None:
+        """Of a thread, so that a processor holds as many programs as it should."""
+        if not self.resident:
+            return None
+        return min(255, REGISTERS // (32 * self.warps * self.resident) // 8 * 8)
 
 
 @dataclass(frozen=True)
@@ -360,11 +392,18 @@ def allocate_partials(
 
 
 def tiling(cache: LayerCache, heads: int, rows: int, blocks: int, processors: int = 132) -> Tiling:
-    """For launches of up to ``blocks`` blocks that should hold up to ``rows`` rows each.
+    """The first of `tilings`."""
+    return tilings(cache, heads, rows, blocks, processors)[0]
 
-    A block gets as many rows as fit into a tile of 16 queries, which tensor cores take at least, or where
-    more rows are asked for, of 128. Splits give each of the device's ``processors`` four programs, if there
-    are not enough blocks for that.
+
+def tilings(
+    cache: LayerCache, heads: int, rows: int, blocks: int, processors: int = 132
+) -> list[Tiling]:
+    """Those that are worth a measurement, the one first that should be fastest.
+
+    They are for launches of up to ``blocks`` blocks that should hold up to ``rows`` rows each. A block gets
+    as many rows as fit into a tile of 16 queries, which tensor cores take at least, or where more rows are
+    asked for, of 128.
     """
     group = heads // cache.kv_heads
     wide = max(cache.k.dim, cache.v.dim) > 128
@@ -373,20 +412,68 @@ def tiling(cache: LayerCache, heads: int, rows: int, blocks: int, processors: in
     block_rows = 1
     while 2 * block_rows * group <= most and block_rows < rows:
         block_rows *= 2
-    programs, splits = blocks * cache.kv_heads, 1
-    while splits < 64 and programs * splits < 4 * processors and splits * SPLIT.value < cache.ring:
-        splits *= 2
-    if cache.window and splits == 2:
-        splits = 4
     queries = max(16, triton.next_power_of_2(block_rows * group))
+    shared = _shared_tiling(cache, block_rows, queries, blocks * cache.kv_heads, wide, floats, processors)
+    if queries > 16 or not all(by_warps(part.dtype, part.dim) for part in (cache.k, cache.v)):
+        return [shared]
+    return [*_tilings_by_warps(cache, block_rows, blocks, processors), shared]
+
+
+def _shared_tiling(
+    cache: LayerCache, block_rows: int, queries: int, programs: int, wide: bool, floats: bool,
+    processors: int,
+) -> Tiling:  # fmt: skip
+    """For warps that share tiles. Splits give each processor four programs if there are not enough blocks."""
+    splits = 1
+    while splits < _most_splits(cache) and programs * splits < 4 * processors:
+        splits *= 2
+    splits = _with_ends(cache, splits)
     # smaller tiles where a thread's registers would not hold the scores and what scales them
     columns = 16 if floats else 32 if wide or (queries > 64 and cache.k.scales is not None) else 64
     if queries == 16 and not wide and not floats:
-        # int8 at 32k of context: 128 registers, so two programs and 64 KiB under way on each processor, which
-        # hide some 800 ns at 5 TB/s; 512 programs of Llama's 8 kv heads are two rounds of 132 x 2
         return Tiling(block_rows, columns, splits, 8, 3)
     warps = 8 if queries > 64 or (wide and queries > 16) or floats else 4
     return Tiling(block_rows, columns, splits, warps, 2)
+
+
+def _tilings_by_warps(
+    cache: LayerCache, block_rows: int, blocks: int, processors: int
+) -> list[Tiling]:  # fmt: skip
+    """For warps that go through tiles by themselves: WARP_SHAPES with splits that fill the device.
+
+    That is as blocks of one row each, and as few blocks of many rows, which take up a processor each.
+    """
+    bytes_only = "f16" not in (cache.k.dtype, cache.v.dtype)
+    most, few = blocks * cache.kv_heads, -(-blocks // block_rows) * cache.kv_heads
+    found = []
+    for columns, warps, resident, ahead in WARP_SHAPES[bytes_only]:
+        loads = (most / (resident * processors), few / processors)
+        splits = _with_ends(cache, _balanced(loads, _most_splits(cache)))
+        found.append(Tiling(block_rows, columns, splits, warps, 1, warps, resident, ahead))
+    return found
+
+
+def _most_splits(cache: LayerCache) -> int:
+    """Of a ring of which the shortest splits hold SPLIT positions."""
+    return min(64, triton.next_power_of_2(-(-cache.ring // SPLIT.value)))
+
+
+def _with_ends(cache: LayerCache, splits: int) -> int:
+    return 4 if cache.window and splits == 2 else splits
+
+
+def _balanced(loads: tuple[float, ...], most: int) -> int:
+    """The fewest splits, up to ``most``, with which about as much of the device is busy as with any.
+
+    loads: rounds of programs that the device would do, for one split.
+    """
+
+    def busy(splits: int) -> float:
+        return min(load * splits / math.ceil(load * splits) for load in loads)
+
+    choices = [1 << i for i in range(most.bit_length())]
+    enough = 0.95 * max(map(busy, choices))
+    return next(splits for splits in choices if busy(splits) >= enough)
 
 
 def blocks_of(positions: Tensor, slots: Tensor, rows: int) -> Tensor:
@@ -422,14 +509,17 @@ def attend(
     assert not split or (partials is not None and partials.acc.shape[2:] == (tiles.splits, cache.v.dim))
     assert not (split and cache.window) or tiles.splits >= 4, "a window needs splits for its ends"
     programs = len(q) if blocks is None else len(blocks)
-    queries = max(16, triton.next_power_of_2((1 if blocks is None else tiles.rows) * group))
+    queries = triton.next_power_of_2((1 if blocks is None else tiles.rows) * group)
+    queries = max(8 if tiles.parts else 16, queries)
+    registers = tiles.registers() if queries == 8 else None  # more queries take what they need
     left = (partials.m, partials.l, partials.acc) if split and partials else (None, None, None)
     _attend_kernel[(programs, cache.kv_heads, tiles.splits)](
         q, cache.k.data, cache.k.scales, cache.v.data, cache.v.scales, sinks, out, *left,
         blocks, positions, slots, q.stride(0), out.stride(0), cache.ring, scale, softcap,
         KV_HEADS=cache.kv_heads, GROUP=group, M=queries, N=tiles.columns, SPLITS=tiles.splits,
-        WINDOW=cache.window, CAPPED=softcap > 0, ALWAYS_MASKED=queries == 16, **_shape(cache),
-        num_warps=tiles.warps, num_stages=tiles.stages, **options(),
+        WINDOW=cache.window, CAPPED=softcap > 0, ALWAYS_MASKED=queries <= 16, PARTS=tiles.parts,
+        AHEAD=tiles.ahead, **_shape(cache),
+        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=registers, **options(),
     )  # fmt: skip
     if split:
         to = (None, None) if quantized is None else (quantized.q, quantized.scale)

@@ -9,7 +9,7 @@ import torch
 from compile_sm90 import Launch
 
 from gristmill.kernels.triton.append import Rotary, append, rope_tables
-from gristmill.kernels.triton.attention import allocate_partials, attend, tiling
+from gristmill.kernels.triton.attention import allocate_partials, attend, tiling, tilings
 from gristmill.kernels.triton.cache import allocate
 from gristmill.kernels.triton.gather import gather_rows
 from gristmill.kernels.triton.history import mark_seen, record
@@ -68,7 +68,29 @@ def attention_launches() -> Iterator[Launch]:
             yield f"attention {dtype} {rows}", partial(
                 attend, q, cache, *where, 0.1, tiles, out, blocks=table, partials=partials
             )
+    yield from warp_attention_launches()
     yield from odd_attention_launches()
+
+
+def warp_attention_launches() -> Iterator[Launch]:
+    """What else a measurement may choose for one row, and windows, softcap and narrow heads."""
+    q, out = empty(1, HEADS * DIM, dtype=torch.float16), empty(1, HEADS * DIM)
+    where = indices(1), indices(1)
+    for dtype in ("f16", "int8", "fp8"):
+        cache = allocate(dtype, dtype, DIM, DIM, KV_HEADS, 2, CONTEXT, device="meta")
+        for tiles in tilings(cache, HEADS, 4, 1)[1:-1]:
+            partials = allocate_partials(1, HEADS, tiles.splits, DIM, "meta")
+            yield f"attention {dtype} {tiles}", partial(
+                attend, q, cache, *where, 0.1, tiles, out, partials=partials
+            )
+    for k_dtype, v_dtype, dim, softcap in (("int8", "fp8", 128, 50.0), ("f16", "int8", 64, 0.0)):
+        cache = allocate(k_dtype, v_dtype, dim, dim, KV_HEADS, 2, 8192, 4096, device="meta")
+        tiles, width = tiling(cache, HEADS, 4, 1), HEADS * dim
+        partials = allocate_partials(1, HEADS, tiles.splits, dim, "meta")
+        yield f"attention of {dim} in a window", partial(
+            attend, q[:, :width], cache, *where, 0.1, tiles, out[:, :width], softcap, empty(32),
+            partials=partials,
+        )  # fmt: skip
 
 
 def odd_attention_launches() -> Iterator[Launch]:
