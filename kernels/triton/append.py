@@ -1,22 +1,30 @@
-"""Norm, rope and Hadamard rotation of heads, and the append of keys and values to the cache, in one kernel.
+"""Norm, rope and Hadamard rotation of heads, and the append of keys and values to the cache.
 
-One program takes one head of one row: a query goes to the caller's buffer, a key or a value is rounded to the
-cache's format and written at (slot, head, position). Rounding is the CPU's (kernels/cpu/cache.inc): int8 and
-int4 keep the best of 16 grids by squared error, fp8 scales the row's largest number to 448.
+Attention prepares its queries itself, and where every row is its slot's only one appends too; `append` is for
+rows that see each other. Keys and values are rounded to the cache's format and written at (slot, head,
+position). Rounding is the CPU's (kernels/cpu/cache.inc): int8 and int4 keep the best of 16 grids by squared
+error, fp8 scales the row's largest number to 448.
+
+A key or a value is held in COPIES equal copies [COPIES, D], one of each warp, so that sums over it stay within
+the warp; each copy tries its share of the grids, and the first one is written. Products that a sum follows are
+rounded by themselves (`product`): both kernels that append give the same bits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cache import CacheRows, LayerCache, data_columns, scale_planes
+from .cache import LayerCache, cache_constants
 from .overlap import let_next_begin, options, wait_for_inputs
 
 TINY = tl.constexpr(1e-35)  # the inverse of less would overflow; such rows count as zero or constant
+GRIDS = tl.constexpr(16)
+NO_GRID = tl.constexpr(1 << 40)  # ranks behind all grids
 
 
 @triton.jit
@@ -42,30 +50,71 @@ def rope_tables(positions: Tensor, inv_freq: Tensor, scale: float, cos: Tensor, 
 
 
 @triton.jit
-def _turn(x, cos, sin, DIMS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
-    """Rope of the first DIMS columns (arXiv 2104.09864, eq. 34); cos, sin: [DIMS / 2] of this row."""
-    at = tl.arange(0, BLOCK)
-    if INTERLEAVED:
-        pair, second, partner = at // 2, at % 2, at ^ 1
-    else:
-        second = (at >= DIMS // 2).to(tl.int32)
-        pair = at - second * (DIMS // 2)
-        partner = tl.where(second != 0, pair, at + DIMS // 2)
-    turns = at < DIMS
-    other = tl.gather(x, tl.where(turns, partner, at), 0)
-    c = tl.load(cos + pair, turns, 1.0)
-    s = tl.load(sin + pair, turns, 0.0)
-    return x * c + tl.where(second != 0, other, -other) * s
+def product(a, b):
+    """a * b, rounded before anything is added to it: a multiply and an add would become one instruction."""
+    return tl.fma(a, b, 0.0)
 
 
 @triton.jit
-def _hadamard(x, PASSES: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
+def _turning(DIMS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
+    """Of each column [1, BLOCK]: the one that it turns with, the number of their pair, if it is the second."""
+    at = tl.arange(0, BLOCK)[None, :]
+    if INTERLEAVED:
+        return at ^ 1, at // 2, at % 2
+    else:
+        half: tl.constexpr = DIMS // 2
+        return (at + half) % DIMS, at % half, at // half
+
+
+@triton.jit
+def load_heads(
+    x, there, DIM: tl.constexpr, DIMS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Heads at the pointers x [R], and for each of DIMS columns the one that rope turns it with: twice
+    [R, BLOCK] f32, zero beyond and where not ``there`` [R]."""
+    at = tl.arange(0, BLOCK)[None, :]
+    value = tl.load(x[:, None] + at, there[:, None] & (at < DIM), 0.0).to(tl.float32)
+    other = value
+    if DIMS:
+        partner, pair, second = _turning(DIMS, INTERLEAVED, BLOCK)
+        other = tl.load(x[:, None] + partner, there[:, None] & (at < DIMS), 0.0).to(tl.float32)
+    return value, other
+
+
+@triton.jit
+def _hadamard(x, PASSES: tl.constexpr, FACTOR: tl.constexpr):
     """Each 2^PASSES columns times the Walsh-Hadamard matrix: butterflies, then the orthonormal factor."""
-    at = tl.arange(0, BLOCK)
+    at = tl.arange(0, x.shape[1])[None, :]
     for i in tl.static_range(PASSES):
-        other = tl.gather(x, at ^ (1 << i), 0)
+        other = tl.gather(x, tl.broadcast_to(at ^ (1 << i), x.shape), 1)
         x = tl.where((at >> i & 1) != 0, other - x, x + other)
-    return x * FACTOR
+    return product(x, FACTOR)
+
+
+@triton.jit
+def prepared(
+    value, other, there, norm, cos, sin, row, eps, DIM: tl.constexpr, DIMS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, PASSES: tl.constexpr, FACTOR: tl.constexpr,
+):  # fmt: skip
+    """Heads from `load_heads` normed, turned by the angles of ``row`` [R] (arXiv 2104.09864, eq. 34) and
+    rotated: [R, BLOCK] f32, zero beyond DIM."""
+    block: tl.constexpr = value.shape[1]
+    at = tl.arange(0, block)[None, :]
+    if DIMS:
+        partner, pair, second = _turning(DIMS, INTERLEAVED, block)
+        turns = there[:, None] & (at < DIMS)
+        c = tl.load(cos + row.to(tl.int64)[:, None] * (DIMS // 2) + pair, turns, 1.0)
+        s = tl.load(sin + row.to(tl.int64)[:, None] * (DIMS // 2) + pair, turns, 0.0)
+    if norm is not None:
+        inverse = (1.0 / tl.sqrt_rn(tl.sum(product(value, value), 1) / DIM + eps))[:, None]
+        value = product(value * inverse, tl.load(norm + at, at < DIM, 0.0).to(tl.float32))
+        if DIMS:
+            other = product(other * inverse, tl.load(norm + partner, at < DIMS, 0.0).to(tl.float32))
+    if DIMS:
+        value = tl.fma(value, c, tl.where(second != 0, other, -other) * s)
+    if PASSES:
+        value = _hadamard(value, PASSES, FACTOR)
+    return value
 
 
 @triton.jit
@@ -76,36 +125,55 @@ def _stored(value, HALF: tl.constexpr):
 
 
 @triton.jit
+def _grid(i, most, least, LEVELS: tl.constexpr, NARROWEST: tl.constexpr, HALF: tl.constexpr):
+    """Step and offset of grid ``i``; the step range / LEVELS just holds the range."""
+    step = _stored((NARROWEST + i.to(tl.float32) / 32) * ((most - least) / LEVELS), HALF)
+    return step, _stored(tl.fma(step, -0.5 * LEVELS, 0.5 * most + 0.5 * least), HALF)
+
+
+@triton.jit
 def _on_grid(x, step, offset, LEVELS: tl.constexpr):
     """The nearest point of each grid: adding 1.5 * 2^23 leaves no room for a fraction."""
-    q = tl.fma(x - offset[:, None], (1.0 / step)[:, None], 12582912.0) - 12582912.0
+    q = tl.fma(x - offset[:, :, None], (1.0 / step)[:, :, None], 12582912.0) - 12582912.0
     return tl.minimum(tl.maximum(q, 0.0), LEVELS)
 
 
 @triton.jit
-def _best_grid(x, inside, LEVELS: tl.constexpr, NARROWEST: tl.constexpr, HALF: tl.constexpr):
-    """q [G, W] from 0 to LEVELS, step [G] and offset [G] with x ~ step * q + offset, row by row.
+def _ranked_grids(x, inside, LEVELS: tl.constexpr, NARROWEST: tl.constexpr, HALF: tl.constexpr):
+    """Of x [C, G, W]: most, least and 0, or what is no number, of each row [C, G], and the best of the grids
+    that each copy tries, as squared error and number in one integer [C, G].
 
-    A step of range / LEVELS just holds the range, but few columns round by luck: of 16 steps the one with the
-    least squared error is kept. Where a number is none, the step is none and q is 0.
+    A grid that just holds the range is not always best: few columns round by luck.
     """
-    most = tl.max(tl.where(inside, x, float("-inf")), 1)
-    least = tl.min(tl.where(inside, x, float("inf")), 1)
-    poison = tl.sum(tl.where(inside, x * 0.0, 0.0), 1)
-    middle = 0.5 * most + 0.5 * least
-    best_step, best_offset = poison, _stored(middle, HALF)
-    best_error = tl.full(middle.shape, float("inf"), tl.float32)
-    for i in tl.static_range(16):
-        step = _stored((NARROWEST + i / 32) * ((most - least) / LEVELS), HALF)
-        offset = _stored(tl.fma(-0.5 * LEVELS + 0.0 * step, step, middle), HALF)
-        missed = tl.fma(_on_grid(x, step, offset, LEVELS), step[:, None], offset[:, None]) - x
-        error = tl.sum(tl.where(inside, missed * missed, 0.0), 1)
-        better = (step > TINY) & (error < best_error)
-        best_error = tl.where(better, error, best_error)
-        best_step = tl.where(better, step, best_step)
-        best_offset = tl.where(better, offset, best_offset)
-    q = tl.where((best_step > 0)[:, None], _on_grid(x, best_step, best_offset, LEVELS), 0.0)
-    return q, best_step, best_offset
+    most = tl.max(tl.where(inside, x, float("-inf")), 2)
+    least = tl.min(tl.where(inside, x, float("inf")), 2)
+    poison = tl.sum(tl.where(inside, x * 0.0, 0.0), 2)
+    rank = tl.full(most.shape, NO_GRID, tl.int64)
+    for turn in tl.static_range(GRIDS // x.shape[0]):
+        i = turn * x.shape[0] + tl.arange(0, x.shape[0])[:, None]
+        step, offset = _grid(i, most, least, LEVELS, NARROWEST, HALF)
+        nearest = _on_grid(x, step, offset, LEVELS)
+        missed = tl.fma(nearest, step[:, :, None], offset[:, :, None]) - x
+        error = tl.sum(tl.where(inside, product(missed, missed), 0.0), 2)
+        this = error.to(tl.int32, bitcast=True).to(tl.int64) * GRIDS + i  # floats that are positive, in order
+        rank = tl.minimum(rank, tl.where((step > TINY) & (error < float("inf")), this, NO_GRID))
+    return most, least, poison, rank
+
+
+@triton.jit
+def _on_best_grid(
+    x, most, least, poison, rank, LEVELS: tl.constexpr, NARROWEST: tl.constexpr, HALF: tl.constexpr
+):  # fmt: skip
+    """q [C, G, W] from 0 to LEVELS, step and offset [C, G] with x ~ step * q + offset.
+
+    The first of the grids with the least error is taken. Where a number is none, the step is none and q is 0.
+    """
+    best = tl.min(rank, 0)[None, :]
+    step, offset = _grid(best % GRIDS, most, least, LEVELS, NARROWEST, HALF)
+    step = tl.where(best < NO_GRID, step, poison)
+    offset = tl.where(best < NO_GRID, offset, _stored(0.5 * most + 0.5 * least, HALF))
+    q = tl.where((step > 0)[:, :, None], _on_grid(x, step, offset, LEVELS), 0.0)
+    return q, step, offset
 
 
 @triton.jit
@@ -123,117 +191,124 @@ def _e4m3(value):
 
 
 @triton.jit
+def _groups(x, TYPE: tl.constexpr):
+    """[C, BLOCK] as [C, G, W], the columns that share a grid behind each other."""
+    width: tl.constexpr = 32 if TYPE == "int4" else x.shape[1]
+    return tl.reshape(x, (x.shape[0], x.shape[1] // width, width))
+
+
+@triton.jit
+def _ranked(x, DIM: tl.constexpr, TYPE: tl.constexpr):
+    """`_ranked_grids` of a row x [C, BLOCK] where its format has grids."""
+    inside = _groups(tl.arange(0, x.shape[1])[None, :] < DIM, TYPE)
+    if TYPE == "int8":
+        return _ranked_grids(_groups(x, TYPE), inside, 255.0, 1.0, False)
+    elif TYPE == "int4":
+        return _ranked_grids(_groups(x, TYPE), inside, 15.0, 0.75, True)
+    else:
+        return 0, 0, 0, 0
+
+
+@triton.jit
 def _write_row(
-    x, data, scales, row, ring_at, ring, DIM: tl.constexpr, TYPE: tl.constexpr, STRIDE: tl.constexpr,
-    PLANES: tl.constexpr, BLOCK: tl.constexpr,
+    x, most, least, poison, rank, data, scales, row, ring_at, ring, DIM: tl.constexpr, TYPE: tl.constexpr,
+    STRIDE: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
-    """x [BLOCK], zero beyond DIM, as row ``ring_at`` of the (slot, head) numbered ``row``."""
-    at = tl.arange(0, BLOCK)
-    inside = at < DIM
+    """x [C, BLOCK], zero beyond DIM, as row ``ring_at`` of the (slot, head) numbered ``row``."""
+    block: tl.constexpr = x.shape[1]
+    copy = tl.arange(0, x.shape[0])[:, None]
+    first, none = copy == 0, copy * 0
+    at = none + tl.arange(0, block)[None, :]
     data += (row * ring + ring_at) * STRIDE
     if PLANES:
         scales += row * ring * PLANES + ring_at
     if TYPE == "int8":
-        q, step, offset = _best_grid(x[None, :], inside[None, :], 255.0, 1.0, False)
-        tl.store(data + at[None, :], (q - 128.0).to(tl.int8), inside[None, :])
-        one = tl.arange(0, 1)
-        tl.store(scales + one, step)
-        tl.store(scales + ring + one, tl.fma(step, 128.0 + 0.0 * step, offset))
+        q, step, offset = _on_best_grid(_groups(x, TYPE), most, least, poison, rank, 255.0, 1.0, False)
+        tl.store(data + at, (tl.reshape(q, x.shape) - 128.0).to(tl.int8), first & (at < DIM))
+        tl.store(scales + none, step, first)
+        tl.store(scales + ring + none, tl.fma(step, 128.0, offset), first)
     elif TYPE == "fp8":
-        amax = tl.max(tl.abs(x), 0)
-        poison = tl.sum(x * 0.0, 0)
+        amax = tl.max(tl.abs(x), 1)[:, None]
+        spoilt = tl.sum(x * 0.0, 1)[:, None]
         tiny = amax < TINY
         codes = _e4m3(x * tl.where(tiny, 0.0, 448.0 / amax))
-        tl.store(data + at, tl.where(poison == 0, codes, 0), inside)
-        tl.store(scales, tl.where(tiny, 0.0, amax / 448.0) + poison)
+        tl.store(data + at, tl.where(spoilt == 0, codes, 0), first & (at < DIM))
+        tl.store(scales + none, tl.where(tiny, 0.0, amax / 448.0) + spoilt, first)
     elif TYPE == "int4":
-        q, step, offset = _best_grid(
-            tl.reshape(x, (BLOCK // 32, 32)), tl.reshape(inside, (BLOCK // 32, 32)), 15.0, 0.75, True
-        )
-        group = tl.arange(0, BLOCK // 32)
-        tl.store(scales + 2 * group * ring, step.to(tl.float16), group < PLANES // 2)
-        tl.store(scales + (2 * group + 1) * ring, offset.to(tl.float16), group < PLANES // 2)
-        q = tl.where(tl.reshape(inside, (BLOCK // 32, 32)), q, 0.0).to(tl.int32)
-        low, high = tl.split(tl.permute(tl.reshape(q, (BLOCK // 64, 2, 32)), (0, 2, 1)))
-        byte = tl.reshape(low | high << 4, (BLOCK // 2,)).to(tl.uint8)
-        where = tl.arange(0, BLOCK // 2)
-        tl.store(data + where, byte, where < STRIDE)
+        q, step, offset = _on_best_grid(_groups(x, TYPE), most, least, poison, rank, 15.0, 0.75, True)
+        group = none + tl.arange(0, block // 32)[None, :]
+        tl.store(scales + 2 * group * ring, step.to(tl.float16), first & (group < PLANES // 2))
+        tl.store(scales + (2 * group + 1) * ring, offset.to(tl.float16), first & (group < PLANES // 2))
+        q = tl.where(at < DIM, tl.reshape(q, x.shape), 0.0).to(tl.int32)
+        halves = tl.reshape(q, (x.shape[0], block // 64, 2, 32))
+        low, high = tl.split(tl.permute(halves, (0, 1, 3, 2)))
+        byte = tl.reshape(low | high << 4, (x.shape[0], block // 2)).to(tl.uint8)
+        where = none + tl.arange(0, block // 2)[None, :]
+        tl.store(data + where, byte, first & (where < STRIDE))
     else:
-        tl.store(data + at, x.to(data.dtype.element_ty), inside)
+        tl.store(data + at, x.to(data.dtype.element_ty), first & (at < DIM))
 
 
 @triton.jit
-def _prepared(
-    x, norm, cos, sin, eps, DIM: tl.constexpr, DIMS: tl.constexpr, INTERLEAVED: tl.constexpr,
-    PASSES: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr,
+def load_new(
+    k, v, t, head, k_stride, v_stride, DIMS: tl.constexpr, INTERLEAVED: tl.constexpr, COPIES: tl.constexpr,
+    K_DIM: tl.constexpr, K_BLOCK: tl.constexpr, V_DIM: tl.constexpr, V_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One head of a query or a key at ``x``, normed and rotated; zero beyond DIM."""
-    at = tl.arange(0, BLOCK)
-    value = tl.load(x + at, at < DIM, 0.0).to(tl.float32)
-    if norm is not None:
-        value = value * (1.0 / tl.sqrt_rn(tl.sum(value * value, 0) / DIM + eps))
-        value = value * tl.load(norm + at, at < DIM, 0.0).to(tl.float32)
-    if DIMS:
-        value = _turn(value, cos, sin, DIMS, INTERLEAVED, BLOCK)
-    if PASSES:
-        value = _hadamard(value, PASSES, FACTOR, BLOCK)
-    return value
+    """Key, the columns it turns with, and value of one head of row t, each [COPIES, BLOCK] f32."""
+    copy = tl.arange(0, COPIES)
+    from_k, from_v = k + t * k_stride + head * K_DIM, v + t * v_stride + head * V_DIM
+    key, key_other = load_heads(from_k + copy * 0, copy >= 0, K_DIM, DIMS, INTERLEAVED, K_BLOCK)
+    value, value_other = load_heads(from_v + copy * 0, copy >= 0, V_DIM, 0, False, V_BLOCK)
+    return key, key_other, value
 
 
 @triton.jit
-def _append_head(
-    k, v, k_data, k_scales, v_data, v_scales, k_norm, cos, sin, slot, ring_at, head, ring, eps,
-    KV_HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
+def store_new(
+    key, key_other, value, t, k_norm, cos, sin, eps, k_data, k_scales, v_data, v_scales, row, ring_at, ring,
     DIMS: tl.constexpr, INTERLEAVED: tl.constexpr, PASSES: tl.constexpr, FACTOR: tl.constexpr,
-    K_TYPE: tl.constexpr, K_BYTES: tl.constexpr, K_PLANES: tl.constexpr, K_BLOCK: tl.constexpr,
-    V_TYPE: tl.constexpr, V_BYTES: tl.constexpr, V_PLANES: tl.constexpr, V_BLOCK: tl.constexpr,
+    K_DIM: tl.constexpr, K_TYPE: tl.constexpr, K_BYTES: tl.constexpr, K_PLANES: tl.constexpr,
+    V_DIM: tl.constexpr, V_TYPE: tl.constexpr, V_BYTES: tl.constexpr, V_PLANES: tl.constexpr,
 ):  # fmt: skip
-    """A row's key, or from KV_HEADS on its value, of one head to the cache."""
-    if head < KV_HEADS:
-        value = _prepared(k + head * K_DIM, k_norm, cos, sin, eps, K_DIM, DIMS, INTERLEAVED, PASSES, FACTOR,
-                          K_BLOCK)  # fmt: skip
-        _write_row(value, k_data, k_scales, slot * KV_HEADS + head, ring_at, ring, K_DIM, K_TYPE, K_BYTES,
-                   K_PLANES, K_BLOCK)  # fmt: skip
-    else:
-        head -= KV_HEADS
-        at = tl.arange(0, V_BLOCK)
-        value = tl.load(v + head * V_DIM + at, at < V_DIM, 0.0).to(tl.float32)
-        _write_row(value, v_data, v_scales, slot * KV_HEADS + head, ring_at, ring, V_DIM, V_TYPE, V_BYTES,
-                   V_PLANES, V_BLOCK)  # fmt: skip
+    """What `load_new` loaded to row ``ring_at`` of the (slot, head) numbered ``row``.
+
+    Grids are tried for both before the copies of either agree on theirs, which takes a barrier.
+    """
+    copy = tl.arange(0, key.shape[0])
+    key = prepared(
+        key, key_other, copy >= 0, k_norm, cos, sin, t + copy * 0, eps, K_DIM, DIMS, INTERLEAVED, PASSES,
+        FACTOR,
+    )  # fmt: skip
+    k_most, k_least, k_poison, k_rank = _ranked(key, K_DIM, K_TYPE)
+    v_most, v_least, v_poison, v_rank = _ranked(value, V_DIM, V_TYPE)
+    _write_row(key, k_most, k_least, k_poison, k_rank, k_data, k_scales, row, ring_at, ring, K_DIM, K_TYPE,
+               K_BYTES, K_PLANES)  # fmt: skip
+    _write_row(value, v_most, v_least, v_poison, v_rank, v_data, v_scales, row, ring_at, ring, V_DIM, V_TYPE,
+               V_BYTES, V_PLANES)  # fmt: skip
 
 
 @triton.jit
 def _append_kernel(
-    q, k, v, queries, k_data, k_scales, v_data, v_scales, q_norm, k_norm, cos, sin, positions, slots,
-    q_stride, k_stride, v_stride, queries_stride, ring, eps,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    k, v, k_norm, cos, sin, eps, k_data, k_scales, v_data, v_scales, positions, slots, k_stride, v_stride,
+    ring, KV_HEADS: tl.constexpr, COPIES: tl.constexpr,
     DIMS: tl.constexpr, INTERLEAVED: tl.constexpr, PASSES: tl.constexpr, FACTOR: tl.constexpr,
-    K_TYPE: tl.constexpr, K_BYTES: tl.constexpr, K_PLANES: tl.constexpr, K_BLOCK: tl.constexpr,
-    V_TYPE: tl.constexpr, V_BYTES: tl.constexpr, V_PLANES: tl.constexpr, V_BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    K_DIM: tl.constexpr, K_BLOCK: tl.constexpr, K_TYPE: tl.constexpr, K_BYTES: tl.constexpr,
+    K_PLANES: tl.constexpr,
+    V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, V_TYPE: tl.constexpr, V_BYTES: tl.constexpr,
+    V_PLANES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Heads of a row, by the second index: HEADS queries (0 where they need no work), keys, values."""
+    """One row and kv head."""
     let_next_begin(OVERLAP)
     wait_for_inputs(OVERLAP)
-    t = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    cos += t * (DIMS // 2)
-    sin += t * (DIMS // 2)
-    if HEADS:  # noqa: SIM102  (a constant: without queries there is nothing to compile)
-        if head < HEADS:
-            value = _prepared(q + t * q_stride + head * K_DIM, q_norm, cos, sin, eps, K_DIM, DIMS,
-                              INTERLEAVED, PASSES, FACTOR, K_BLOCK)  # fmt: skip
-            at = tl.arange(0, K_BLOCK)
-            out = queries + t * queries_stride + head * K_DIM
-            tl.store(out + at, value.to(queries.dtype.element_ty), at < K_DIM)
-    if head >= HEADS:
-        slot = tl.load(slots + t).to(tl.int64)
-        ring_at = tl.load(positions + t) % ring
-        _append_head(
-            k + t * k_stride, v + t * v_stride, k_data, k_scales, v_data, v_scales, k_norm, cos, sin, slot,
-            ring_at, head - HEADS, ring, eps, KV_HEADS, K_DIM, V_DIM, DIMS, INTERLEAVED, PASSES, FACTOR,
-            K_TYPE, K_BYTES, K_PLANES, K_BLOCK, V_TYPE, V_BYTES, V_PLANES, V_BLOCK,
-        )  # fmt: skip
+    t, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    key, key_other, value = load_new(
+        k, v, t, head, k_stride, v_stride, DIMS, INTERLEAVED, COPIES, K_DIM, K_BLOCK, V_DIM, V_BLOCK
+    )
+    row = tl.load(slots + t).to(tl.int64) * KV_HEADS + head
+    store_new(
+        key, key_other, value, t, k_norm, cos, sin, eps, k_data, k_scales, v_data, v_scales, row,
+        tl.load(positions + t) % ring, ring, DIMS, INTERLEAVED, PASSES, FACTOR,
+        K_DIM, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_TYPE, V_BYTES, V_PLANES,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -249,39 +324,55 @@ class Rotary:
         return 2 * self.cos.shape[1]
 
 
-def _block(rows: CacheRows) -> int:
-    return max(64 if rows.dtype == "int4" else 16, triton.next_power_of_2(rows.dim))
+@dataclass(frozen=True)
+class Preparation:
+    """What is done to heads of queries and keys before they are multiplied or stored.
+
+    q_norm, k_norm: [k_dim], weights of an RMS norm; rope: angles of the batch's rows; hadamard: columns of a
+    block of the transform, a power of two that divides k_dim, 0 = none.
+    """
+
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    norm_eps: float = 0.0
+    rope: Rotary | None = None
+    hadamard: int = 0
+
+    @property
+    def angles(self) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if self.rope is None else (self.rope.cos, self.rope.sin)
+
+    def constants(self, dim: int) -> dict[str, Any]:
+        """What kernels are compiled for, with heads of ``dim`` columns."""
+        dims, block = 0 if self.rope is None else self.rope.dims, self.hadamard
+        assert dims <= dim, f"rope of {dims} columns, heads of {dim}"
+        assert not block or (dim % block == 0 and block & (block - 1) == 0), f"{block} columns of {dim}"
+        return {
+            "DIMS": dims, "INTERLEAVED": self.rope is not None and self.rope.interleaved,
+            "PASSES": max(0, block.bit_length() - 1), "FACTOR": block**-0.5 if block else 1.0,
+        }  # fmt: skip
+
+
+def check_new(k: Tensor, v: Tensor, positions: Tensor, slots: Tensor, cache: LayerCache) -> None:
+    """Keys and values of a batch have the shapes that `append` says."""
+    assert k.shape == (len(k), cache.kv_heads * cache.k.dim)
+    assert v.shape == (len(k), cache.kv_heads * cache.v.dim) and len(positions) == len(slots) == len(k)
 
 
 def append(
-    q: Tensor | None, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor, cache: LayerCache,
-    queries: Tensor | None = None, q_norm: Tensor | None = None, k_norm: Tensor | None = None,
-    norm_eps: float = 0.0, rope: Rotary | None = None, hadamard: int = 0,
+    k: Tensor, v: Tensor, positions: Tensor, slots: Tensor, cache: LayerCache,
+    preparation: Preparation = Preparation(), warps: int = 1,
 ) -> None:  # fmt: skip
-    """Writes keys and values of rows to the cache, and their queries, normed and rotated, to ``queries``.
+    """Writes keys, normed and rotated, and values of rows to the cache.
 
-    q: [T, heads * k_dim], None where queries need no work; k: [T, kv_heads * k_dim]; v: [T, kv_heads *
-    v_dim], all of any float types; positions, slots: [T] i32; queries: [T, heads * k_dim]; q_norm, k_norm:
-    [k_dim]; hadamard: columns of a block of the transform, a power of two that divides k_dim, 0 = none.
-    Rows must have stride-1 columns. No two rows may name the same slot and position.
+    k: [T, kv_heads * k_dim]; v: [T, kv_heads * v_dim], of any float types, columns of stride 1; positions,
+    slots: [T] i32. No two rows may name the same slot and position. warps: of a program, up to 16; what is
+    written depends on it in rounding.
     """
-    heads = 0 if q is None else q.shape[1] // cache.k.dim
-    assert (q is None) == (queries is None) and k.shape == (len(k), cache.kv_heads * cache.k.dim)
-    assert v.shape == (len(k), cache.kv_heads * cache.v.dim) and len(positions) == len(slots) == len(k)
-    assert not hadamard or (cache.k.dim % hadamard == 0 and hadamard & (hadamard - 1) == 0)
-    dims = 0 if rope is None else rope.dims
-    assert dims <= cache.k.dim, f"rope of {dims} columns, heads of {cache.k.dim}"
-    _append_kernel[(len(k), heads + 2 * cache.kv_heads)](
-        q, k, v, queries, cache.k.data, cache.k.scales, cache.v.data, cache.v.scales, q_norm, k_norm,
-        rope.cos if rope else positions, rope.sin if rope else positions, positions, slots,
-        0 if q is None else q.stride(0), k.stride(0), v.stride(0),
-        0 if queries is None else queries.stride(0), cache.ring, norm_eps,
-        HEADS=heads, KV_HEADS=cache.kv_heads, K_DIM=cache.k.dim, V_DIM=cache.v.dim,
-        DIMS=dims, INTERLEAVED=rope is not None and rope.interleaved,
-        PASSES=max(0, hadamard.bit_length() - 1), FACTOR=hadamard**-0.5 if hadamard else 1.0,
-        K_TYPE=cache.k.dtype, K_BYTES=data_columns(cache.k.dtype, cache.k.dim),
-        K_PLANES=scale_planes(cache.k.dtype, cache.k.dim), K_BLOCK=_block(cache.k),
-        V_TYPE=cache.v.dtype, V_BYTES=data_columns(cache.v.dtype, cache.v.dim),
-        V_PLANES=scale_planes(cache.v.dtype, cache.v.dim), V_BLOCK=_block(cache.v),
-        num_warps=1, **options(),
+    check_new(k, v, positions, slots, cache)
+    _append_kernel[(len(k), cache.kv_heads)](
+        k, v, preparation.k_norm, *preparation.angles, preparation.norm_eps, cache.k.data, cache.k.scales,
+        cache.v.data, cache.v.scales, positions, slots, k.stride(0), v.stride(0), cache.ring,
+        KV_HEADS=cache.kv_heads, COPIES=warps, **preparation.constants(cache.k.dim), **cache_constants(cache),
+        num_warps=warps, **options(),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Attention over the quantized KV cache: one kernel for decode, verification and prefill, one that combines.
+"""Attention over the quantized KV cache: one kernel for decode, verification and prefill.
 
 A program takes a block of query rows, consecutive positions of one slot, with all query heads that share one
 kv head, and goes through one split of the context in tiles. Tiles and splits lie at absolute positions and
@@ -12,13 +12,14 @@ shares its block or its batch: tiles that a row does not see leave its sums exac
 so integers enter the tensor cores as they are, exact in f16, and what scales them is applied to scores and
 probabilities. int4 has several scales in a row and is scaled before. A cache of f32 is multiplied in f32.
 
-With one split a program writes its rows' output; with more (flash-decoding) it writes m, l and acc, which
-`combine` adds up in the order of the context.
+Where every row is its slot's only one, which is decoding, that kernel is all there is: the program whose split
+holds the row's own position appends its key and value before it goes through its tiles, and with several
+splits (flash-decoding) the last one to leave its m, l and acc combines them. Rows that see each other are
+appended by `append` before, and `combine` adds up their splits.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -26,34 +27,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cache import LayerCache, data_columns, scale_planes
+from .append import Preparation, check_new, load_heads, load_new, prepared, store_new
+from .cache import LayerCache, cache_constants
 from .overlap import let_next_begin, options, wait_for_inputs
-from .quantize import Quantized, store_quantized
-
-LOG2E = tl.constexpr(math.log2(math.e))
-SPLIT = tl.constexpr(256)  # positions of the shortest split
-
-
-@triton.jit
-def _split_length(position, WINDOW: tl.constexpr, SPLITS: tl.constexpr):
-    """Positions of a split for a row at ``position``: SPLIT, doubled until SPLITS of them hold what it sees.
-
-    A window may begin and end within splits, so two of them are kept for its ends.
-    """
-    most: tl.constexpr = SPLITS - 2 if WINDOW else SPLITS
-    seen = position + 1
-    if WINDOW:
-        seen = tl.minimum(seen, WINDOW)
-    length = tl.full((), SPLIT, tl.int32)
-    while length * most < seen:
-        length *= 2
-    return length
-
-
-@triton.jit
-def _oldest(position, WINDOW: tl.constexpr):
-    """The first position that a row at ``position`` sees."""
-    return tl.maximum(position - WINDOW + 1, 0) if WINDOW else position * 0
+from .quantize import Quantized
+from .splits import (
+    LOG2E,
+    SPLIT,
+    Partials,
+    add_part,
+    combine,
+    combine_heads,
+    combine_step,
+    deliver_heads,
+    largest_with_sink,
+    oldest_seen,
+    split_length,
+)
 
 
 @triton.jit
@@ -175,16 +165,23 @@ def _tiles(
 
 @triton.jit
 def _attend_kernel(
-    q, k, k_scales, v, v_scales, sinks, out, m_out, l_out, acc_out, blocks, positions, slots,
-    q_stride, out_stride, ring, scale, softcap,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    SPLITS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, ALWAYS_MASKED: tl.constexpr,
+    q, k, v, q_norm, k_norm, cos, sin, eps, k_data, k_scales, v_data, v_scales, sinks, out, out_q, out_scale,
+    m_parts, l_parts, acc_parts, arrived, blocks, positions, slots,
+    q_stride, k_stride, v_stride, out_stride, ring, scale, softcap,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, H: tl.constexpr,
+    SPLITS: tl.constexpr, STEP: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+    ALWAYS_MASKED: tl.constexpr, OUT_GROUP: tl.constexpr,
+    DIMS: tl.constexpr, INTERLEAVED: tl.constexpr, PASSES: tl.constexpr, FACTOR: tl.constexpr,
+    COPIES: tl.constexpr,
     K_DIM: tl.constexpr, K_BLOCK: tl.constexpr, K_TYPE: tl.constexpr, K_BYTES: tl.constexpr,
     K_PLANES: tl.constexpr,
     V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, V_TYPE: tl.constexpr, V_BYTES: tl.constexpr,
     V_PLANES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One block, kv head and split. Query m of the tile is head m % GROUP of the block's row m // GROUP."""
+    """One block, kv head and split. Query m of the tile is head m % GROUP of the block's row m // GROUP.
+
+    With ``blocks`` None a block is one row, the only one of its slot, which is appended here.
+    """
     let_next_begin(OVERLAP)
     wait_for_inputs(OVERLAP)
     head = tl.program_id(1)
@@ -197,120 +194,111 @@ def _attend_kernel(
         first_row, rows = tl.program_id(0), 1
         slot = tl.load(slots + first_row)
         first = tl.load(positions + first_row)
+    query_at = tl.arange(0, M)
+    query_row = first_row + query_at // GROUP
+    query_head = head * GROUP + query_at % GROUP
+    there = query_at // GROUP < rows
+    # asked for before it is known whether there is work: positions are under way meanwhile
+    raw, other = load_heads(
+        q + query_row.to(tl.int64) * q_stride + query_head * K_DIM, there, K_DIM, DIMS, INTERLEAVED, K_BLOCK
+    )
+    if blocks is None:
+        t = first_row.to(tl.int64)
+        new_key, new_other, new_value = load_new(
+            k, v, t, head, k_stride, v_stride, DIMS, INTERLEAVED, COPIES, K_DIM, K_BLOCK, V_DIM, V_BLOCK
+        )
     if rows == 0:
         return
     last = first + rows - 1
-    oldest = _oldest(first, WINDOW)
-    begin, most, split = oldest, last + 1, 0
+    oldest = oldest_seen(first, WINDOW)
+    begin, most, split, working = oldest, last + 1, 0, 1
     if SPLITS > 1:
-        length = _split_length(first, WINDOW, SPLITS)
+        length = split_length(first, WINDOW, SPLITS)
         split = oldest // length + tl.program_id(2)
         begin = tl.maximum(oldest, split * length)
         most = tl.minimum(most, (split + 1) * length)
+        working = first // length - oldest // length + 1
     if begin >= most:
         return
-    query_at = tl.arange(0, M)
-    of_row = query_at // GROUP
-    query_head = head * GROUP + query_at % GROUP
-    there = of_row < rows
-    position = first + tl.minimum(of_row, rows - 1)
-    column = tl.arange(0, K_BLOCK)
-    pointers = q + (first_row + of_row).to(tl.int64)[:, None] * q_stride
-    pointers += query_head[:, None] * K_DIM + column[None, :]
-    query = tl.load(pointers, there[:, None] & (column < K_DIM)[None, :], 0.0)
+    row = slot.to(tl.int64) * KV_HEADS + head
+    query = prepared(
+        raw, other, there, q_norm, cos, sin, query_row, eps, K_DIM, DIMS, INTERLEAVED, PASSES, FACTOR
+    )
+    if blocks is None:
+        if most > first:
+            store_new(
+                new_key, new_other, new_value, t, k_norm, cos, sin, eps, k_data, k_scales, v_data, v_scales,
+                row, first % ring, ring, DIMS, INTERLEAVED, PASSES, FACTOR,
+                K_DIM, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_TYPE, V_BYTES, V_PLANES,
+            )  # fmt: skip
+            tl.debug_barrier()  # what this program wrote it reads as all others do
     if K_TYPE != "f32":
         query = query.to(tl.float16)
     query_sum = tl.sum(query.to(tl.float32), 1)
+    position = first + tl.minimum(query_at // GROUP, rows - 1)
     m = tl.full((M,), float("-inf"), tl.float32)
     l = tl.zeros((M,), tl.float32)
     shift = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, V_BLOCK), tl.float32)
-    row = slot.to(tl.int64) * KV_HEADS + head
     begin = begin // N * N
     # tiles before `open` and from `closed` on have positions that some row does not see
     open, closed = begin, most
     if not ALWAYS_MASKED:
         if WINDOW:
-            open = tl.maximum(begin, tl.minimum(tl.cdiv(_oldest(last, WINDOW), N) * N, most))
+            open = tl.maximum(begin, tl.minimum(tl.cdiv(oldest_seen(last, WINDOW), N) * N, most))
             m, l, shift, acc = _tiles(
                 m, l, shift, acc, query, query_sum, position, begin, open, most,
-                k, k_scales, v, v_scales, row, ring, scale, softcap, N, WINDOW, True,
+                k_data, k_scales, v_data, v_scales, row, ring, scale, softcap, N, WINDOW, True,
                 K_DIM, K_BLOCK, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_BLOCK, V_TYPE, V_BYTES, V_PLANES, CAPPED,
             )  # fmt: skip
         closed = tl.maximum(open, tl.minimum(first + 1, most) // N * N)
         m, l, shift, acc = _tiles(
             m, l, shift, acc, query, query_sum, position, open, closed, most,
-            k, k_scales, v, v_scales, row, ring, scale, softcap, N, WINDOW, False,
+            k_data, k_scales, v_data, v_scales, row, ring, scale, softcap, N, WINDOW, False,
             K_DIM, K_BLOCK, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_BLOCK, V_TYPE, V_BYTES, V_PLANES, CAPPED,
         )  # fmt: skip
         open = closed
     m, l, shift, acc = _tiles(
         m, l, shift, acc, query, query_sum, position, open, most, most,
-        k, k_scales, v, v_scales, row, ring, scale, softcap, N, WINDOW, True,
+        k_data, k_scales, v_data, v_scales, row, ring, scale, softcap, N, WINDOW, True,
         K_DIM, K_BLOCK, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_BLOCK, V_TYPE, V_BYTES, V_PLANES, CAPPED,
     )  # fmt: skip
     acc += shift[:, None]
-    v_column = tl.arange(0, V_BLOCK)
-    inside = there[:, None] & (v_column < V_DIM)[None, :]
-    if SPLITS > 1:
-        to = ((first_row + of_row) * (KV_HEADS * GROUP) + query_head).to(tl.int64) * SPLITS + split % SPLITS
-        tl.store(m_out + to, m, there)
-        tl.store(l_out + to, l, there)
-        tl.store(acc_out + to[:, None] * V_DIM + v_column[None, :], acc, inside)
+    if SPLITS == 1 or (blocks is None and working == 1):
+        _deliver(
+            m, l, acc, sinks, query_row, query_head, there, out, out_stride, out_q, out_scale,
+            KV_HEADS * GROUP, V_DIM, OUT_GROUP,
+        )  # fmt: skip
     else:
-        total, weight = l, m * 0.0 + 1.0
-        if sinks is not None:
-            sink = tl.load(sinks + query_head, there, 0.0).to(tl.float32) * LOG2E
-            largest = tl.maximum(m, sink)
-            weight = tl.exp2(m - largest)
-            total = l * weight + tl.exp2(sink - largest)
-        acc = acc * (weight / total)[:, None]
-        to = (first_row + of_row).to(tl.int64)[:, None] * out_stride
-        to += query_head[:, None] * V_DIM + v_column[None, :]
-        tl.store(out + to, acc.to(out.dtype.element_ty), inside)
+        column = tl.arange(0, V_BLOCK)[None, :]
+        to = (query_row.to(tl.int64) * SPLITS + split % SPLITS) * (KV_HEADS * GROUP) + query_head
+        tl.store(m_parts + to, m, there)
+        tl.store(l_parts + to, l, there)
+        tl.store(acc_parts + to[:, None] * V_DIM + column, acc, there[:, None] & (column < V_DIM))
+        if blocks is None:
+            tl.debug_barrier()  # all of it is written before it counts
+            counter = arrived + first_row * KV_HEADS + head
+            if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == working - 1:
+                of_group = tl.arange(0, H)
+                combine_heads(
+                    m_parts, l_parts, acc_parts, sinks, first, first_row, head * GROUP + of_group,
+                    of_group < GROUP, out, out_stride, out_q, out_scale, KV_HEADS * GROUP, SPLITS, STEP,
+                    WINDOW, V_DIM, V_BLOCK, OUT_GROUP,
+                )  # fmt: skip
+                tl.store(counter, 0)
 
 
 @triton.jit
-def _combine_kernel(
-    m_in, l_in, acc_in, sinks, out, q, scale, positions, out_stride,
-    HEADS: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
-    V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
-    OVERLAP: tl.constexpr,
+def _deliver(
+    m, l, acc, sinks, token, head, there, out, out_stride, q, q_scale,
+    HEADS: tl.constexpr, V_DIM: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    let_next_begin(OVERLAP)
-    wait_for_inputs(OVERLAP)
-    t, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    position = tl.load(positions + t)
-    length = _split_length(position, WINDOW, SPLITS)
-    first = _oldest(position, WINDOW) // length
-    count = position // length - first + 1
-    at = (t * HEADS + head) * SPLITS
-    each = tl.arange(0, SPLITS)
-    m = tl.load(m_in + at + (first + each) % SPLITS, each < count, float("-inf"))
-    l = tl.load(l_in + at + (first + each) % SPLITS, each < count, 0.0)
-    largest = tl.max(m, 0)
-    if sinks is not None:
-        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
-        largest = tl.maximum(largest, sink)
-    total = tl.sum(tl.where(each < count, tl.exp2(m - largest) * l, 0.0), 0)
-    if sinks is not None:
-        total += tl.exp2(sink - largest)
-    column = tl.arange(0, V_BLOCK)
-    acc = tl.zeros((V_BLOCK,), tl.float32)
-    for start in range(0, count, STEP):
-        some = start + tl.arange(0, STEP)
-        where = at + (first + some) % SPLITS
-        weight = tl.exp2(tl.load(m_in + where, some < count, float("-inf")) - largest)
-        parts = tl.load(
-            acc_in + where[:, None] * V_DIM + column[None, :],
-            (some < count)[:, None] & (column < V_DIM)[None, :], 0.0,
-        )  # fmt: skip
-        acc += tl.sum(tl.where((some < count)[:, None], parts * weight[:, None], 0.0), 0)
-    to = out + t * out_stride + head * V_DIM + column
-    acc /= total
-    tl.store(to, acc.to(out.dtype.element_ty), column < V_DIM)
-    if GROUP:
-        store_quantized(acc, head * V_DIM + column, q, scale, t, HEADS * V_DIM, GROUP)
+    """Writes the result of rows of which one split has seen all, as if it were combined with no others."""
+    largest = largest_with_sink(m, sinks, head, there)
+    total, acc = add_part(tl.zeros_like(l), tl.zeros_like(acc), m, l, acc, largest)
+    deliver_heads(
+        total, acc, largest, sinks, token, head, there, out, out_stride, q, q_scale, HEADS, V_DIM, GROUP
+    )
 
 
 @dataclass(frozen=True)
@@ -327,36 +315,6 @@ class Tiling:
     splits: int
     warps: int
     stages: int
-
-
-@dataclass(frozen=True)
-class Partials:
-    """What splits leave to be combined, f32: m and l [T, heads, splits], acc [T, heads, splits, v_dim]."""
-
-    m: Tensor
-    l: Tensor
-    acc: Tensor
-
-
-def partials_size(rows: int, heads: int, splits: int, v_dim: int) -> int:
-    """Floats that splits leave to be combined; none where there is one."""
-    return rows * heads * splits * (2 + v_dim) if splits > 1 else 0
-
-
-def cut_partials(space: Tensor, rows: int, heads: int, splits: int, v_dim: int) -> Partials:
-    """Room for the partials of a batch of ``rows`` rows, out of ``space`` [partials_size() or more] f32."""
-    count = rows * heads * splits
-    m, l, acc = space[: count * (2 + v_dim)].split([count, count, count * v_dim])
-    shape = (rows, heads, splits)
-    return Partials(m.view(shape), l.view(shape), acc.view(*shape, v_dim))
-
-
-def allocate_partials(
-    rows: int, heads: int, splits: int, v_dim: int, device: torch.device | str = "cuda"
-) -> Partials:
-    """The same in memory of its own."""
-    space = torch.empty(rows * heads * splits * (2 + v_dim), device=device)
-    return cut_partials(space, rows, heads, splits, v_dim)
 
 
 def tiling(cache: LayerCache, heads: int, rows: int, blocks: int, processors: int = 132) -> Tiling:
@@ -405,55 +363,55 @@ def blocks_of(positions: Tensor, slots: Tensor, rows: int) -> Tensor:
 
 def attend(
     q: Tensor, cache: LayerCache, positions: Tensor, slots: Tensor, scale: float, tiles: Tiling, out: Tensor,
-    softcap: float = 0.0, sinks: Tensor | None = None, blocks: Tensor | None = None,
+    preparation: Preparation = Preparation(), softcap: float = 0.0, sinks: Tensor | None = None,
+    new: tuple[Tensor, Tensor] | None = None, blocks: Tensor | None = None,
     partials: Partials | None = None, quantized: Quantized | None = None,
 ) -> None:  # fmt: skip
     """softmax(scale q K^T) V of each row over what its position may see in its slot, itself included.
 
-    q: [T, heads * k_dim], prepared by `append`, f16 to lose nothing, or any float type; positions, slots:
-    [T] i32; out: [T, heads * v_dim] of any float type; sinks: [heads], logits that count in the softmax's
-    sum; blocks: [B, 4] i32 as `blocks_of` makes them for ``tiles.rows``, unused ones with 0 rows; None: each
-    row is a block of its own. partials: of T rows or more and ``tiles.splits`` splits, where these are not 1;
+    q: [T, heads * k_dim] of any float type; positions, slots: [T] i32; out: [T, heads * v_dim] of any float
+    type; sinks: [heads], logits that count in the softmax's sum. new: keys [T, kv_heads * k_dim] and values
+    [T, kv_heads * v_dim] of the rows, each its slot's only one, which are appended as `append` does; else
+    blocks: [B, 4] i32 as `blocks_of` makes them for ``tiles.rows``, unused ones with 0 rows, of rows that are
+    appended already. partials: of T rows or more and ``tiles.splits`` splits, where these are not 1;
     quantized: what else gets the result, as int8, where `can_quantize`.
     """
     heads, split = q.shape[1] // cache.k.dim, tiles.splits > 1
     group = heads // cache.kv_heads
     assert out.shape == (len(q), heads * cache.v.dim) and len(positions) == len(slots) == len(q)
-    assert not split or (partials is not None and partials.acc.shape[2:] == (tiles.splits, cache.v.dim))
+    assert (new is None) != (blocks is None), "rows are appended here or come in blocks"
+    assert not split or (partials is not None and partials.acc.shape[1:] == (tiles.splits, heads, cache.v.dim))
     assert not (split and cache.window) or tiles.splits >= 4, "a window needs splits for its ends"
+    k, v = (None, None) if new is None else new
+    if k is not None and v is not None:
+        check_new(k, v, positions, slots, cache)
     programs = len(q) if blocks is None else len(blocks)
     queries = max(16, triton.next_power_of_2((1 if blocks is None else tiles.rows) * group))
-    left = (partials.m, partials.l, partials.acc) if split and partials else (None, None, None)
+    left = (partials.m, partials.l, partials.acc, partials.arrived) if partials else (None,) * 4
+    to = (quantized.q, quantized.scale) if quantized and not (split and new is None) else (None, None)
+    constants = cache_constants(cache)
+    v_block = int(constants["V_BLOCK"])
     _attend_kernel[(programs, cache.kv_heads, tiles.splits)](
-        q, cache.k.data, cache.k.scales, cache.v.data, cache.v.scales, sinks, out, *left,
-        blocks, positions, slots, q.stride(0), out.stride(0), cache.ring, scale, softcap,
-        KV_HEADS=cache.kv_heads, GROUP=group, M=queries, N=tiles.columns, SPLITS=tiles.splits,
-        WINDOW=cache.window, CAPPED=softcap > 0, ALWAYS_MASKED=queries == 16, **_shape(cache),
-        num_warps=tiles.warps, num_stages=tiles.stages, **options(),
+        q, k, v, preparation.q_norm, preparation.k_norm, *preparation.angles, preparation.norm_eps,
+        cache.k.data, cache.k.scales, cache.v.data, cache.v.scales, sinks, out, *to, *left,
+        blocks, positions, slots, q.stride(0), 0 if k is None else k.stride(0),
+        0 if v is None else v.stride(0), out.stride(0), cache.ring, scale, softcap,
+        KV_HEADS=cache.kv_heads, GROUP=group, M=queries, N=tiles.columns, H=triton.next_power_of_2(group),
+        SPLITS=tiles.splits, STEP=combine_step(group, tiles.splits, v_block, tiles.warps),
+        WINDOW=cache.window, CAPPED=softcap > 0, ALWAYS_MASKED=queries == 16,
+        OUT_GROUP=quantized.group if quantized else 0, COPIES=tiles.warps,
+        **preparation.constants(cache.k.dim), **constants,
+        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=_most_registers(tiles, queries), **options(),
     )  # fmt: skip
-    if split:
-        to = (None, None) if quantized is None else (quantized.q, quantized.scale)
-        _combine_kernel[(len(q), heads)](
-            *left, sinks, out, *to, positions, out.stride(0), GROUP=quantized.group if quantized else 0,
-            HEADS=heads, SPLITS=tiles.splits, WINDOW=cache.window, V_DIM=cache.v.dim,
-            V_BLOCK=triton.next_power_of_2(cache.v.dim), STEP=min(16, tiles.splits), num_warps=4,
-            **options(),
-        )  # fmt: skip
+    if blocks is not None and split and partials is not None:
+        combine(partials, positions, out, cache.window, v_block, sinks, quantized)
 
 
-def can_quantize(cache: LayerCache, heads: int, tiles: Tiling, group: int) -> bool:
-    """Whether `attend` can write its result as int8 too: every head is combined, of whole groups."""
-    dim = cache.v.dim
-    whole = dim & (dim - 1) == 0 and dim % group == 0 and heads * dim % 64 == 0
-    return tiles.splits > 1 and whole
+def _most_registers(tiles: Tiling, queries: int) -> int | None:
+    """What ptxas may take where `tiling` counts on two programs on a processor; else what it likes."""
+    return 128 if queries == 16 and tiles.warps == 8 else None
 
 
-def _shape(cache: LayerCache) -> dict[str, int | str]:
-    found: dict[str, int | str] = {}
-    for name, rows in (("K", cache.k), ("V", cache.v)):
-        found[f"{name}_DIM"] = rows.dim
-        found[f"{name}_BLOCK"] = max(64 if rows.dtype == "int4" else 16, triton.next_power_of_2(rows.dim))
-        found[f"{name}_TYPE"] = rows.dtype
-        found[f"{name}_BYTES"] = data_columns(rows.dtype, rows.dim)
-        found[f"{name}_PLANES"] = scale_planes(rows.dtype, rows.dim)
-    return found
+def can_quantize(cache: LayerCache, heads: int, group: int) -> bool:
+    """Whether `attend` can write its result as int8 too: heads are of whole groups, a row of whole blocks."""
+    return cache.v.dim % group == 0 and heads * cache.v.dim % 64 == 0

@@ -8,15 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gristmill.kernels.triton.append import Rotary, append, rope_tables
-from gristmill.kernels.triton.attention import (
-    Tiling,
-    attend,
-    can_quantize,
-    cut_partials,
-    partials_size,
-    tiling,
-)
+from gristmill.kernels.triton.append import Preparation, Rotary, append, rope_tables
+from gristmill.kernels.triton.attention import Tiling, attend, can_quantize, tiling
 from gristmill.kernels.triton.cache import LayerCache
 from gristmill.kernels.triton.embedding import embedding
 from gristmill.kernels.triton.gather import gather_rows
@@ -24,6 +17,7 @@ from gristmill.kernels.triton.linear import Plan, linear, plan, quantized_input,
 from gristmill.kernels.triton.norms import layer_norm, rms_norm
 from gristmill.kernels.triton.pointwise import pointwise
 from gristmill.kernels.triton.quantize import Quantized
+from gristmill.kernels.triton.splits import Partials, cut_partials, partials_size
 from gristmill.runtime.cuda.buffers import Batch, Values
 from gristmill.runtime.cuda.tuning import Tuned
 from gristmill.runtime.cuda.weights import Weights
@@ -66,7 +60,7 @@ class Launcher:
         ]
         self._plans: dict[tuple[int, int], Plan] = {}
         self._tilings: dict[tuple[int, int], Tiling] = {}
-        size, floats, queries = 1, 1, 1
+        size, floats, counters = 1, 1, 1
         for index, i in enumerate(program.instructions):
             for rows in buckets:
                 if i.op == "linear":
@@ -74,17 +68,17 @@ class Launcher:
                     size = max(size, self._plan(index, i, piece))
                 elif i.op == "attention":
                     floats = max(floats, self._tile(index, i, rows))
-                    queries = max(queries, rows * i.attribute("heads") * caches[i.attribute("cache")].k.dim)
+                    counters = max(counters, rows * caches[i.attribute("cache")].kv_heads)
         self._workspace = torch.zeros(size, dtype=torch.uint8, device=device)
         self._int8_inputs = dict(self._find_int8_inputs())
         self._partials = torch.zeros(floats, device=device)
-        self._queries = torch.zeros(queries, device=device)
+        self._arrived = torch.zeros(counters, dtype=torch.int32, device=device)
         self.block_rows = {tile.rows for tile in self._tilings.values()}
 
     @property
     def bytes(self) -> int:
         """Bytes of what kernels keep in between."""
-        return sum(t.nbytes for t in (self._workspace, self._partials, self._queries, *self._angles))
+        return sum(t.nbytes for t in (self._workspace, self._partials, self._arrived, *self._angles))
 
     def _plan(self, index: int, i: Instruction, rows: int) -> int:
         """Plans a product; bytes of workspace."""
@@ -220,12 +214,12 @@ class Launcher:
         """By product and rows: where it looks for activations that the instruction before it writes."""
         for (index, rows), chosen in self._plans.items():
             i = self.program.instructions[index]
-            if i.weight is not None and self._is_written_before(index, rows, chosen.act_group):
+            if i.weight is not None and self._is_written_before(index, chosen.act_group):
                 given = quantized_input(self.weights.matrices[i.weight], chosen, self._workspace)
                 assert given is not None, "a plan with groups of activations has room for them"
                 yield (index, rows), given
 
-    def _is_written_before(self, index: int, rows: int, group: int) -> bool:
+    def _is_written_before(self, index: int, group: int) -> bool:
         before, i = self.program.instructions[index - 1], self.program.instructions[index]
         if self._between is not None and self._between.values(index - 1):
             return False
@@ -235,8 +229,7 @@ class Launcher:
             return False
         if before.op != "attention":
             return before.op in ("rms_norm", "layer_norm")
-        cache = self.caches[before.attribute("cache")]
-        return can_quantize(cache, before.attribute("heads"), self._tilings[index - 1, rows], group)
+        return can_quantize(self.caches[before.attribute("cache")], before.attribute("heads"), group)
 
     def _linear(self, index: int, i: Instruction) -> None:
         assert i.weight is not None
@@ -250,32 +243,28 @@ class Launcher:
         )  # fmt: skip
 
     def _attention(self, index: int, i: Instruction) -> None:
-        cache, heads = self.caches[i.attribute("cache")], i.attribute("heads")
+        cache, tiles = self.caches[i.attribute("cache")], self._tilings[index, self._rows]
         positions, slots = self.batch.ids("positions", self._rows), self.batch.ids("slots", self._rows)
-        q, rope = self._given(i, "q"), self._rotary(i.attribute("rope"))
-        q_norm, k_norm = self._vector(i, "q_norm"), self._vector(i, "k_norm")
-        hadamard = i.attribute("hadamard")
-        prepared = None
-        if rope is not None or q_norm is not None or hadamard:
-            prepared = self._query_buffer(q, cache)
-        append(
-            None if prepared is None else q, self._given(i, "k"), self._given(i, "v"), positions, slots,
-            cache, prepared, q_norm, k_norm, i.attribute("norm_eps"), rope, hadamard,
+        new, blocks = (self._given(i, "k"), self._given(i, "v")), None
+        preparation = Preparation(
+            self._vector(i, "q_norm"), self._vector(i, "k_norm"), i.attribute("norm_eps"),
+            self._rotary(i.attribute("rope")), i.attribute("hadamard"),
         )  # fmt: skip
-        tiles, partials = self._tilings[index, self._rows], None
-        if tiles.splits > 1:
-            partials = cut_partials(self._partials, self._rows, heads, tiles.splits, cache.v.dim)
+        if self._blocks is not None:
+            blocks = self._blocks[tiles.rows]
+            warps = tiles.warps if self._rows <= self._few_rows else 1  # as `attend` has it without blocks
+            append(*new, positions, slots, cache, preparation, warps)
         attend(
-            q if prepared is None else prepared, cache, positions, slots, i.attribute("scale"), tiles,
-            self._view(i.out), i.attribute("softcap"), self._vector(i, "sinks"),
-            None if self._blocks is None else self._blocks[tiles.rows], partials,
-            self._int8_beside(index),
+            self._given(i, "q"), cache, positions, slots, i.attribute("scale"), tiles, self._view(i.out),
+            preparation, i.attribute("softcap"), self._vector(i, "sinks"), new if blocks is None else None,
+            blocks, self._parts(i, cache, tiles), self._int8_beside(index),
         )  # fmt: skip
 
-    def _query_buffer(self, q: Tensor, cache: LayerCache) -> Tensor:
-        """Room for prepared queries in the type that they are multiplied in."""
-        dtype = torch.float32 if cache.k.dtype == "f32" else torch.float16
-        return self._queries.view(dtype)[: q.numel()].view(q.shape)
+    def _parts(self, i: Instruction, cache: LayerCache, tiles: Tiling) -> Partials | None:
+        if tiles.splits == 1:
+            return None
+        sizes = (self._rows, i.attribute("heads"), cache.kv_heads, tiles.splits, cache.v.dim)
+        return cut_partials(self._partials, self._arrived, *sizes)
 
     def _rotary(self, rope: int) -> Rotary | None:
         if rope < 0:
