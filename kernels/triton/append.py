@@ -1,13 +1,13 @@
 """Norm, rope and Hadamard rotation of heads, and the append of keys and values to the cache.
 
-Attention prepares its queries itself, and where every row is its slot's only one appends too; `append` is for
-rows that see each other. Keys and values are rounded to the cache's format and written at (slot, head,
-position). Rounding is the CPU's (kernels/cpu/cache.inc): int8 and int4 keep the best of 16 grids by squared
-error, fp8 scales the row's largest number to 448.
+Attention of few rows prepares its queries itself, and where every row is its slot's only one appends too.
+`append` is for rows that see each other, and prepares the queries of many. Keys and values are rounded to the
+cache's format and written at (slot, head, position). Rounding is the CPU's (kernels/cpu/cache.inc): int8 and
+int4 keep the best of 16 grids by squared error, fp8 scales the row's largest number to 448.
 
-A key or a value is held in COPIES equal copies [COPIES, D], one of each warp, so that sums over it stay within
-the warp; each copy tries its share of the grids, and the first one is written. Products that a sum follows are
-rounded by themselves (`product`): both kernels that append give the same bits.
+A key or a value is held in COPIES equal copies [COPIES, D], one of each warp, so that sums over it stay
+within the warp; each copy tries its share of the grids, and the first one is written. Products that a sum
+follows are rounded by themselves (`product`), so that both kernels that append write the same bits.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def product(a, b):
 
 @triton.jit
 def _turning(DIMS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
-    """Of each column [1, BLOCK]: the one that it turns with, the number of their pair, if it is the second."""
+    """Of each column [1, BLOCK]: the one that it turns with, their pair's number, whether it is the second."""
     at = tl.arange(0, BLOCK)[None, :]
     if INTERLEAVED:
         return at ^ 1, at // 2, at % 2
@@ -288,27 +288,42 @@ def store_new(
 
 @triton.jit
 def _append_kernel(
-    k, v, k_norm, cos, sin, eps, k_data, k_scales, v_data, v_scales, positions, slots, k_stride, v_stride,
-    ring, KV_HEADS: tl.constexpr, COPIES: tl.constexpr,
+    q, k, v, queries, q_norm, k_norm, cos, sin, eps, k_data, k_scales, v_data, v_scales, positions, slots,
+    q_stride, k_stride, v_stride, queries_stride, ring,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, COPIES: tl.constexpr,
     DIMS: tl.constexpr, INTERLEAVED: tl.constexpr, PASSES: tl.constexpr, FACTOR: tl.constexpr,
     K_DIM: tl.constexpr, K_BLOCK: tl.constexpr, K_TYPE: tl.constexpr, K_BYTES: tl.constexpr,
     K_PLANES: tl.constexpr,
     V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, V_TYPE: tl.constexpr, V_BYTES: tl.constexpr,
     V_PLANES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One row and kv head."""
+    """Heads of a row, by the second index: HEADS queries (0 where these are left alone), keys with values."""
     let_next_begin(OVERLAP)
     wait_for_inputs(OVERLAP)
     t, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    key, key_other, value = load_new(
-        k, v, t, head, k_stride, v_stride, DIMS, INTERLEAVED, COPIES, K_DIM, K_BLOCK, V_DIM, V_BLOCK
-    )
-    row = tl.load(slots + t).to(tl.int64) * KV_HEADS + head
-    store_new(
-        key, key_other, value, t, k_norm, cos, sin, eps, k_data, k_scales, v_data, v_scales, row,
-        tl.load(positions + t) % ring, ring, DIMS, INTERLEAVED, PASSES, FACTOR,
-        K_DIM, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_TYPE, V_BYTES, V_PLANES,
-    )  # fmt: skip
+    if HEADS:  # noqa: SIM102  (a constant: without queries there is nothing to compile)
+        if head < HEADS:
+            one = tl.arange(0, 1)
+            raw, other = load_heads(
+                q + t * q_stride + head * K_DIM + one, one == 0, K_DIM, DIMS, INTERLEAVED, K_BLOCK
+            )
+            query = prepared(
+                raw, other, one == 0, q_norm, cos, sin, t + one, eps, K_DIM, DIMS, INTERLEAVED, PASSES, FACTOR
+            )
+            at = tl.arange(0, K_BLOCK)[None, :]
+            to = queries + t * queries_stride + head * K_DIM + at
+            tl.store(to, query.to(queries.dtype.element_ty), at < K_DIM)
+    if head >= HEADS:
+        kv_head = head - HEADS
+        key, key_other, value = load_new(
+            k, v, t, kv_head, k_stride, v_stride, DIMS, INTERLEAVED, COPIES, K_DIM, K_BLOCK, V_DIM, V_BLOCK
+        )
+        row = tl.load(slots + t).to(tl.int64) * KV_HEADS + kv_head
+        store_new(
+            key, key_other, value, t, k_norm, cos, sin, eps, k_data, k_scales, v_data, v_scales, row,
+            tl.load(positions + t) % ring, ring, DIMS, INTERLEAVED, PASSES, FACTOR,
+            K_DIM, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_TYPE, V_BYTES, V_PLANES,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -339,6 +354,11 @@ class Preparation:
     hadamard: int = 0
 
     @property
+    def of_queries(self) -> bool:
+        """Whether queries need any."""
+        return self.rope is not None or self.q_norm is not None or self.hadamard > 0
+
+    @property
     def angles(self) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if self.rope is None else (self.rope.cos, self.rope.sin)
 
@@ -353,6 +373,9 @@ class Preparation:
         }  # fmt: skip
 
 
+AS_THEY_ARE = Preparation()
+
+
 def check_new(k: Tensor, v: Tensor, positions: Tensor, slots: Tensor, cache: LayerCache) -> None:
     """Keys and values of a batch have the shapes that `append` says."""
     assert k.shape == (len(k), cache.kv_heads * cache.k.dim)
@@ -361,18 +384,25 @@ def check_new(k: Tensor, v: Tensor, positions: Tensor, slots: Tensor, cache: Lay
 
 def append(
     k: Tensor, v: Tensor, positions: Tensor, slots: Tensor, cache: LayerCache,
-    preparation: Preparation = Preparation(), warps: int = 1,
+    preparation: Preparation = AS_THEY_ARE, warps: int = 1, q: Tensor | None = None,
+    queries: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Writes keys, normed and rotated, and values of rows to the cache.
+    """Writes keys, normed and rotated, and values of rows to the cache, and prepares their queries if asked.
 
-    k: [T, kv_heads * k_dim]; v: [T, kv_heads * v_dim], of any float types, columns of stride 1; positions,
-    slots: [T] i32. No two rows may name the same slot and position. warps: of a program, up to 16; what is
-    written depends on it in rounding.
+    k: [T, kv_heads * k_dim]; v: [T, kv_heads * v_dim]; q: [T, heads * k_dim], which go to ``queries`` of the
+    same shape, or None; all of any float types, columns of stride 1; positions, slots: [T] i32. No two rows
+    may name the same slot and position. warps: of a program, up to 16; what is written depends on it in
+    rounding.
     """
     check_new(k, v, positions, slots, cache)
-    _append_kernel[(len(k), cache.kv_heads)](
-        k, v, preparation.k_norm, *preparation.angles, preparation.norm_eps, cache.k.data, cache.k.scales,
-        cache.v.data, cache.v.scales, positions, slots, k.stride(0), v.stride(0), cache.ring,
-        KV_HEADS=cache.kv_heads, COPIES=warps, **preparation.constants(cache.k.dim), **cache_constants(cache),
-        num_warps=warps, **options(),
+    heads, strides = 0, (0, 0)
+    if q is not None and queries is not None:
+        heads, strides = q.shape[1] // cache.k.dim, (q.stride(0), queries.stride(0))
+    assert (q is None) == (queries is None) and (q is None or q.shape == (len(k), heads * cache.k.dim))
+    _append_kernel[(len(k), heads + cache.kv_heads)](
+        q, k, v, queries, preparation.q_norm, preparation.k_norm, *preparation.angles, preparation.norm_eps,
+        cache.k.data, cache.k.scales, cache.v.data, cache.v.scales, positions, slots,
+        strides[0], k.stride(0), v.stride(0), strides[1], cache.ring,
+        HEADS=heads, KV_HEADS=cache.kv_heads, COPIES=warps,
+        **preparation.constants(cache.k.dim), **cache_constants(cache), num_warps=warps, **options(),
     )  # fmt: skip

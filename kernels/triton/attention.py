@@ -12,10 +12,10 @@ shares its block or its batch: tiles that a row does not see leave its sums exac
 so integers enter the tensor cores as they are, exact in f16, and what scales them is applied to scores and
 probabilities. int4 has several scales in a row and is scaled before. A cache of f32 is multiplied in f32.
 
-Where every row is its slot's only one, which is decoding, that kernel is all there is: the program whose split
-holds the row's own position appends its key and value before it goes through its tiles, and with several
-splits (flash-decoding) the last one to leave its m, l and acc combines them. Rows that see each other are
-appended by `append` before, and `combine` adds up their splits.
+Where every row is its slot's only one, which is decoding, that kernel is all there is: the program whose
+split holds the row's own position appends its key and value before it goes through its tiles, and with
+several splits (flash-decoding) the last one to leave its m, l and acc combines them. Rows that see each other
+are appended by `append` before, and `combine` adds up their splits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .append import Preparation, check_new, load_heads, load_new, prepared, store_new
+from .append import AS_THEY_ARE, Preparation, check_new, load_heads, load_new, prepared, product, store_new
 from .cache import LayerCache, cache_constants
 from .overlap import let_next_begin, options, wait_for_inputs
 from .quantize import Quantized
@@ -35,14 +35,13 @@ from .splits import (
     LOG2E,
     SPLIT,
     Partials,
-    add_part,
     combine,
     combine_heads,
     combine_step,
     deliver_heads,
     largest_with_sink,
     oldest_seen,
-    split_length,
+    splits_of,
 )
 
 
@@ -164,6 +163,13 @@ def _tiles(
 
 
 @triton.jit
+def _queries(first_row, rows, head, GROUP: tl.constexpr, M: tl.constexpr):
+    """Of the queries of a tile [M]: row of the batch, head, and whether there is such a row in the block."""
+    at = tl.arange(0, M)
+    return first_row + at // GROUP, head * GROUP + at % GROUP, at // GROUP < rows
+
+
+@triton.jit
 def _attend_kernel(
     q, k, v, q_norm, k_norm, cos, sin, eps, k_data, k_scales, v_data, v_scales, sinks, out, out_q, out_scale,
     m_parts, l_parts, acc_parts, arrived, blocks, positions, slots,
@@ -194,10 +200,7 @@ def _attend_kernel(
         first_row, rows = tl.program_id(0), 1
         slot = tl.load(slots + first_row)
         first = tl.load(positions + first_row)
-    query_at = tl.arange(0, M)
-    query_row = first_row + query_at // GROUP
-    query_head = head * GROUP + query_at % GROUP
-    there = query_at // GROUP < rows
+    query_row, query_head, there = _queries(first_row, rows, head, GROUP, M)
     # asked for before it is known whether there is work: positions are under way meanwhile
     raw, other = load_heads(
         q + query_row.to(tl.int64) * q_stride + query_head * K_DIM, there, K_DIM, DIMS, INTERLEAVED, K_BLOCK
@@ -211,20 +214,21 @@ def _attend_kernel(
         return
     last = first + rows - 1
     oldest = oldest_seen(first, WINDOW)
-    begin, most, split, working = oldest, last + 1, 0, 1
+    begin, most = oldest, last + 1
     if SPLITS > 1:
-        length = split_length(first, WINDOW, SPLITS)
-        split = oldest // length + tl.program_id(2)
+        length, first_split, count = splits_of(first, WINDOW, SPLITS)
+        split = first_split + tl.program_id(2)
         begin = tl.maximum(oldest, split * length)
         most = tl.minimum(most, (split + 1) * length)
-        working = first // length - oldest // length + 1
     if begin >= most:
         return
     row = slot.to(tl.int64) * KV_HEADS + head
     query = prepared(
         raw, other, there, q_norm, cos, sin, query_row, eps, K_DIM, DIMS, INTERLEAVED, PASSES, FACTOR
     )
-    if blocks is None:
+    if K_TYPE != "f32":
+        query = query.to(tl.float16)
+    if blocks is None:  # noqa: SIM102  (a constant: keys in blocks are appended already)
         if most > first:
             store_new(
                 new_key, new_other, new_value, t, k_norm, cos, sin, eps, k_data, k_scales, v_data, v_scales,
@@ -232,10 +236,8 @@ def _attend_kernel(
                 K_DIM, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_TYPE, V_BYTES, V_PLANES,
             )  # fmt: skip
             tl.debug_barrier()  # what this program wrote it reads as all others do
-    if K_TYPE != "f32":
-        query = query.to(tl.float16)
     query_sum = tl.sum(query.to(tl.float32), 1)
-    position = first + tl.minimum(query_at // GROUP, rows - 1)
+    position = first + tl.minimum(query_row - first_row, rows - 1)
     m = tl.full((M,), float("-inf"), tl.float32)
     l = tl.zeros((M,), tl.float32)
     shift = tl.zeros((M,), tl.float32)
@@ -264,6 +266,14 @@ def _attend_kernel(
         K_DIM, K_BLOCK, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_BLOCK, V_TYPE, V_BYTES, V_PLANES, CAPPED,
     )  # fmt: skip
     acc += shift[:, None]
+    # once more: no registers hold these meanwhile
+    working = 1
+    if SPLITS > 1:
+        length, first_split, working = splits_of(first, WINDOW, SPLITS)
+    if blocks is not None:
+        first_row = tl.load(blocks + tl.program_id(0) * 4)
+        rows = tl.load(blocks + tl.program_id(0) * 4 + 1)
+    query_row, query_head, there = _queries(first_row, rows, head, GROUP, M)
     if SPLITS == 1 or (blocks is None and working == 1):
         _deliver(
             m, l, acc, sinks, query_row, query_head, there, out, out_stride, out_q, out_scale,
@@ -271,7 +281,8 @@ def _attend_kernel(
         )  # fmt: skip
     else:
         column = tl.arange(0, V_BLOCK)[None, :]
-        to = (query_row.to(tl.int64) * SPLITS + split % SPLITS) * (KV_HEADS * GROUP) + query_head
+        to = query_row.to(tl.int64) * SPLITS + (first_split + tl.program_id(2)) % SPLITS
+        to = to * (KV_HEADS * GROUP) + query_head
         tl.store(m_parts + to, m, there)
         tl.store(l_parts + to, l, there)
         tl.store(acc_parts + to[:, None] * V_DIM + column, acc, there[:, None] & (column < V_DIM))
@@ -295,10 +306,11 @@ def _deliver(
 ):  # fmt: skip
     """Writes the result of rows of which one split has seen all, as if it were combined with no others."""
     largest = largest_with_sink(m, sinks, head, there)
-    total, acc = add_part(tl.zeros_like(l), tl.zeros_like(acc), m, l, acc, largest)
+    weight = tl.exp2(m - largest)
     deliver_heads(
-        total, acc, largest, sinks, token, head, there, out, out_stride, q, q_scale, HEADS, V_DIM, GROUP
-    )
+        product(weight, l), product(acc, weight[:, None]), largest, sinks, token, head, there, out,
+        out_stride, q, q_scale, HEADS, V_DIM, GROUP,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -363,7 +375,7 @@ def blocks_of(positions: Tensor, slots: Tensor, rows: int) -> Tensor:
 
 def attend(
     q: Tensor, cache: LayerCache, positions: Tensor, slots: Tensor, scale: float, tiles: Tiling, out: Tensor,
-    preparation: Preparation = Preparation(), softcap: float = 0.0, sinks: Tensor | None = None,
+    preparation: Preparation = AS_THEY_ARE, softcap: float = 0.0, sinks: Tensor | None = None,
     new: tuple[Tensor, Tensor] | None = None, blocks: Tensor | None = None,
     partials: Partials | None = None, quantized: Quantized | None = None,
 ) -> None:  # fmt: skip
@@ -380,7 +392,8 @@ def attend(
     group = heads // cache.kv_heads
     assert out.shape == (len(q), heads * cache.v.dim) and len(positions) == len(slots) == len(q)
     assert (new is None) != (blocks is None), "rows are appended here or come in blocks"
-    assert not split or (partials is not None and partials.acc.shape[1:] == (tiles.splits, heads, cache.v.dim))
+    room = (tiles.splits, heads, cache.v.dim)
+    assert not split or (partials is not None and partials.acc.shape[1:] == room)
     assert not (split and cache.window) or tiles.splits >= 4, "a window needs splits for its ends"
     k, v = (None, None) if new is None else new
     if k is not None and v is not None:
@@ -398,13 +411,13 @@ def attend(
         0 if v is None else v.stride(0), out.stride(0), cache.ring, scale, softcap,
         KV_HEADS=cache.kv_heads, GROUP=group, M=queries, N=tiles.columns, H=triton.next_power_of_2(group),
         SPLITS=tiles.splits, STEP=combine_step(group, tiles.splits, v_block, tiles.warps),
-        WINDOW=cache.window, CAPPED=softcap > 0, ALWAYS_MASKED=queries == 16,
+        WINDOW=cache.window, CAPPED=softcap > 0, ALWAYS_MASKED=queries == 16 or new is not None,
         OUT_GROUP=quantized.group if quantized else 0, COPIES=tiles.warps,
         **preparation.constants(cache.k.dim), **constants,
         num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=_most_registers(tiles, queries), **options(),
     )  # fmt: skip
     if blocks is not None and split and partials is not None:
-        combine(partials, positions, out, cache.window, v_block, sinks, quantized)
+        combine(partials, positions, out, cache.window, v_block, tiles.warps, sinks, quantized)
 
 
 def _most_registers(tiles: Tiling, queries: int) -> int | None:

@@ -102,7 +102,8 @@ def cache_constants(cache: LayerCache) -> dict[str, int | str]:
     found: dict[str, int | str] = {}
     for name, rows in (("K", cache.k), ("V", cache.v)):
         found[f"{name}_DIM"] = rows.dim
-        found[f"{name}_BLOCK"] = max(2 * GROUP if rows.dtype == "int4" else 16, 1 << (rows.dim - 1).bit_length())
+        least = 2 * GROUP if rows.dtype == "int4" else 16
+        found[f"{name}_BLOCK"] = max(least, 1 << (rows.dim - 1).bit_length())
         found[f"{name}_TYPE"] = rows.dtype
         found[f"{name}_BYTES"] = data_columns(rows.dtype, rows.dim)
         found[f"{name}_PLANES"] = scale_planes(rows.dtype, rows.dim)

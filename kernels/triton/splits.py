@@ -1,14 +1,14 @@
 """A context in splits that programs of their own go through, and what these leave, put together again.
 
 A split's length depends on the row's own position alone. Each split leaves m, l and acc of its online softmax
-in base 2; they are added up in the order of the context, by products and sums that are spelled out, so that
-a result has the same bits whichever kernel adds and whichever split was last:
+in base 2; they are added up in the order of the context, whichever split was last:
 
     M = max m,  total = sum 2^(m - M) l,  out = sum 2^(m - M) acc / total
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .append import product
 from .overlap import let_next_begin, options, wait_for_inputs
 from .quantize import Quantized, store_quantized_pieces
 
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(math.log2(math.e))
 SPLIT = tl.constexpr(256)  # positions of the shortest split
 FLOATS_OF_THREAD = 32
 
@@ -47,18 +48,19 @@ def oldest_seen(position, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def splits_of(position, WINDOW: tl.constexpr, SPLITS: tl.constexpr):
+    """Of a row at ``position``: the length of splits, the first one that it sees, and how many it sees."""
+    length = split_length(position, WINDOW, SPLITS)
+    first = oldest_seen(position, WINDOW) // length
+    return length, first, position // length - first + 1
+
+
+@triton.jit
 def largest_with_sink(largest, sinks, head, there):
     """``largest`` [H], or the sink's logit where that is more."""
     if sinks is not None:
         largest = tl.maximum(largest, tl.load(sinks + head, there, 0.0).to(tl.float32) * LOG2E)
     return largest
-
-
-@triton.jit
-def add_part(total, acc, m, l, part, largest):
-    """total [H] and acc [H, V] with what one more split left: m, l [H], part [H, V]."""
-    weight = tl.exp2(m - largest)
-    return tl.fma(weight, l, total), tl.fma(weight[:, None], part, acc)
 
 
 @triton.jit
@@ -85,28 +87,28 @@ def combine_heads(
     V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Adds up what splits left of ``head`` [H] of the row ``token``, past L1: other programs wrote it."""
-    length = split_length(position, WINDOW, SPLITS)
-    first = oldest_seen(position, WINDOW) // length
-    count = position // length - first + 1
+    length, first, count = splits_of(position, WINDOW, SPLITS)
     at = token.to(tl.int64) * SPLITS
-    each = tl.arange(0, SPLITS)[None, :]
-    where = (at + (first + each) % SPLITS) * HEADS + head[:, None]
-    m = tl.load(m_parts + where, there[:, None] & (each < count), float("-inf"), cache_modifier=".cg")
-    largest = largest_with_sink(tl.max(m, 1), sinks, head, there)
-    column = tl.arange(0, V_BLOCK)[None, :]
-    total = tl.zeros((head.shape[0],), tl.float32)
+    each = tl.arange(0, SPLITS)[:, None]
+    all_parts = (at + (first + each) % SPLITS) * HEADS + head[None, :]
+    known = (each < count) & there[None, :]
+    m = tl.load(m_parts + all_parts, known, float("-inf"), cache_modifier=".cg")
+    l = tl.load(l_parts + all_parts, known, 0.0, cache_modifier=".cg")
+    largest = largest_with_sink(tl.max(m, 0), sinks, head, there)
+    total = tl.sum(product(tl.exp2(m - largest[None, :]), l), 0)
+    column = tl.arange(0, V_BLOCK)[None, None, :]
     acc = tl.zeros((head.shape[0], V_BLOCK), tl.float32)
     for start in range(0, count, STEP):
-        for i in tl.static_range(STEP):
-            inside = there & (start + i < count)
-            some = (at + (first + start + i) % SPLITS) * HEADS + head
-            m_part = tl.load(m_parts + some, inside, float("-inf"), cache_modifier=".cg")
-            l_part = tl.load(l_parts + some, inside, 0.0, cache_modifier=".cg")
-            part = tl.load(
-                acc_parts + some[:, None] * V_DIM + column, inside[:, None] & (column < V_DIM), 0.0,
-                cache_modifier=".cg",
-            )  # fmt: skip
-            total, acc = add_part(total, acc, m_part, l_part, part, largest)
+        some = start + tl.arange(0, STEP)[:, None]
+        where = (at + (first + some) % SPLITS) * HEADS + head[None, :]
+        inside = (some < count) & there[None, :]
+        parts = tl.load(
+            acc_parts + where[:, :, None] * V_DIM + column, inside[:, :, None] & (column < V_DIM), 0.0,
+            cache_modifier=".cg",
+        )  # fmt: skip
+        m_of_some = tl.load(m_parts + where, inside, float("-inf"), cache_modifier=".cg")
+        weight = tl.exp2(m_of_some - largest[None, :])
+        acc += tl.sum(product(parts, weight[:, :, None]), 0)
     deliver_heads(
         total, acc, largest, sinks, token + head * 0, head, there, out, out_stride, q, q_scale, HEADS, V_DIM,
         GROUP,
@@ -178,12 +180,13 @@ def combine_step(heads: int, splits: int, v_block: int, warps: int) -> int:
 
 
 def combine(
-    partials: Partials, positions: Tensor, out: Tensor, window: int, v_block: int,
+    partials: Partials, positions: Tensor, out: Tensor, window: int, v_block: int, warps: int,
     sinks: Tensor | None = None, quantized: Quantized | None = None,
 ) -> None:  # fmt: skip
-    """The result of each row of positions [T] i32 out of what its splits left, as `attend` gives it."""
-    (rows, splits, heads, v_dim), kv_heads = partials.acc.shape, partials.arrived.shape[1]
-    each, warps = heads // kv_heads, 4
+    """The result of each row of positions [T] i32 out of what its splits left, as `attend` gives it;
+    warps: of a program, on which the order of sums depends."""
+    (splits, heads, v_dim), kv_heads = partials.acc.shape[1:], partials.arrived.shape[1]
+    each = heads // kv_heads
     to = (None, None) if quantized is None else (quantized.q, quantized.scale)
     _combine_kernel[(len(positions), kv_heads)](
         partials.m, partials.l, partials.acc, sinks, positions, out, out.stride(0), *to,

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gristmill.kernels.triton.append import Preparation, Rotary, append, rope_tables
+from gristmill.kernels.triton.append import AS_THEY_ARE, Preparation, Rotary, append, rope_tables
 from gristmill.kernels.triton.attention import Tiling, attend, can_quantize, tiling
 from gristmill.kernels.triton.cache import LayerCache
 from gristmill.kernels.triton.embedding import embedding
@@ -60,7 +60,7 @@ class Launcher:
         ]
         self._plans: dict[tuple[int, int], Plan] = {}
         self._tilings: dict[tuple[int, int], Tiling] = {}
-        size, floats, counters = 1, 1, 1
+        size, floats, counters, queries = 1, 1, 1, 1
         for index, i in enumerate(program.instructions):
             for rows in buckets:
                 if i.op == "linear":
@@ -68,17 +68,21 @@ class Launcher:
                     size = max(size, self._plan(index, i, piece))
                 elif i.op == "attention":
                     floats = max(floats, self._tile(index, i, rows))
-                    counters = max(counters, rows * caches[i.attribute("cache")].kv_heads)
+                    cache = caches[i.attribute("cache")]
+                    counters = max(counters, rows * cache.kv_heads)
+                    queries = max(queries, rows * i.attribute("heads") * cache.k.dim)
         self._workspace = torch.zeros(size, dtype=torch.uint8, device=device)
         self._int8_inputs = dict(self._find_int8_inputs())
         self._partials = torch.zeros(floats, device=device)
+        self._queries = torch.zeros(queries, device=device)
         self._arrived = torch.zeros(counters, dtype=torch.int32, device=device)
         self.block_rows = {tile.rows for tile in self._tilings.values()}
 
     @property
     def bytes(self) -> int:
         """Bytes of what kernels keep in between."""
-        return sum(t.nbytes for t in (self._workspace, self._partials, self._arrived, *self._angles))
+        kept = (self._workspace, self._partials, self._arrived, self._queries, *self._angles)
+        return sum(t.nbytes for t in kept)
 
     def _plan(self, index: int, i: Instruction, rows: int) -> int:
         """Plans a product; bytes of workspace."""
@@ -243,22 +247,34 @@ class Launcher:
         )  # fmt: skip
 
     def _attention(self, index: int, i: Instruction) -> None:
+        """One kernel, but where rows see each other: those are appended before, and many have their queries
+        prepared there."""
         cache, tiles = self.caches[i.attribute("cache")], self._tilings[index, self._rows]
         positions, slots = self.batch.ids("positions", self._rows), self.batch.ids("slots", self._rows)
-        new, blocks = (self._given(i, "k"), self._given(i, "v")), None
+        q, new = self._given(i, "q"), (self._given(i, "k"), self._given(i, "v"))
         preparation = Preparation(
             self._vector(i, "q_norm"), self._vector(i, "k_norm"), i.attribute("norm_eps"),
             self._rotary(i.attribute("rope")), i.attribute("hadamard"),
         )  # fmt: skip
-        if self._blocks is not None:
-            blocks = self._blocks[tiles.rows]
-            warps = tiles.warps if self._rows <= self._few_rows else 1  # as `attend` has it without blocks
-            append(*new, positions, slots, cache, preparation, warps)
+        blocks = None if self._blocks is None else self._blocks[tiles.rows]
+        if blocks is not None and self._rows <= self._few_rows:  # as `attend` appends rows by themselves
+            append(*new, positions, slots, cache, preparation, tiles.warps)
+        elif blocks is not None and preparation.of_queries:
+            queries = self._query_buffer(q, cache)
+            append(*new, positions, slots, cache, preparation, q=q, queries=queries)
+            q, preparation = queries, AS_THEY_ARE
+        elif blocks is not None:
+            append(*new, positions, slots, cache, preparation)
         attend(
-            self._given(i, "q"), cache, positions, slots, i.attribute("scale"), tiles, self._view(i.out),
-            preparation, i.attribute("softcap"), self._vector(i, "sinks"), new if blocks is None else None,
-            blocks, self._parts(i, cache, tiles), self._int8_beside(index),
+            q, cache, positions, slots, i.attribute("scale"), tiles, self._view(i.out), preparation,
+            i.attribute("softcap"), self._vector(i, "sinks"), new if blocks is None else None, blocks,
+            self._parts(i, cache, tiles), self._int8_beside(index),
         )  # fmt: skip
+
+    def _query_buffer(self, q: Tensor, cache: LayerCache) -> Tensor:
+        """Room for prepared queries in the type that they are multiplied in."""
+        dtype = torch.float32 if cache.k.dtype == "f32" else torch.float16
+        return self._queries.view(dtype)[: q.numel()].view(q.shape)
 
     def _parts(self, i: Instruction, cache: LayerCache, tiles: Tiling) -> Partials | None:
         if tiles.splits == 1:

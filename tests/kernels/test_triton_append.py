@@ -50,10 +50,14 @@ def test_heads_are_normed_turned_and_appended(case, warps):
     cache = allocate("f32", "f32", dim, dim, kv_heads, 3, 9, device=DEVICE)
     preparation = Preparation(None, norm, EPS, rope, block)
     append(k, v, positions, slots, cache, preparation, warps)
-    wanted = prepared(k, kv_heads, norm, EPS, inv_freq, positions, interleaved, scale, block)
+    settings = (norm, EPS, inv_freq, positions, interleaved, scale, block)
+    wanted = prepared(k, kv_heads, *settings)
     where = (slots.long(), slice(None), positions.long())
     torch.testing.assert_close(stored(cache.k)[where], wanted, rtol=1e-5, atol=2e-6)
     assert torch.equal(cache.v.data[where], v.unflatten(1, (kv_heads, -1)))
+    queries = torch.full((4, k.shape[1] + 1), torch.nan)[:, 1:]
+    append(k, v, positions, slots, cache, Preparation(norm, norm, EPS, rope, block), warps, k, queries)
+    torch.testing.assert_close(queries.double(), wanted.flatten(1), rtol=1e-5, atol=2e-6)
     cache.k.data[where], cache.v.data[where] = 0, 0
     assert not cache.k.data.any() and not cache.v.data.any()  # nothing else was written
 

@@ -10,7 +10,7 @@ from triton_caches import Case, Context, prepared, rotary
 from triton_device import DEVICE, ahead_of_time, generator, on_device  # noqa: F401  (the fixture is for all)
 from triton_matrices import int8_room
 
-from gristmill.kernels.triton.append import Preparation, append
+from gristmill.kernels.triton.append import AS_THEY_ARE, Preparation, append
 from gristmill.kernels.triton.attention import Tiling, attend, blocks_of, can_quantize, tiling
 from gristmill.kernels.triton.cache import allocate
 from gristmill.kernels.triton.quantize import quantize
@@ -22,7 +22,7 @@ DECODE, BLOCKS = Tiling(1, 64, 1, 4, 2), Tiling(8, 32, 1, 4, 2)
 
 
 def run(
-    context, q, positions, slots, tiles, new=None, preparation=Preparation(), quantized=None, partials=None
+    context, q, positions, slots, tiles, new=None, preparation=AS_THEY_ARE, quantized=None, partials=None
 ):  # fmt: skip
     """Rows alone in their slots with ``new`` keys and values, or in blocks of what is appended already."""
     case = context.case
@@ -219,7 +219,8 @@ def test_results_of_heads_of_96_columns_are_written_as_int8():
     assert can_quantize(context.cache, 2, 32)
     where = torch.tensor([149], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     at_once, later = int8_room(1, 192, 32), int8_room(1, 192, 32)
-    quantize(run(context, context.normal(1, 32), *where, tiles, new_rows(context, 1), quantized=at_once), later)
+    out = run(context, context.normal(1, 32), *where, tiles, new_rows(context, 1), quantized=at_once)
+    quantize(out, later)
     assert torch.equal(at_once.q, later.q) and torch.equal(at_once.scale, later.scale)
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from compile_sm90 import Launch
 
-from gristmill.kernels.triton.append import Preparation, Rotary, append, rope_tables
+from gristmill.kernels.triton.append import AS_THEY_ARE, Preparation, Rotary, append, rope_tables
 from gristmill.kernels.triton.attention import attend, can_quantize, tiling
 from gristmill.kernels.triton.cache import allocate
 from gristmill.kernels.triton.gather import gather_rows
@@ -47,7 +47,7 @@ def append_launches() -> Iterator[Launch]:
     cos = preparation.rope.cos
     yield "rope tables", partial(rope_tables, indices(rows), inv_freq, 1.0, cos, cos)
     qkv = empty(rows, (HEADS + 2 * KV_HEADS) * DIM)
-    k, v = qkv[:, HEADS * DIM :].split(KV_HEADS * DIM, 1)
+    q, k, v = qkv.split([HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM], 1)
     for warps in (1, 4, 8):
         for dtype in TYPES:
             cache = allocate(dtype, dtype, DIM, DIM, KV_HEADS, 2, CONTEXT, device="meta")
@@ -55,6 +55,11 @@ def append_launches() -> Iterator[Launch]:
             yield f"append {dtype}, {warps} warps", partial(
                 append, k, v, indices(rows), indices(rows), cache, chosen, warps
             )
+            if warps == 1:
+                queries = empty(rows, HEADS * DIM, dtype=torch.float16)
+                yield f"append {dtype} and queries", partial(
+                    append, k, v, indices(rows), indices(rows), cache, chosen, 1, q, queries
+                )
     plain = allocate("f16", "int8", DIM, DIM, KV_HEADS, 2, CONTEXT, device="meta")
     yield "append as it is", partial(append, k, v, indices(rows), indices(rows), plain)
 
@@ -71,19 +76,21 @@ def decode_launches() -> Iterator[Launch]:
     for rows, context in ((1, CONTEXT), (1, 256), (4, CONTEXT)):
         for dtype in TYPES:
             for all_steps in (False, True):
-                of = dict(dtype=dtype, context=context, all_steps=all_steps)
-                yield f"decoding {rows} of {of}", decoding(rows, **of)
-    for k_dim, kv_heads, window, softcap, dtype in (
+                yield f"decoding {rows} of {context}, {dtype}{', all steps' * all_steps}", decoding(
+                    rows, dtype, context, all_steps=all_steps
+                )
+    for dim, kv_heads, window, softcap, dtype in (
         (64, 8, 128, 0.0, "int8"), (256, 8, 4096, 50.0, "int8"), (256, 8, 4096, 50.0, "int4"),
-        (80, 32, 0, 0.0, "f16"), (96, 8, 2048, 0.0, "fp8"), (128, 1, 0, 30.0, "int8"), (96, 4, 0, 0.0, "f32"),
+        (80, 32, 0, 0.0, "f16"), (96, 8, 2048, 0.0, "fp8"), (128, 1, 0, 0.0, "int8"), (96, 4, 0, 0.0, "f32"),
     ):  # fmt: skip
         for all_steps in (False, True):
-            of = dict(dim=k_dim, kv_heads=kv_heads, window=window, softcap=softcap, dtype=dtype)
-            yield f"decoding of {of}, {all_steps}", decoding(2, **of, all_steps=all_steps, sinks=True)
+            yield f"decoding heads of {dim}, {kv_heads} for kv, {dtype}{', all steps' * all_steps}", decoding(
+                2, dtype, 8192, dim, kv_heads, window, softcap, all_steps, sinks=True
+            )
 
 
 def decoding(
-    rows: int, dtype: str, context: int = 8192, dim: int = DIM, kv_heads: int = KV_HEADS, window: int = 0,
+    rows: int, dtype: str, context: int, dim: int = DIM, kv_heads: int = KV_HEADS, window: int = 0,
     softcap: float = 0.0, all_steps: bool = False, sinks: bool = False,
 ) -> Callable[[], object]:  # fmt: skip
     """The launch of new rows in f32, as the executor's are; int8 beside the result where that is possible."""
@@ -106,15 +113,18 @@ def decoding(
 def attention_launches() -> Iterator[Launch]:
     """Rows in blocks."""
     for rows, blocks in ((4, 4), (256, 256), (2048, 65)):
-        q, out = empty(rows, HEADS * DIM, dtype=torch.float32), empty(rows, HEADS * DIM)
+        few = rows == blocks
+        q = empty(rows, HEADS * DIM, dtype=torch.float32 if few else torch.float16)
+        out = empty(rows, HEADS * DIM, dtype=torch.float32)
         for dtype in TYPES:
             cache = allocate(dtype, dtype, DIM, DIM, KV_HEADS, 2, CONTEXT, device="meta")
-            tiles = tiling(cache, HEADS, min(rows, 4) if rows == blocks else rows, blocks)
+            tiles = tiling(cache, HEADS, min(rows, 4) if few else rows, blocks)
             partials = allocate_partials(rows, HEADS, KV_HEADS, tiles.splits, DIM, "meta")
             where = (indices(rows), indices(rows))
             yield f"attention {dtype} {rows}", partial(
-                attend, q, cache, *where, 0.1, tiles, out, rotated(rows, DIM, dtype == "int4"),
-                blocks=indices(blocks, 4), partials=partials,
+                attend, q, cache, *where, 0.1, tiles, out,
+                rotated(rows, DIM, dtype == "int4") if few else AS_THEY_ARE, blocks=indices(blocks, 4),
+                partials=partials,
             )  # fmt: skip
     yield from odd_attention_launches()
 
@@ -125,13 +135,13 @@ def odd_attention_launches() -> Iterator[Launch]:
         (192, 128, 16, 0, 0.0), (256, 256, 8, 4096, 50.0), (80, 80, 32, 0, 0.0), (96, 96, 8, 2048, 0.0)
     ):  # fmt: skip
         rows = 512
-        q, out = empty(rows, 32 * k_dim, dtype=torch.float32), empty(rows, 32 * v_dim)
+        q, out = empty(rows, 32 * k_dim, dtype=torch.float16), empty(rows, 32 * v_dim)
         cache = allocate("int8", "int4", k_dim, v_dim, kv_heads, 2, 8192, window, device="meta")
         tiles = tiling(cache, 32, rows, rows // 16)
         partials = allocate_partials(rows, 32, kv_heads, tiles.splits, v_dim, "meta")
         where = (indices(rows), indices(rows))
         yield f"attention of {k_dim} and {v_dim}, {rows} rows", partial(
-            attend, q, cache, *where, 0.1, tiles, out, rotated(rows, k_dim), softcap, empty(32), None,
+            attend, q, cache, *where, 0.1, tiles, out, AS_THEY_ARE, softcap, empty(32), None,
             indices(rows // 16, 4), partials,
         )  # fmt: skip
 

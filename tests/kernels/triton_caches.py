@@ -1,5 +1,5 @@
-"""What tests of the device's KV cache share: a cache read back, contexts of random rows in it, and what is done
-to heads before they are multiplied or stored."""
+"""What tests of the device's KV cache share: a cache read back, contexts of random rows in it, and how heads
+are prepared before they are multiplied or stored."""
 
 from __future__ import annotations
 
