@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .cache import LayerCache, cache_constants
 from .overlap import let_next_begin, options, wait_for_inputs
+from .quantize import largest_magnitude
 
 TINY = tl.constexpr(1e-35)  # the inverse of less would overflow; such rows count as zero or constant
 GRIDS = tl.constexpr(16)
@@ -57,7 +58,7 @@ def product(a, b):
 
 @triton.jit
 def _turning(DIMS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
-    """Of each column [1, BLOCK]: the one that it turns with, their pair's number, whether it is the second."""
+    """Of each column [1, BLOCK]: the one that it turns with, its pair, whether it is the pair's second."""
     at = tl.arange(0, BLOCK)[None, :]
     if INTERLEAVED:
         return at ^ 1, at // 2, at % 2
@@ -210,6 +211,24 @@ def _ranked(x, DIM: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
+def _write_scale(scale, scales, which, ring, PLANES: tl.constexpr):
+    """scale [C, G] of the first copy to planes 2 g + ``which``.
+
+    A lane of the warp that has it writes, of 32 lanes that would write neighbours: so Triton gives each copy
+    a warp here too, and nothing goes through shared memory.
+    """
+    copies: tl.constexpr = scale.shape[0]
+    groups: tl.constexpr = scale.shape[1]
+    lanes: tl.constexpr = 32 // groups
+    each = tl.broadcast_to(scale[:, :, None], (copies, groups, lanes))
+    each = tl.reshape(each, (copies, 32)).to(scales.dtype.element_ty)
+    copy, at = tl.arange(0, copies)[:, None], tl.arange(0, 32)[None, :]
+    plane = at // lanes * 2 + which
+    inside = (copy == 0) & (at % lanes == 0) & (plane < PLANES)
+    tl.store(scales + (copy * 0 + plane * ring + at % lanes), each, inside)
+
+
+@triton.jit
 def _write_row(
     x, most, least, poison, rank, data, scales, row, ring_at, ring, DIM: tl.constexpr, TYPE: tl.constexpr,
     STRIDE: tl.constexpr, PLANES: tl.constexpr,
@@ -225,20 +244,19 @@ def _write_row(
     if TYPE == "int8":
         q, step, offset = _on_best_grid(_groups(x, TYPE), most, least, poison, rank, 255.0, 1.0, False)
         tl.store(data + at, (tl.reshape(q, x.shape) - 128.0).to(tl.int8), first & (at < DIM))
-        tl.store(scales + none, step, first)
-        tl.store(scales + ring + none, tl.fma(step, 128.0, offset), first)
+        _write_scale(step, scales, 0, ring, PLANES)
+        _write_scale(tl.fma(step, 128.0, offset), scales, 1, ring, PLANES)
     elif TYPE == "fp8":
-        amax = tl.max(tl.abs(x), 1)[:, None]
-        spoilt = tl.sum(x * 0.0, 1)[:, None]
+        amax = largest_magnitude(x)[:, None]
         tiny = amax < TINY
         codes = _e4m3(x * tl.where(tiny, 0.0, 448.0 / amax))
-        tl.store(data + at, tl.where(spoilt == 0, codes, 0), first & (at < DIM))
-        tl.store(scales + none, tl.where(tiny, 0.0, amax / 448.0) + spoilt, first)
+        tl.store(data + at, tl.where(amax < float("inf"), codes, 0), first & (at < DIM))
+        scale = tl.where(tiny, 0.0, amax / 448.0) + amax * 0.0  # what is no number stays so
+        _write_scale(scale, scales, 0, ring, PLANES)
     elif TYPE == "int4":
         q, step, offset = _on_best_grid(_groups(x, TYPE), most, least, poison, rank, 15.0, 0.75, True)
-        group = none + tl.arange(0, block // 32)[None, :]
-        tl.store(scales + 2 * group * ring, step.to(tl.float16), first & (group < PLANES // 2))
-        tl.store(scales + (2 * group + 1) * ring, offset.to(tl.float16), first & (group < PLANES // 2))
+        _write_scale(step, scales, 0, ring, PLANES)
+        _write_scale(offset, scales, 1, ring, PLANES)
         q = tl.where(at < DIM, tl.reshape(q, x.shape), 0.0).to(tl.int32)
         halves = tl.reshape(q, (x.shape[0], block // 64, 2, 32))
         low, high = tl.split(tl.permute(halves, (0, 1, 3, 2)))

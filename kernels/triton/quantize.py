@@ -31,13 +31,19 @@ class Quantized:
 
 
 @triton.jit
+def largest_magnitude(x):
+    """max |x| of each row of x [R, N] f32; no number where one is none: as integers its bits are the most."""
+    return tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def rounded_groups(groups):
     """groups [G, GROUP] f32 as whole numbers from -127 to 127, and their scales [G]."""
-    most = tl.max(tl.abs(groups), 1)
-    poison = tl.sum(groups * 0.0, 1)  # what is no number stays so
+    most = largest_magnitude(groups)
     step = tl.where(most > 0, 127.0 / most, 0.0)
     rounded = (groups * step[:, None] + ROUNDS) - ROUNDS
-    return tl.where((poison == 0)[:, None], rounded, 0.0), most / 127.0 + poison
+    rounded = tl.where((most < float("inf"))[:, None], rounded, 0.0)
+    return rounded, most / 127.0 + most * 0.0  # what is no number stays so
 
 
 @triton.jit
