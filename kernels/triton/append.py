@@ -57,6 +57,15 @@ def product(a, b):
 
 
 @triton.jit
+def sum_of_pairs(x):
+    """Sums [R] of the rows of x [R, N]: neighbours, then neighbouring sums, in one order on any layout."""
+    for _ in tl.static_range(12):
+        if x.shape[1] > 1:
+            x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)), 2)
+    return tl.reshape(x, (x.shape[0],))
+
+
+@triton.jit
 def _turning(DIMS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
     """Of each column [1, BLOCK]: the one that it turns with, its pair, whether it is the pair's second."""
     at = tl.arange(0, BLOCK)[None, :]
@@ -107,7 +116,7 @@ def prepared(
         c = tl.load(cos + row.to(tl.int64)[:, None] * (DIMS // 2) + pair, turns, 1.0)
         s = tl.load(sin + row.to(tl.int64)[:, None] * (DIMS // 2) + pair, turns, 0.0)
     if norm is not None:
-        inverse = (1.0 / tl.sqrt_rn(tl.sum(product(value, value), 1) / DIM + eps))[:, None]
+        inverse = (1.0 / tl.sqrt_rn(sum_of_pairs(product(value, value)) / DIM + eps))[:, None]
         value = product(value * inverse, tl.load(norm + at, at < DIM, 0.0).to(tl.float32))
         if DIMS:
             other = product(other * inverse, tl.load(norm + partner, at < DIMS, 0.0).to(tl.float32))

@@ -27,7 +27,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .append import AS_THEY_ARE, Preparation, check_new, load_heads, load_new, prepared, product, store_new
+from .append import (
+    AS_THEY_ARE,
+    Preparation,
+    check_new,
+    load_heads,
+    load_new,
+    prepared,
+    product,
+    store_new,
+    sum_of_pairs,
+)
 from .cache import LayerCache, cache_constants
 from .overlap import let_next_begin, options, wait_for_inputs
 from .quantize import Quantized
@@ -236,7 +246,7 @@ def _attend_kernel(
                 K_DIM, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_TYPE, V_BYTES, V_PLANES,
             )  # fmt: skip
             tl.debug_barrier()  # what this program wrote it reads as all others do
-    query_sum = tl.sum(query.to(tl.float32), 1)
+    query_sum = sum_of_pairs(query.to(tl.float32))
     position = first + tl.minimum(query_row - first_row, rows - 1)
     m = tl.full((M,), float("-inf"), tl.float32)
     l = tl.zeros((M,), tl.float32)
