@@ -78,17 +78,30 @@ def _turning(DIMS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr)
 
 @triton.jit
 def load_heads(
-    x, there, DIM: tl.constexpr, DIMS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr
+    x, there, norm, cos, sin, row, DIM: tl.constexpr, DIMS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Heads at the pointers x [R], and for each of DIMS columns the one that rope turns it with: twice
-    [R, BLOCK] f32, zero beyond and where not ``there`` [R]."""
+    """All that `prepared` needs of heads at the pointers x [R], of rows ``row`` [R] of the batch.
+
+    f32: the heads [R, BLOCK], zero beyond DIM and where not ``there`` [R]; for each of DIMS columns the one
+    that rope turns it with; the norm's weights of both [1, BLOCK]; cosines and sines. What is not needed is
+    the heads again.
+    """
     at = tl.arange(0, BLOCK)[None, :]
     value = tl.load(x[:, None] + at, there[:, None] & (at < DIM), 0.0).to(tl.float32)
-    other = value
+    other, weight, other_weight, c, s = value, value, value, value, value
     if DIMS:
         partner, pair, second = _turning(DIMS, INTERLEAVED, BLOCK)
-        other = tl.load(x[:, None] + partner, there[:, None] & (at < DIMS), 0.0).to(tl.float32)
-    return value, other
+        turns = there[:, None] & (at < DIMS)
+        angle = row.to(tl.int64)[:, None] * (DIMS // 2) + pair
+        other = tl.load(x[:, None] + partner, turns, 0.0).to(tl.float32)
+        c = tl.load(cos + angle, turns, 1.0)
+        s = tl.load(sin + angle, turns, 0.0)
+    if norm is not None:
+        weight = tl.load(norm + at, at < DIM, 0.0).to(tl.float32)
+        if DIMS:
+            other_weight = tl.load(norm + partner, at < DIMS, 0.0).to(tl.float32)
+    return value, other, weight, other_weight, c, s
 
 
 @triton.jit
@@ -103,24 +116,17 @@ def _hadamard(x, PASSES: tl.constexpr, FACTOR: tl.constexpr):
 
 @triton.jit
 def prepared(
-    value, other, there, norm, cos, sin, row, eps, DIM: tl.constexpr, DIMS: tl.constexpr,
-    INTERLEAVED: tl.constexpr, PASSES: tl.constexpr, FACTOR: tl.constexpr,
+    value, other, weight, other_weight, c, s, eps, NORMED: tl.constexpr, DIM: tl.constexpr,
+    DIMS: tl.constexpr, INTERLEAVED: tl.constexpr, PASSES: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
-    """Heads from `load_heads` normed, turned by the angles of ``row`` [R] (arXiv 2104.09864, eq. 34) and
-    rotated: [R, BLOCK] f32, zero beyond DIM."""
-    block: tl.constexpr = value.shape[1]
-    at = tl.arange(0, block)[None, :]
-    if DIMS:
-        partner, pair, second = _turning(DIMS, INTERLEAVED, block)
-        turns = there[:, None] & (at < DIMS)
-        c = tl.load(cos + row.to(tl.int64)[:, None] * (DIMS // 2) + pair, turns, 1.0)
-        s = tl.load(sin + row.to(tl.int64)[:, None] * (DIMS // 2) + pair, turns, 0.0)
-    if norm is not None:
+    """Heads from `load_heads` normed, turned by their angles (arXiv 2104.09864, eq. 34) and rotated:
+    [R, BLOCK] f32, zero beyond DIM."""
+    if NORMED:
         inverse = (1.0 / tl.sqrt_rn(sum_of_pairs(product(value, value)) / DIM + eps))[:, None]
-        value = product(value * inverse, tl.load(norm + at, at < DIM, 0.0).to(tl.float32))
-        if DIMS:
-            other = product(other * inverse, tl.load(norm + partner, at < DIMS, 0.0).to(tl.float32))
+        value = product(value * inverse, weight)
+        other = product(other * inverse, other_weight)
     if DIMS:
+        partner, pair, second = _turning(DIMS, INTERLEAVED, value.shape[1])
         value = tl.fma(value, c, tl.where(second != 0, other, -other) * s)
     if PASSES:
         value = _hadamard(value, PASSES, FACTOR)
@@ -278,21 +284,26 @@ def _write_row(
 
 @triton.jit
 def load_new(
-    k, v, t, head, k_stride, v_stride, DIMS: tl.constexpr, INTERLEAVED: tl.constexpr, COPIES: tl.constexpr,
-    K_DIM: tl.constexpr, K_BLOCK: tl.constexpr, V_DIM: tl.constexpr, V_BLOCK: tl.constexpr,
+    k, v, t, head, k_stride, v_stride, k_norm, cos, sin, DIMS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    COPIES: tl.constexpr, K_DIM: tl.constexpr, K_BLOCK: tl.constexpr, V_DIM: tl.constexpr,
+    V_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Key, the columns it turns with, and value of one head of row t, each [COPIES, BLOCK] f32."""
+    """What `load_heads` loads of the key of one head of row t, and the value: [COPIES, BLOCK]s in f32."""
     copy = tl.arange(0, COPIES)
-    from_k, from_v = k + t * k_stride + head * K_DIM, v + t * v_stride + head * V_DIM
-    key, key_other = load_heads(from_k + copy * 0, copy >= 0, K_DIM, DIMS, INTERLEAVED, K_BLOCK)
-    value, value_other = load_heads(from_v + copy * 0, copy >= 0, V_DIM, 0, False, V_BLOCK)
-    return key, key_other, value
+    key, other, weight, other_weight, c, s = load_heads(
+        k + t * k_stride + head * K_DIM + copy * 0, copy >= 0, k_norm, cos, sin, t + copy * 0,
+        K_DIM, DIMS, INTERLEAVED, K_BLOCK,
+    )  # fmt: skip
+    at = copy[:, None] * 0 + tl.arange(0, V_BLOCK)[None, :]
+    value = tl.load(v + t * v_stride + head * V_DIM + at, at < V_DIM, 0.0).to(tl.float32)
+    return key, other, weight, other_weight, c, s, value
 
 
 @triton.jit
 def store_new(
-    key, key_other, value, t, k_norm, cos, sin, eps, k_data, k_scales, v_data, v_scales, row, ring_at, ring,
-    DIMS: tl.constexpr, INTERLEAVED: tl.constexpr, PASSES: tl.constexpr, FACTOR: tl.constexpr,
+    key, other, weight, other_weight, c, s, value, eps, k_data, k_scales, v_data, v_scales, row, ring_at,
+    ring, NORMED: tl.constexpr, DIMS: tl.constexpr, INTERLEAVED: tl.constexpr, PASSES: tl.constexpr,
+    FACTOR: tl.constexpr,
     K_DIM: tl.constexpr, K_TYPE: tl.constexpr, K_BYTES: tl.constexpr, K_PLANES: tl.constexpr,
     V_DIM: tl.constexpr, V_TYPE: tl.constexpr, V_BYTES: tl.constexpr, V_PLANES: tl.constexpr,
 ):  # fmt: skip
@@ -300,11 +311,9 @@ def store_new(
 
     Grids are tried for both before the copies of either agree on theirs, which takes a barrier.
     """
-    copy = tl.arange(0, key.shape[0])
     key = prepared(
-        key, key_other, copy >= 0, k_norm, cos, sin, t + copy * 0, eps, K_DIM, DIMS, INTERLEAVED, PASSES,
-        FACTOR,
-    )  # fmt: skip
+        key, other, weight, other_weight, c, s, eps, NORMED, K_DIM, DIMS, INTERLEAVED, PASSES, FACTOR
+    )
     k_most, k_least, k_poison, k_rank = _ranked(key, K_DIM, K_TYPE)
     v_most, v_least, v_poison, v_rank = _ranked(value, V_DIM, V_TYPE)
     _write_row(key, k_most, k_least, k_poison, k_rank, k_data, k_scales, row, ring_at, ring, K_DIM, K_TYPE,
@@ -331,24 +340,27 @@ def _append_kernel(
     if HEADS:  # noqa: SIM102  (a constant: without queries there is nothing to compile)
         if head < HEADS:
             one = tl.arange(0, 1)
-            raw, other = load_heads(
-                q + t * q_stride + head * K_DIM + one, one == 0, K_DIM, DIMS, INTERLEAVED, K_BLOCK
-            )
+            raw, other, weight, other_weight, c, s = load_heads(
+                q + t * q_stride + head * K_DIM + one, one == 0, q_norm, cos, sin, t + one, K_DIM, DIMS,
+                INTERLEAVED, K_BLOCK,
+            )  # fmt: skip
             query = prepared(
-                raw, other, one == 0, q_norm, cos, sin, t + one, eps, K_DIM, DIMS, INTERLEAVED, PASSES, FACTOR
-            )
+                raw, other, weight, other_weight, c, s, eps, q_norm is not None, K_DIM, DIMS, INTERLEAVED,
+                PASSES, FACTOR,
+            )  # fmt: skip
             at = tl.arange(0, K_BLOCK)[None, :]
             to = queries + t * queries_stride + head * K_DIM + at
             tl.store(to, query.to(queries.dtype.element_ty), at < K_DIM)
     if head >= HEADS:
         kv_head = head - HEADS
-        key, key_other, value = load_new(
-            k, v, t, kv_head, k_stride, v_stride, DIMS, INTERLEAVED, COPIES, K_DIM, K_BLOCK, V_DIM, V_BLOCK
-        )
+        key, other, weight, other_weight, c, s, value = load_new(
+            k, v, t, kv_head, k_stride, v_stride, k_norm, cos, sin, DIMS, INTERLEAVED, COPIES, K_DIM, K_BLOCK,
+            V_DIM, V_BLOCK,
+        )  # fmt: skip
         row = tl.load(slots + t).to(tl.int64) * KV_HEADS + kv_head
         store_new(
-            key, key_other, value, t, k_norm, cos, sin, eps, k_data, k_scales, v_data, v_scales, row,
-            tl.load(positions + t) % ring, ring, DIMS, INTERLEAVED, PASSES, FACTOR,
+            key, other, weight, other_weight, c, s, value, eps, k_data, k_scales, v_data, v_scales, row,
+            tl.load(positions + t) % ring, ring, k_norm is not None, DIMS, INTERLEAVED, PASSES, FACTOR,
             K_DIM, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_TYPE, V_BYTES, V_PLANES,
         )  # fmt: skip
 

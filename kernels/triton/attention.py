@@ -54,6 +54,8 @@ from .splits import (
     splits_of,
 )
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def _load_tile(
@@ -173,6 +175,45 @@ def _tiles(
 
 
 @triton.jit
+def _anew(x):
+    """x, of which the compiler does not know that it is x: what follows from it is computed again, not kept."""
+    if INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1
+        )  # fmt: skip
+
+
+@triton.jit
+def _fetch_line(pointers):
+    """Has L2 fetch the lines at the pointers [N]; nobody waits for them."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _fetch_rows(
+    data, scales, row, first, count, ring, STRIDE: tl.constexpr, PLANES: tl.constexpr,
+    THREADS: tl.constexpr,
+):  # fmt: skip
+    """Has L2 fetch ``count`` stored rows from ``first`` on, as far as one line of 128 bytes of each thread goes,
+    and what scales them; rows and planes beyond their ends count as the last ones."""
+    thread = tl.arange(0, THREADS)
+    line: tl.constexpr = 1024 // data.dtype.element_ty.primitive_bitwidth
+    end = tl.minimum(first + count, ring) * STRIDE - 1
+    _fetch_line(data + row * ring * STRIDE + tl.minimum(first * STRIDE + thread * line, end))
+    if PLANES:
+        piece: tl.constexpr = 1024 // scales.dtype.element_ty.primitive_bitwidth
+        plane = tl.minimum(thread // 8, PLANES - 1)
+        at = tl.minimum(first + thread % 8 * piece, tl.minimum(first + count, ring) - 1)
+        _fetch_line(scales + (row * PLANES + plane) * ring + at)
+
+
+@triton.jit
 def _queries(first_row, rows, head, GROUP: tl.constexpr, M: tl.constexpr):
     """Of the queries of a tile [M]: row of the batch, head, and whether there is such a row in the block."""
     at = tl.arange(0, M)
@@ -212,14 +253,15 @@ def _attend_kernel(
         first = tl.load(positions + first_row)
     query_row, query_head, there = _queries(first_row, rows, head, GROUP, M)
     # asked for before it is known whether there is work: positions are under way meanwhile
-    raw, other = load_heads(
-        q + query_row.to(tl.int64) * q_stride + query_head * K_DIM, there, K_DIM, DIMS, INTERLEAVED, K_BLOCK
-    )
+    raw, other, weight, other_weight, c, s = load_heads(
+        q + query_row.to(tl.int64) * q_stride + query_head * K_DIM, there, q_norm, cos, sin, query_row,
+        K_DIM, DIMS, INTERLEAVED, K_BLOCK,
+    )  # fmt: skip
     if blocks is None:
-        t = first_row.to(tl.int64)
-        new_key, new_other, new_value = load_new(
-            k, v, t, head, k_stride, v_stride, DIMS, INTERLEAVED, COPIES, K_DIM, K_BLOCK, V_DIM, V_BLOCK
-        )
+        new_key, new_other, new_weight, new_other_weight, new_c, new_s, new_value = load_new(
+            k, v, first_row.to(tl.int64), head, k_stride, v_stride, k_norm, cos, sin, DIMS, INTERLEAVED,
+            COPIES, K_DIM, K_BLOCK, V_DIM, V_BLOCK,
+        )  # fmt: skip
     if rows == 0:
         return
     last = first + rows - 1
@@ -233,16 +275,24 @@ def _attend_kernel(
     if begin >= most:
         return
     row = slot.to(tl.int64) * KV_HEADS + head
+    if M == 16:  # the first two tiles are on their way while queries and a new row are prepared
+        tile = begin // N * N
+        tile_at = tile % ring if WINDOW else tile
+        ahead = tl.minimum(most - tile, 2 * N)
+        _fetch_rows(k_data, k_scales, row, tile_at, ahead, ring, K_BYTES, K_PLANES, 32 * COPIES)
+        _fetch_rows(v_data, v_scales, row, tile_at, ahead, ring, V_BYTES, V_PLANES, 32 * COPIES)
     query = prepared(
-        raw, other, there, q_norm, cos, sin, query_row, eps, K_DIM, DIMS, INTERLEAVED, PASSES, FACTOR
-    )
+        raw, other, weight, other_weight, c, s, eps, q_norm is not None, K_DIM, DIMS, INTERLEAVED, PASSES,
+        FACTOR,
+    )  # fmt: skip
     if K_TYPE != "f32":
         query = query.to(tl.float16)
     if blocks is None:  # noqa: SIM102  (a constant: keys in blocks are appended already)
         if most > first:
             store_new(
-                new_key, new_other, new_value, t, k_norm, cos, sin, eps, k_data, k_scales, v_data, v_scales,
-                row, first % ring, ring, DIMS, INTERLEAVED, PASSES, FACTOR,
+                new_key, new_other, new_weight, new_other_weight, new_c, new_s, new_value, eps,
+                k_data, k_scales, v_data, v_scales, row, first % ring, ring, k_norm is not None, DIMS,
+                INTERLEAVED, PASSES, FACTOR,
                 K_DIM, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_TYPE, V_BYTES, V_PLANES,
             )  # fmt: skip
             tl.debug_barrier()  # what this program wrote it reads as all others do
@@ -283,7 +333,7 @@ def _attend_kernel(
     if blocks is not None:
         first_row = tl.load(blocks + tl.program_id(0) * 4)
         rows = tl.load(blocks + tl.program_id(0) * 4 + 1)
-    query_row, query_head, there = _queries(first_row, rows, head, GROUP, M)
+    query_row, query_head, there = _queries(first_row, rows, _anew(head), GROUP, M)
     if SPLITS == 1 or (blocks is None and working == 1):
         _deliver(
             m, l, acc, sinks, query_row, query_head, there, out, out_stride, out_q, out_scale,

@@ -73,20 +73,18 @@ def rotated(rows: int, dim: int, all_steps: bool = False) -> Preparation:
 
 def decode_launches() -> Iterator[Launch]:
     """Rows that are their slots' only ones: append, attention and what splits leave, in one kernel."""
-    for rows, context in ((1, CONTEXT), (1, 256), (4, CONTEXT)):
-        for dtype in TYPES:
+    for dtype in TYPES:
+        for context in (256, CONTEXT):
             for all_steps in (False, True):
-                yield f"decoding {rows} of {context}, {dtype}{', all steps' * all_steps}", decoding(
-                    rows, dtype, context, all_steps=all_steps
-                )
+                name = f"decoding at {context}, {dtype}{', all steps' * all_steps}"
+                yield name, decoding(1, dtype, context, all_steps=all_steps)
     for dim, kv_heads, window, softcap, dtype in (
         (64, 8, 128, 0.0, "int8"), (256, 8, 4096, 50.0, "int8"), (256, 8, 4096, 50.0, "int4"),
         (80, 32, 0, 0.0, "f16"), (96, 8, 2048, 0.0, "fp8"), (128, 1, 0, 0.0, "int8"), (96, 4, 0, 0.0, "f32"),
     ):  # fmt: skip
-        for all_steps in (False, True):
-            yield f"decoding heads of {dim}, {kv_heads} for kv, {dtype}{', all steps' * all_steps}", decoding(
-                2, dtype, 8192, dim, kv_heads, window, softcap, all_steps, sinks=True
-            )
+        yield f"decoding heads of {dim}, {kv_heads} for kv, {dtype}", decoding(
+            2, dtype, 8192, dim, kv_heads, window, softcap, dim == 256, sinks=True
+        )
 
 
 def decoding(
