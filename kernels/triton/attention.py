@@ -176,7 +176,7 @@ def _tiles(
 
 @triton.jit
 def _anew(x):
-    """x, of which the compiler does not know that it is x: what follows from it is computed again, not kept."""
+    """x, but not known to the compiler as x: what follows from it is computed again and not kept."""
     if INTERPRETED:
         return x
     else:
@@ -200,7 +200,7 @@ def _fetch_rows(
     data, scales, row, first, count, ring, STRIDE: tl.constexpr, PLANES: tl.constexpr,
     THREADS: tl.constexpr,
 ):  # fmt: skip
-    """Has L2 fetch ``count`` stored rows from ``first`` on, as far as one line of 128 bytes of each thread goes,
+    """Has L2 fetch ``count`` stored rows from ``first`` on, as far as a line of 128 bytes a thread goes,
     and what scales them; rows and planes beyond their ends count as the last ones."""
     thread = tl.arange(0, THREADS)
     line: tl.constexpr = 1024 // data.dtype.element_ty.primitive_bitwidth
