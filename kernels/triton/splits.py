@@ -56,10 +56,16 @@ def splits_of(position, WINDOW: tl.constexpr, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def _sink(sinks, head, there):
+    """The sink's logit of each ``head`` [H] in base 2."""
+    return product(tl.load(sinks + head, there, 0.0).to(tl.float32), LOG2E)
+
+
+@triton.jit
 def largest_with_sink(largest, sinks, head, there):
     """``largest`` [H], or the sink's logit where that is more."""
     if sinks is not None:
-        largest = tl.maximum(largest, tl.load(sinks + head, there, 0.0).to(tl.float32) * LOG2E)
+        largest = tl.maximum(largest, _sink(sinks, head, there))
     return largest
 
 
@@ -71,7 +77,7 @@ def deliver_heads(
     """Writes acc [H, V] / total [H], the sink counted, as ``head`` [H] of rows ``token`` [H]; with GROUP as
     int8 too."""
     if sinks is not None:
-        total += tl.exp2(tl.load(sinks + head, there, 0.0).to(tl.float32) * LOG2E - largest)
+        total += tl.exp2(_sink(sinks, head, there) - largest)
     value = acc / total[:, None]
     column = tl.arange(0, acc.shape[1])[None, :]
     to = token.to(tl.int64)[:, None] * out_stride + head[:, None] * V_DIM + column

@@ -126,6 +126,7 @@ PREPARED = [  # case, rope columns, interleaved, norms, Hadamard block
     (Case("fp8", "fp8", 2, 2, 64, 64, sinks=True), 0, False, True, 64),
     (Case("f32", "int8", 5, 1, 48, 16), 4, True, False, 0),
     (Case("int8", "f16", 16, 1, 16, 64), 16, False, False, 0),
+    (Case("int8", "int8", 24, 1, 16, 16, 300), 16, False, False, 0),
 ]
 
 
@@ -156,7 +157,8 @@ def test_a_row_alone_has_the_bits_of_one_that_was_appended_before(
             preparation = preparation_of(context, positions + turn, dims, interleaved, norms, hadamard)
             q, new = context.normal(3, case.heads * case.k_dim), new_rows(context, 3)
             if not alone:
-                append(*new, positions + turn, slots, context.cache, preparation, tiles.warps)
+                k, v = new
+                append(k, v, positions + turn, slots, context.cache, preparation, tiles.warps)
             out = run(
                 context, q, positions + turn, slots, tiles, new if alone else None, preparation,
                 partials=partials,

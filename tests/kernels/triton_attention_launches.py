@@ -99,8 +99,9 @@ def decoding(
     out = empty(rows, HEADS * dim, dtype=torch.float32)
     quantized = None
     if can_quantize(cache, HEADS, 32):
-        shapes = room(rows, HEADS * dim, 32)
-        quantized = Quantized(*(empty(*shape, dtype=dtype) for shape, dtype in shapes), 32)
+        (q_shape, q_type), (scale_shape, scale_type) = room(rows, HEADS * dim, 32)
+        numbers, scales = empty(*q_shape, dtype=q_type), empty(*scale_shape, dtype=scale_type)
+        quantized = Quantized(numbers, scales, 32)
     return partial(
         attend, q, cache, indices(rows), indices(rows), 0.1, tiles, out, rotated(rows, dim, all_steps),
         softcap, empty(HEADS) if sinks else None, (k, v), None,
