@@ -24,9 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpu.paper import ROPES
 from gristmill.compiler.memory import plan_arena
 from gristmill.kernels.triton import linear_configs
-from gristmill.kernels.triton.attention import Tiling, allocate_partials, attend, tilings
+from gristmill.kernels.triton.attention import attend
+from gristmill.kernels.triton.attention_tilings import Tiling, tilings
 from gristmill.kernels.triton.cache import LayerCache, allocate, row_bytes
 from gristmill.kernels.triton.matrix import Matrix, merge, meta_matrix
+from gristmill.kernels.triton.splits import allocate_partials
 from gristmill.runtime.artifact import PROGRAM, open_artifact
 from gristmill.runtime.cuda import executor as executors
 from gristmill.runtime.cuda.buffers import Batch, Values
@@ -191,6 +193,7 @@ class LongAttention:
     caches: list[LayerCache]
     heads: int
     q: Tensor
+    new: tuple[Tensor, Tensor]
     out: Tensor
 
     @staticmethod
@@ -202,8 +205,9 @@ class LongAttention:
         ]
         for cache in caches:
             _fill(cache)
-        q = torch.randn(1, heads * dim, device=device).half()
-        return LongAttention(caches, heads, q, torch.empty(1, heads * dim, device=device))
+        q = torch.randn(1, heads * dim, device=device)
+        k, v = torch.randn(2, 1, kv_heads * dim, device=device)
+        return LongAttention(caches, heads, q, (k, v), torch.empty(1, heads * dim, device=device))
 
     @property
     def bytes(self) -> int:
@@ -223,14 +227,16 @@ class LongAttention:
         first, device = self.caches[0], self.q.device
         partials = None
         if tiles.splits > 1:
-            partials = allocate_partials(1, self.heads, tiles.splits, first.v.dim, device)
+            partials = allocate_partials(1, self.heads, first.kv_heads, tiles.splits, first.v.dim, device)
         position = torch.full((1,), first.ring - 1, dtype=torch.int32, device=device)
         slot = torch.zeros(1, dtype=torch.int32, device=device)
         scale = first.k.dim**-0.5
 
         def launch() -> None:
             for cache in self.caches:
-                attend(self.q, cache, position, slot, scale, tiles, self.out, partials=partials)
+                attend(
+                    self.q, cache, position, slot, scale, tiles, self.out, new=self.new, partials=partials
+                )
 
         return launch
 

@@ -8,15 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gristmill.kernels.triton.append import Rotary, append, rope_tables
-from gristmill.kernels.triton.attention import (
-    Tiling,
-    attend,
-    can_quantize,
-    cut_partials,
-    partials_size,
-    tiling,
-)
+from gristmill.kernels.triton.append import AS_THEY_ARE, Preparation, Rotary, append, rope_tables
+from gristmill.kernels.triton.attention import attend, can_quantize
+from gristmill.kernels.triton.attention_tilings import Tiling, tiling
 from gristmill.kernels.triton.cache import LayerCache
 from gristmill.kernels.triton.embedding import embedding
 from gristmill.kernels.triton.gather import gather_rows
@@ -24,6 +18,7 @@ from gristmill.kernels.triton.linear import linear
 from gristmill.kernels.triton.norms import layer_norm, rms_norm
 from gristmill.kernels.triton.pointwise import pointwise
 from gristmill.kernels.triton.quantize import Quantized
+from gristmill.kernels.triton.splits import Partials, cut_partials, partials_size
 from gristmill.runtime.cuda.buffers import Batch, Values
 from gristmill.runtime.cuda.products import Products
 from gristmill.runtime.cuda.tuning import Tuned
@@ -66,17 +61,20 @@ class Launcher:
             torch.zeros(2, most * (rope.dims // 2), device=device) for rope in program.ropes
         ]
         self._tilings: dict[tuple[int, int], Tiling] = {}
-        floats, queries = 1, 1
+        floats, counters, queries = 1, 1, 1
         for index, i in enumerate(program.instructions):
             for rows in buckets if i.op == "attention" else ():
                 floats = max(floats, self._tile(index, i, rows))
-                queries = max(queries, rows * i.attribute("heads") * caches[i.attribute("cache")].k.dim)
+                cache = caches[i.attribute("cache")]
+                counters = max(counters, rows * cache.kv_heads)
+                queries = max(queries, rows * i.attribute("heads") * cache.k.dim)
         self.products = Products(
             program, weights, buckets, len(values.logits), tuned, between.values if between else lambda _: (),
             self._attends_int8, device,
         )  # fmt: skip
         self._partials = torch.zeros(floats, device=device)
         self._queries = torch.zeros(queries, device=device)
+        self._arrived = torch.zeros(counters, dtype=torch.int32, device=device)
         self.block_rows = {
             rows: {tile.rows for (_, of), tile in self._tilings.items() if of == rows} for rows in buckets
         }
@@ -84,7 +82,7 @@ class Launcher:
     @property
     def bytes(self) -> int:
         """Bytes of what kernels keep in between."""
-        kept = (self._partials, self._queries, *self._angles)
+        kept = (self._partials, self._arrived, self._queries, *self._angles)
         return self.products.bytes + sum(tensor.nbytes for tensor in kept)
 
     def _tile(self, index: int, i: Instruction, rows: int) -> int:
@@ -99,10 +97,9 @@ class Launcher:
         self._tilings[index, rows] = tiles
         return partials_size(rows, heads, tiles.splits, cache.v.dim)
 
-    def _attends_int8(self, index: int, rows: int, group: int) -> bool:
+    def _attends_int8(self, index: int, group: int) -> bool:
         i = self.program.instructions[index]
-        cache = self.caches[i.attribute("cache")]
-        return can_quantize(cache, i.attribute("heads"), self._tilings[index, rows], group)
+        return can_quantize(self.caches[i.attribute("cache")], i.attribute("heads"), group)
 
     def run(
         self, rows: int, wanted: int, blocks: dict[int, Tensor] | None, taken: Taken | None = None,
@@ -230,32 +227,40 @@ class Launcher:
         )  # fmt: skip
 
     def _attention(self, index: int, i: Instruction) -> None:
-        cache, heads = self.caches[i.attribute("cache")], i.attribute("heads")
+        """One kernel, but where rows see each other: those are appended before, and many have their queries
+        prepared there."""
+        cache, tiles = self.caches[i.attribute("cache")], self._tilings[index, self._rows]
         positions, slots = self.batch.ids("positions", self._rows), self.batch.ids("slots", self._rows)
-        q, rope = self._given(i, "q"), self._rotary(i.attribute("rope"))
-        q_norm, k_norm = self._vector(i, "q_norm"), self._vector(i, "k_norm")
-        hadamard = i.attribute("hadamard")
-        prepared = None
-        if rope is not None or q_norm is not None or hadamard:
-            prepared = self._query_buffer(q, cache)
-        append(
-            None if prepared is None else q, self._given(i, "k"), self._given(i, "v"), positions, slots,
-            cache, prepared, q_norm, k_norm, i.attribute("norm_eps"), rope, hadamard,
+        q, new = self._given(i, "q"), (self._given(i, "k"), self._given(i, "v"))
+        preparation = Preparation(
+            self._vector(i, "q_norm"), self._vector(i, "k_norm"), i.attribute("norm_eps"),
+            self._rotary(i.attribute("rope")), i.attribute("hadamard"),
         )  # fmt: skip
-        tiles, partials = self._tilings[index, self._rows], None
-        if tiles.splits > 1:
-            partials = cut_partials(self._partials, self._rows, heads, tiles.splits, cache.v.dim)
+        blocks = None if self._blocks is None else self._blocks[tiles.rows]
+        if blocks is not None and self._rows <= self._few_rows:  # as `attend` appends rows by themselves
+            append(*new, positions, slots, cache, preparation, tiles.warps)
+        elif blocks is not None and preparation.of_queries:
+            queries = self._query_buffer(q, cache)
+            append(*new, positions, slots, cache, preparation, q=q, queries=queries)
+            q, preparation = queries, AS_THEY_ARE
+        elif blocks is not None:
+            append(*new, positions, slots, cache, preparation)
         attend(
-            q if prepared is None else prepared, cache, positions, slots, i.attribute("scale"), tiles,
-            self._out(index, i), i.attribute("softcap"), self._vector(i, "sinks"),
-            None if self._blocks is None else self._blocks[tiles.rows], partials,
-            self._int8_beside(index, i),
+            q, cache, positions, slots, i.attribute("scale"), tiles, self._out(index, i), preparation,
+            i.attribute("softcap"), self._vector(i, "sinks"), new if blocks is None else None, blocks,
+            self._parts(i, cache, tiles), self._int8_beside(index, i),
         )  # fmt: skip
 
     def _query_buffer(self, q: Tensor, cache: LayerCache) -> Tensor:
         """Room for prepared queries in the type that they are multiplied in."""
         dtype = torch.float32 if cache.k.dtype == "f32" else torch.float16
         return self._queries.view(dtype)[: q.numel()].view(q.shape)
+
+    def _parts(self, i: Instruction, cache: LayerCache, tiles: Tiling) -> Partials | None:
+        if tiles.splits == 1:
+            return None
+        sizes = (self._rows, i.attribute("heads"), cache.kv_heads, tiles.splits, cache.v.dim)
+        return cut_partials(self._partials, self._arrived, *sizes)
 
     def _rotary(self, rope: int) -> Rotary | None:
         if rope < 0:

@@ -41,13 +41,13 @@ class Products:
     """Plans, and room for what products find and keep, by the index of an instruction and its rows.
 
     logit_rows: of the logits at once. exchanged: values that other devices wait for after an instruction.
-    attends_int8: whether an attention can write its result as int8 too, by instruction, rows and group.
+    attends_int8: whether an attention can write its result as int8 too, by instruction and group.
     """
 
     def __init__(
         self, program: Program, weights: Weights, buckets: Sequence[int], logit_rows: int,
         tuned: Tuned | None, exchanged: Callable[[int], Sequence[int]],
-        attends_int8: Callable[[int, int, int], bool], device: torch.device,
+        attends_int8: Callable[[int, int], bool], device: torch.device,
     ) -> None:  # fmt: skip
         self._program, self._weights, self._tuned = program, weights, tuned
         self._exchanged, self._attends_int8, self._device = exchanged, attends_int8, device
@@ -170,7 +170,7 @@ class Products:
         elif p.act_group and self._hands_over(index - 1, rows, p):
             to = prepared_input(segments, p, space)
             self.handovers[index - 1, rows] = Handover(to, group_of(p), None, space)
-        elif p.act_group and self._writes_int8(index - 1, rows, p.act_group):
+        elif p.act_group and self._writes_int8(index - 1, p.act_group):
             to = prepared_input(segments, p, space)
         else:
             return
@@ -189,10 +189,10 @@ class Products:
             return False
         return can_hand_over(self.plans[index, rows], i.out.width, i.attribute("glu"), group_of(to))
 
-    def _writes_int8(self, index: int, rows: int, group: int) -> bool:
+    def _writes_int8(self, index: int, group: int) -> bool:
         op = self._instruction(index).op
         return op in ("rms_norm", "layer_norm") or (
-            op == "attention" and self._attends_int8(index, rows, group)
+            op == "attention" and self._attends_int8(index, group)
         )
 
     def _give_counters(self) -> None:
