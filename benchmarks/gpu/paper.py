@@ -5,9 +5,8 @@
 Figures of devices are NVIDIA's: bandwidth, multiprocessors, clock and peak those of gristmill.report.devices,
 registers, shared memory and warps those of the CUDA C++ programming guide (table of technical specifications
 by compute capability), and for the issue rate the Hopper white paper (four schedulers in a multiprocessor, an
-instruction for 32 lanes each per cycle). Instructions per weight and the share of the data sheet's bandwidth
-that a kernel reaches are those of gristmill.report.attained, which plans use as well; the gap is this file's
-own, for it is about kernels as they could be.
+instruction for 32 lanes each per cycle). Instructions per weight, the share of the data sheet's bandwidth
+that a kernel reaches and the gap are those of gristmill.report.attained, which plans use as well.
 """
 
 from __future__ import annotations
@@ -27,7 +26,13 @@ from rich.console import Console
 from rich.table import Table
 
 from gristmill.report import devices
-from gristmill.report.attained import INSTRUCTIONS, INTEGER_INSTRUCTIONS, LANES, REACHED
+from gristmill.report.attained import (
+    INSTRUCTIONS,
+    INTEGER_INSTRUCTIONS,
+    KERNEL_SECONDS,
+    LANES,
+    REACHED,
+)
 from gristmill.report.devices import DeviceSpec
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.profile import Forward, kind_of, work
@@ -63,8 +68,6 @@ class Device:
 
 
 DEVICES = {name: Device.of(devices.DEVICES[name]) for name in ("h100", "h200")}
-# Between two kernels of a graph that depend on each other, seconds: an assumption as well.
-GAP = 1.0e-6
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,7 @@ class Cost:
 
     def seconds(self, device: Device, bandwidth: float) -> float:
         issue = self.lane_instructions / device.issue_rate
-        return max(self.bytes / bandwidth, issue) + self.kernels * GAP
+        return max(self.bytes / bandwidth, issue) + self.kernels * KERNEL_SECONDS
 
 
 def instructions_of(segment: Segment, integers: bool) -> float:
@@ -249,7 +252,7 @@ def predictions_table(found: Iterable[tuple[Device, Prediction]]) -> Table:
             f"{1e6 * p.seconds:.0f}", f"{1 / p.seconds:.0f}", f"{p.share:.0%}",
         )  # fmt: skip
     table.caption = (
-        f"floor: {REACHED:.0%} of the data sheet's bandwidth; {1e6 * GAP:g} us between kernels; both assumed"
+        f"floor: {REACHED:.0%} of the data sheet's bandwidth; {1e6 * KERNEL_SECONDS:g} us between kernels"
     )
     return table
 
