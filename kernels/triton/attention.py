@@ -54,8 +54,7 @@ from .splits import (
     oldest_seen,
     splits_of,
 )
-
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from .target import INTERPRETED, fetch_lines
 
 
 @triton.jit
@@ -196,16 +195,6 @@ def _anew(x):
 
 
 @triton.jit
-def _fetch_line(pointers):
-    """Has L2 fetch the lines at the pointers [N]; nobody waits for them."""
-    if not INTERPRETED:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
 def _fetch_rows(
     data, scales, row, first, count, ring, STRIDE: tl.constexpr, PLANES: tl.constexpr,
     THREADS: tl.constexpr,
@@ -215,12 +204,13 @@ def _fetch_rows(
     thread = tl.arange(0, THREADS)
     line: tl.constexpr = 1024 // data.dtype.element_ty.primitive_bitwidth
     end = tl.minimum(first + count, ring) * STRIDE - 1
-    _fetch_line(data + row * ring * STRIDE + tl.minimum(first * STRIDE + thread * line, end))
+    line_at = data + row * ring * STRIDE + tl.minimum(first * STRIDE + thread * line, end)
+    fetch_lines(line_at.to(tl.int64))
     if PLANES:
         piece: tl.constexpr = 1024 // scales.dtype.element_ty.primitive_bitwidth
         plane = tl.minimum(thread // 8, PLANES - 1)
         at = tl.minimum(first + thread % 8 * piece, tl.minimum(first + count, ring) - 1)
-        _fetch_line(scales + (row * PLANES + plane) * ring + at)
+        fetch_lines((scales + (row * PLANES + plane) * ring + at).to(tl.int64))
 
 
 @triton.jit

@@ -45,8 +45,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-LOG2E = tl.constexpr(1.4426950408889634)
+from .splits import LOG2E
+from .target import INTERPRETED, fetch_lines
+
 SMALLEST = tl.constexpr(1e-20)  # of the scales that the reference follows
 # inline assembly by which bytes become f16: of a word's four, and of the bytes of two words pair by pair
 INT8_NUMBERS = tl.constexpr(
@@ -265,17 +266,12 @@ def _load_values(
 @triton.jit
 def _fetch(data, others, start, end, ring, N: tl.constexpr, ROW: tl.constexpr, WINDOW: tl.constexpr):
     """Asks for a tile's rows of ROW words of two tensors in the L2 cache; beyond the last row for its end."""
-    if not INTERPRETED:
-        LINES: tl.constexpr = N * ROW // 32
-        line = tl.arange(0, 2 * LINES)
-        place = tl.minimum(start * ROW + 32 * (line % LINES), end * ROW - 1)
-        if WINDOW:
-            place = place % (ring * ROW)
-        address = tl.where(line < LINES, (data + place).to(tl.int64), (others + place).to(tl.int64))
-        tl.inline_asm_elementwise(
-            "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l", [address], dtype=tl.int32, is_pure=False,
-            pack=1,
-        )  # fmt: skip
+    LINES: tl.constexpr = N * ROW // 32
+    line = tl.arange(0, 2 * LINES)
+    place = tl.minimum(start * ROW + 32 * (line % LINES), end * ROW - 1)
+    if WINDOW:
+        place = place % (ring * ROW)
+    fetch_lines(tl.where(line < LINES, (data + place).to(tl.int64), (others + place).to(tl.int64)))
 
 
 @triton.jit

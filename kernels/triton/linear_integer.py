@@ -25,9 +25,9 @@ from .epilogue import deliver, weight_rows
 from .handover import hand_over, row_factor
 from .matrix import ZEROS, Matrix
 from .overlap import let_next_begin, wait_for_inputs
+from .target import INTERPRETED
 
 UNITS = {"int8": 1, "int4": 16, "int3": 32, "int2": 64}
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 SIGNS = tl.constexpr(0x80808080 - 2**32)  # of four bytes: turns a number above zero point into a signed one
 NIBBLES = tl.constexpr(0xF0F0F0F0 - 2**32)
 CRUMBS = tl.constexpr(0xC0C0C0C0 - 2**32)
