@@ -27,8 +27,8 @@ test: .venv/.dev
 
 # On an NVIDIA GPU, where the same tests otherwise run in Triton's interpreter; torch must be built for CUDA.
 # Without .venv it is tested with PYTHON (3.11 or later) and the packages it has, the extension built with them.
-# Compiling the kernels takes longest, so eight processes share it.
-GPU_TESTS = -n 8 --dist worksteal $(wildcard tests/test_cuda_*.py tests/kernels/test_triton_*.py)
+# Compiling the kernels takes longest, so every processor shares it; after eight minutes what is left is left out.
+GPU_TESTS = -n $(shell nproc) --dist load --seconds 480 $(wildcard tests/test_cuda_*.py tests/kernels/test_triton_*.py)
 ifneq ($(wildcard $(BIN)/python),)
 test-gpu: .venv/.dev
 	TRITON_INTERPRET=0 $(BIN)/pytest $(GPU_TESTS) $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,27 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: no library's thr
 
 # Triton reads this when it is imported, and torch may import it in any test. 0 runs the kernels on a device.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+OVER = "not run: the seconds are over"
+_begun = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seconds", type=float, help="Tests that would begin later are left out, and said so.")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    seconds = item.config.getoption("--seconds")
+    if seconds is not None and time.monotonic() - _begun > seconds:
+        pytest.skip(OVER)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    count = sum(OVER in str(report.longrepr) for report in skipped)
+    if count:
+        terminalreporter.write_line(f"{count} tests were {OVER}", red=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,7 +60,8 @@ def exports_are_remembered() -> Iterator[None]:
 def rows_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter multiplies by BLAS, whose order of summing depends on a row's place on some
     processors; a device's does not."""
-    monkeypatch.setattr(np, "matmul", lambda a, b, dtype=None: np.einsum("ij,jk->ik", a, b, dtype=dtype))
+    rows = "...ij,...jk->...ik"
+    monkeypatch.setattr(np, "matmul", lambda a, b, dtype=None: np.einsum(rows, a, b, dtype=dtype))
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,9 @@ CASES = {
         SMALL, form=Format("int4", 32, False), embedding=Format("int8"), act_group=32, cache="int8",
         bias=True, sinks=True,
     ),
+    "int8_two_layers": dataclasses.replace(
+        SMALL, form=Format("int8", 64), embedding=Format("f16"), act_group=64, layers=2,
+    ),
     "f16_mixed_cache": dataclasses.replace(
         SMALL, form=Format("f16"), embedding=Format("f16"), cache="int4", cache_v="f16", qk_norm=True,
         hadamard=16, rope_style="interleaved", final_softcap=2.0,

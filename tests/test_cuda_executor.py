@@ -16,7 +16,7 @@ from typing import Any, cast
 import pytest
 import torch
 from interpreter import Reference
-from programs import llama
+from programs import Format, llama
 from tiny import tiny_artifact
 
 pytest.importorskip("triton", reason="needs triton, which exists for Linux on x86-64")
@@ -41,10 +41,13 @@ from gristmill.runtime.cpu import _native
 from gristmill.runtime.cuda import device as cuda_device
 from gristmill.runtime.cuda import drawing as cuda_drawing
 from gristmill.runtime.cuda import executor as cuda_executor
+from gristmill.runtime.cuda import products as cuda_products
 from gristmill.runtime.cuda import weights as cuda_weights
+from gristmill.runtime.cuda.graphs import MOST_CACHED
+from gristmill.runtime.cuda.residuals import added_in_place
 from gristmill.runtime.decoding.contrastive import generate_contrastive
 from gristmill.runtime.errors import GristmillError
-from gristmill.runtime.program import NO_HIDDEN_STATES, Program
+from gristmill.runtime.program import NO_HIDDEN_STATES, Program, View
 from gristmill.runtime.session import Session
 
 
@@ -58,6 +61,24 @@ def test_equals_the_interpreter_of_programs(case: str, tmp_path: Path) -> None:
     assert_close(
         got, in_chunks(Reference(program), tokens, sizes), few if case == "f32" else max(few, MANY_TOLERANCE)
     )
+
+
+@pytest.mark.parametrize("case,norms", [("int8_two_layers", 3), ("f32", 1), ("window_order", 0)])
+def test_products_hand_over_to_the_next(
+    case: str, norms: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every norm but the first and the last, and what the down projection multiplies, as a kernel would."""
+    program = llama(CASES[case])
+    tokens, executor = tokens_for(program, 6), make(program, tmp_path)
+    products = executor._launcher.products
+    assert sum(rows == 1 for _, rows in products.dissolved) == norms
+    got = in_chunks(executor, tokens, [3, 2, 1])
+    assert in_chunks(executor, tokens, [3, 2, 1], slot=1).tobytes() == got.tobytes()
+    monkeypatch.setenv("GRISTMILL_HANDOVER", "0")
+    apart = make(program, tmp_path)
+    assert not apart._launcher.products.dissolved and not apart._launcher.products.handovers
+    assert_close(got, in_chunks(apart, tokens, [3, 2, 1]), 2e-5 if case == "f32" else 2e-3)
+    assert products.counters.eq(0).all() and (case == "window_order" or products.handovers)
 
 
 def test_hidden_states_are_what_the_head_multiplies(tmp_path: Path) -> None:
@@ -74,6 +95,61 @@ def test_hidden_states_are_what_the_head_multiplies(tmp_path: Path) -> None:
     program.add("gather_rows", **{"in": [0, 0, 64], "out": program.value(64, "R")})
     with pytest.raises(GristmillError, match=NO_HIDDEN_STATES):
         make(program, tmp_path).forward_hidden(*batch)
+
+
+DENSE = dataclasses.replace(CASES["f32"], form=Format("bf16"))  # multiplied by cuBLAS from 5 rows on
+
+
+def written(executor: cuda_executor.CudaExecutor, tokens: Any) -> list[bool]:
+    """Of each value, whether a batch of these tokens writes it in f32."""
+    executor._values.arena.fill_(-7.0)
+    run(executor, tokens)
+    values = executor._program.values
+    views = [executor._values.view(View(n, 0, value.width), len(tokens)) for n, value in enumerate(values)]
+    return [bool((view != -7).any()) for view in views]
+
+
+def test_what_cublas_alone_reads_is_written_in_16_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the bits that a copy of the f32 values would have."""
+    monkeypatch.setenv("GRISTMILL_HANDOVER", "0")
+    program = llama(DENSE)
+    tokens = tokens_for(program, 7)
+    executor = make(program, tmp_path)
+    at_once = run(executor, tokens)
+    assert_close(at_once, in_chunks(Reference(program), tokens, [7]), MANY_TOLERANCE)
+    # x, norm, qkv, attended, o, norm, inner; the head's two are its own
+    assert written(executor, tokens) == [True, False, True, False, True, False, False, True, True]
+    assert all(written(executor, tokens[:4])), "up to four rows are not rounded"
+    monkeypatch.setattr(cuda_products.Products, "_values_kept", lambda products: set(range(9)))
+    apart = make(program, tmp_path)
+    assert run(apart, tokens).tobytes() == at_once.tobytes()
+    assert all(written(apart, tokens))
+
+
+class Exchanged:
+    """Value 1 is taken after the instruction that writes it."""
+
+    def values(self, index: int) -> list[int]:
+        return [1] if index == 1 else []
+
+    def run(self, index: int, whole: object) -> None:
+        pass
+
+
+def test_what_others_read_stays_in_f32(tmp_path: Path) -> None:
+    """A second reader, other ranks, whoever asks for hidden states."""
+    program, tokens = llama(DENSE), tokens_for(llama(DENSE), 7)
+    batch = (tokens, ints(range(7)), ints([0] * 7), ints(range(7)))
+    hidden = make(program, tmp_path).forward_hidden(*batch)[1]
+    assert_close(hidden, Reference(program).forward_hidden(*batch)[1], MANY_TOLERANCE)
+    weights, whole = program.write(tmp_path), Program.from_json(program.json)
+    shared = cuda_executor.CudaExecutor(whole, [weights], DEVICE, 64, 3, Exchanged())
+    assert written(shared, tokens)[1]
+    other = program.value(64)
+    program.json["instructions"].insert(2, {"op": "rms_norm", "in": [1, 0, 64], "eps": 1e-5, "out": other})
+    assert written(make(program, tmp_path), tokens)[1]
 
 
 def test_contrastive_search_says_what_it_says_on_the_cpu(tmp_path: Path) -> None:
@@ -279,7 +355,7 @@ def test_what_a_machine_lacks_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
         gristmill.load(artifact, device="cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 20, 1 << 30))
-    with pytest.raises(GristmillError, match="needed 0.50 GiB .* free 0.00, and no max_len or max_slots"):
+    with pytest.raises(GristmillError, match="needed 0.51 GiB .* free 0.00, and no max_len or max_slots"):
         gristmill.load(artifact, device="cuda")
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(GristmillError, match=r"pip install gristmill\[cuda\]"):
@@ -288,7 +364,7 @@ def test_what_a_machine_lacks_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_too_little_memory_names_what_fits() -> None:
     program = Program.from_json(llama(CASES["f32"]).json)
-    fixed = cuda_device.RESERVE_BYTES + 1000 + program.arena_bytes + 4 * 8 * 40
+    fixed = cuda_device.RESERVE_BYTES + 1000 + added_in_place(program).arena_bytes + 4 * 8 * 40
     fixed += cuda_device.graph_bytes(program, 3) + cuda_drawing.drawing_bytes(8, 40, 0, 3)
     fixed += cuda_device.product_bytes(program, 8)
     row = 16 * 4 * 2 + 4  # of one position in one slot: key, value, token
@@ -304,7 +380,18 @@ def test_what_products_keep_in_between_is_counted(case: str, tmp_path: Path) -> 
     made = llama(CASES[case])
     executor, program = make(made, tmp_path), Program.from_json(made.json)
     counted = cuda_device.product_bytes(program, cuda_device.few_rows(3, program.limits.max_tokens))
-    assert executor._launcher._workspace.nbytes == max(1, counted)  # a tensor has a byte at least
+    assert executor._launcher.products.workspace.nbytes == max(2, counted)
+
+
+def test_what_dense_products_do_without_is_counted_still(tmp_path: Path) -> None:
+    made = llama(DENSE)
+    executor, program = make(made, tmp_path), Program.from_json(made.json)
+    rounded = executor._launcher.products._rounded_inputs.nbytes
+    assert rounded == 8 * 64 * 2, "of the widest input, for 8 rows"
+    counted = cuda_device.product_bytes(program, cuda_device.few_rows(3, program.limits.max_tokens))
+    kept = executor._launcher.products.workspace.nbytes
+    assert kept == 8 * 2 * 48 * 4, "the sums of gates and up projections alone"
+    assert kept + rounded < counted
 
 
 def test_dense_products_of_many_rows_are_counted() -> None:
@@ -314,7 +401,8 @@ def test_dense_products_of_many_rows_are_counted() -> None:
     assert key is not None
     segments = [dataclasses.replace(s, n=28672, k=4096) for s in program.weights[key][:1]]
     program.weights[key] = segments
-    wanted = 28672 * 4096 * 2 + 2048 * (4096 * 2 + 28672 * 4)  # weights, activations, sums
+    # weights, activations, sums, activations of another product
+    wanted = 28672 * 4096 * 2 + 2048 * (4096 * 2 + 28672 * 4) + 2048 * 4096 * 2
     assert cuda_device.product_bytes(program, 64) == wanted
     program.weights[key] = [dataclasses.replace(segments[0], format="f16")]
     with pytest.raises(GristmillError, match="is f16 .* beside int8 activations in groups of 32"):
@@ -328,7 +416,7 @@ def test_graphs_and_logits_are_for_as_many_rows_as_slots_can_fill() -> None:
     assert cuda_device.few_rows(8, 16) == 16
     program = Program.from_json(llama(CASES["f32"]).json)
     one, many = (cuda_device.graph_bytes(program, slots) for slots in (1, 8))
-    assert 0 < one < many
+    assert one / (2 + MOST_CACHED) == many / (5 + MOST_CACHED)
 
 
 def test_buckets_are_powers_of_two_and_the_most() -> None:

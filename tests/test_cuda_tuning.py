@@ -59,8 +59,8 @@ def test_winners_are_kept_and_planned_with(tmp_path: Path, cache: Path) -> None:
 
     before = clock.calls
     assert dict(executor.tune(4, clock)) == found and clock.calls == before, "known ones are not timed again"
-    plans = executor._launcher._plans
-    again = make(program, tmp_path)._launcher._plans
+    plans = executor._launcher.products.plans
+    again = make(program, tmp_path)._launcher.products.plans
     head = len(program.json["instructions"]) - 1
     matrix = executor._weights.matrices["head"][0]
     assert plans[head, 1].configs == (choose(matrix, 1, 32),)

@@ -24,9 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpu.paper import ROPES
 from gristmill.compiler.memory import plan_arena
 from gristmill.kernels.triton import linear_configs
-from gristmill.kernels.triton.attention import allocate_partials, attend, tiling
+from gristmill.kernels.triton.attention import attend
+from gristmill.kernels.triton.attention_tilings import Tiling, tilings
 from gristmill.kernels.triton.cache import LayerCache, allocate, row_bytes
 from gristmill.kernels.triton.matrix import Matrix, merge, meta_matrix
+from gristmill.kernels.triton.splits import allocate_partials
 from gristmill.runtime.artifact import PROGRAM, open_artifact
 from gristmill.runtime.cuda import executor as executors
 from gristmill.runtime.cuda.buffers import Batch, Values
@@ -91,6 +93,20 @@ class Decoder:
             found = self.forward(ids[start : start + chunk], start, logits=int(last))
         return found
 
+    def has_prompt_graph(self, rows: int) -> bool:
+        """Whether such a forward of one sequence, with the logits of its last position, has a graph now."""
+        cache = self.executor._graph_cache
+        return cache is not None and (rows, 1, False) in cache
+
+    @contextmanager
+    def launching(self) -> Iterator[None]:
+        """Until the end of the block prompts are launched, whether they have graphs or not."""
+        cache, self.executor._graph_cache = self.executor._graph_cache, None
+        try:
+            yield
+        finally:
+            self.executor._graph_cache = cache
+
     def hold(self, rows: int, context: int) -> None:
         """``rows`` sequences of ``context`` positions; `replay` and `launch` decode their next ones."""
         ids = random_ids(rows * (context + 1), self.executor.vocabulary).reshape(rows, -1)
@@ -118,7 +134,7 @@ class Decoder:
 
     def launch(self) -> None:
         """The step by launches of its kernels."""
-        self.executor._launch_batch(self._rows)
+        self.executor._launch_batch(self._rows, self._rows, None)
 
     def step(self) -> NDArray[np.float32]:
         """The step as a session runs it: ids go to the device, logits come back."""
@@ -177,6 +193,7 @@ class LongAttention:
     caches: list[LayerCache]
     heads: int
     q: Tensor
+    new: tuple[Tensor, Tensor]
     out: Tensor
 
     @staticmethod
@@ -188,8 +205,9 @@ class LongAttention:
         ]
         for cache in caches:
             _fill(cache)
-        q = torch.randn(1, heads * dim, device=device).half()
-        return LongAttention(caches, heads, q, torch.empty(1, heads * dim, device=device))
+        q = torch.randn(1, heads * dim, device=device)
+        k, v = torch.randn(2, 1, kv_heads * dim, device=device)
+        return LongAttention(caches, heads, q, (k, v), torch.empty(1, heads * dim, device=device))
 
     @property
     def bytes(self) -> int:
@@ -198,21 +216,27 @@ class LongAttention:
         row = row_bytes(cache.k.dtype, cache.k.dim) + row_bytes(cache.v.dtype, cache.v.dim)
         return row * cache.kv_heads * cache.ring
 
-    def launcher(self, processors: int) -> Callable[[], None]:
+    def tilings(self, processors: int) -> list[Tiling]:
+        """Those that come into question, the executor's first."""
+        first = self.caches[0]
+        group = self.heads // first.kv_heads
+        return tilings(first, self.heads, max(1, TILE_QUERIES // group), 1, processors)
+
+    def launcher(self, tiles: Tiling) -> Callable[[], None]:
         """A function that launches every layer's attention once."""
         first, device = self.caches[0], self.q.device
-        group = self.heads // first.kv_heads
-        tiles = tiling(first, self.heads, max(1, TILE_QUERIES // group), 1, processors)
         partials = None
         if tiles.splits > 1:
-            partials = allocate_partials(1, self.heads, tiles.splits, first.v.dim, device)
+            partials = allocate_partials(1, self.heads, first.kv_heads, tiles.splits, first.v.dim, device)
         position = torch.full((1,), first.ring - 1, dtype=torch.int32, device=device)
         slot = torch.zeros(1, dtype=torch.int32, device=device)
         scale = first.k.dim**-0.5
 
         def launch() -> None:
             for cache in self.caches:
-                attend(self.q, cache, position, slot, scale, tiles, self.out, partials=partials)
+                attend(
+                    self.q, cache, position, slot, scale, tiles, self.out, new=self.new, partials=partials
+                )
 
         return launch
 
@@ -257,9 +281,27 @@ class Launches:
         return len(self.kernels) + self.operations
 
 
+def launches_by_kind(steps: Sequence[Step], launch: bool = True) -> dict[str, Launches]:
+    """What all instructions of a kind launch."""
+    found: dict[str, Launches] = {}
+    for step in steps:
+        with counted(launch) as once:
+            step.run()
+        of_kind = found.setdefault(step.kind, Launches([]))
+        of_kind.kernels += once.kernels
+        of_kind.operations += once.operations
+    return found
+
+
+def count_on_nothing(program: Program, processors: int) -> dict[str, int]:
+    """Kernels by kind of instruction that decoding one row takes; nothing is compiled or run."""
+    launcher = meta_launcher(program, 1, 4096, processors)
+    return {kind: made.count for kind, made in launches_by_kind(steps(launcher, 1), launch=False).items()}
+
+
 @contextmanager
-def counted() -> Iterator[Launches]:
-    """Counts kernels until the end of the block, in the interpreter too."""
+def counted(launch: bool = True) -> Iterator[Launches]:
+    """Counts kernels until the end of the block, in the interpreter too; launch: and lets them run."""
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -270,7 +312,7 @@ def counted() -> Iterator[Launches]:
     def recording(run: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(self: Any, *args: Any, **options: Any) -> Any:
             with torch.utils._python_dispatch._disable_current_modes():
-                kernel = run(self, *args, **options)
+                kernel = run(self, *args, **options) if launch else None
             found.kernels.append((self.__name__, tuple(options["grid"]), kernel))
             return kernel
 

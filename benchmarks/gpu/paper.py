@@ -5,9 +5,8 @@
 Figures of devices are NVIDIA's: bandwidth, multiprocessors, clock and peak those of gristmill.report.devices,
 registers, shared memory and warps those of the CUDA C++ programming guide (table of technical specifications
 by compute capability), and for the issue rate the Hopper white paper (four schedulers in a multiprocessor, an
-instruction for 32 lanes each per cycle). Instructions per weight and the share of the data sheet's bandwidth
-that a kernel reaches are those of gristmill.report.attained, which plans use as well; the gap is this file's
-own, for it is about kernels as they could be.
+instruction for 32 lanes each per cycle). Instructions per weight, the share of the data sheet's bandwidth
+that a kernel reaches and the gap are those of gristmill.report.attained, which plans use as well.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,13 @@ from rich.console import Console
 from rich.table import Table
 
 from gristmill.report import devices
-from gristmill.report.attained import INSTRUCTIONS, INTEGER_INSTRUCTIONS, LANES, REACHED
+from gristmill.report.attained import (
+    INSTRUCTIONS,
+    INTEGER_INSTRUCTIONS,
+    KERNEL_SECONDS,
+    LANES,
+    REACHED,
+)
 from gristmill.report.devices import DeviceSpec
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.profile import Forward, kind_of, work
@@ -63,8 +68,6 @@ class Device:
 
 
 DEVICES = {name: Device.of(devices.DEVICES[name]) for name in ("h100", "h200")}
-# Between two kernels of a graph that depend on each other, seconds: an assumption as well.
-GAP = 1.0e-6
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Compiled:
     shared_bytes: int
     registers: int
     spill_bytes: int
-    ptx: str = ""
+    ptx: str = field(default="", compare=False)
 
     def resident(self, device: Device) -> int:
         """Blocks on a multiprocessor at once; registers are given to a warp by 256."""
@@ -176,7 +179,7 @@ class Cost:
 
     def seconds(self, device: Device, bandwidth: float) -> float:
         issue = self.lane_instructions / device.issue_rate
-        return max(self.bytes / bandwidth, issue) + self.kernels * GAP
+        return max(self.bytes / bandwidth, issue) + self.kernels * KERNEL_SECONDS
 
 
 def instructions_of(segment: Segment, integers: bool) -> float:
@@ -189,18 +192,19 @@ def instructions_of(segment: Segment, integers: bool) -> float:
 
 
 def costs(program: Program, context: int, kernels: dict[str, int]) -> list[Cost]:
-    """Of decoding one row. kernels: launches of one instruction by its kind, 1 where it is not known."""
-    found = {ROPES: Cost(ROPES, len(program.ropes), kernels=len(program.ropes))}
+    """Of decoding one row. kernels: launches of all instructions of a kind."""
+    found = {ROPES: Cost(ROPES, len(program.ropes))}
     for i in program.instructions:
         name = kind_of(program, i)
         cost = found.setdefault(name, Cost(name))
         cost.count += 1
         cost.bytes += work(program, i, Forward(1, context))[0]
-        cost.kernels += kernels.get(name, 1)
         for segment in program.weights.get(i.weight or "", []) if i.op == "linear" else []:
             cost.weights += segment.n * segment.k
             each = instructions_of(segment, i.attribute("act_group") > 0)
             cost.lane_instructions += segment.n * segment.k * each
+    for name, cost in found.items():
+        cost.kernels = kernels[name]
     return list(found.values())
 
 
@@ -248,17 +252,17 @@ def predictions_table(found: Iterable[tuple[Device, Prediction]]) -> Table:
             f"{1e6 * p.seconds:.0f}", f"{1 / p.seconds:.0f}", f"{p.share:.0%}",
         )  # fmt: skip
     table.caption = (
-        f"floor: {REACHED:.0%} of the data sheet's bandwidth; {1e6 * GAP:g} us between kernels; both assumed"
+        f"floor: {REACHED:.0%} of the data sheet's bandwidth; {1e6 * KERNEL_SECONDS:g} us between kernels"
     )
     return table
 
 
 def kernels_table(compiled: Iterable[Compiled], device: Device) -> Table:
-    """One line for each kernel as it is launched: registers, shared memory, occupancy."""
+    """One line for each kernel in every form of it that is launched: registers, shared memory, occupancy."""
     table = Table(title=f"Kernels of one row, compiled for sm_90, on {device.name}", title_justify="left")
     for column in ("launch", "kernel", "grid", "warps", "regs", "spill B", "shared B", "occupancy", "waves"):
         table.add_column(column, justify="left" if column in ("launch", "kernel") else "right")
-    for k in compiled:
+    for k in dict.fromkeys(compiled):
         grid = "x".join(map(str, k.grid))
         numbers = (grid, k.warps, k.registers, k.spill_bytes, k.shared_bytes)
         share = f"{k.occupancy(device):.0%}"
@@ -304,20 +308,6 @@ def loops_table(name: str, program: Program, compiled: Iterable[Compiled]) -> Ta
 
 def show(table: Table) -> None:
     Console(width=130).print(table)
-
-
-def kernels_by_kind(compiled: Iterable[Compiled]) -> dict[str, int]:
-    """Launches of one instruction by format and kind, as launches.py labels them."""
-    found: dict[str, int] = {}
-    for kernel in compiled:
-        found[kernel.label] = found.get(kernel.label, 0) + 1
-    return found
-
-
-def of_format(counts: dict[str, int], name: str) -> dict[str, int]:
-    """Launches by kind, of the program of one format."""
-    start = label(name, "")
-    return {key.removeprefix(start): count for key, count in counts.items() if key.startswith(start)}
 
 
 def label(name: str, kind: str) -> str:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+from numpy.typing import NDArray
 from random_artifact import RandomModel
 
 from gpu import numerics, paper
-from gpu.adapter import Decoder, Launches, LongAttention, counted, random_ids
+from gpu.adapter import Decoder, Ids, Launches, LongAttention, launches_by_kind, random_ids
 from gpu.bench import BENCHMARKS, Bench, options_of
 from gpu.results import ATTENTION, BATCH, FASTER, FIRST, PEER, SHARE, TOKENS
 from gpu.roofs import Run
+from gristmill.kernels.triton.handover import VARIABLE as HANDOVER
+from gristmill.kernels.triton.overlap import VARIABLE as OVERLAP
+from gristmill.kernels.triton.overlap import options
 from gristmill.report.attained import REACHED
 from gristmill.report.peers.peer_process import Peer
 from gristmill.runtime.profile import Forward, work
@@ -105,11 +112,10 @@ def decode(bench: Bench, decoder: Decoder, name: str) -> None:
 
 def predicted(bench: Bench, decoder: Decoder, name: str) -> None:
     """Beside what was measured: what paper said, with the kernels that each kind of instruction launches."""
-    by_kind = launches_by_kind(decoder)
-    kinds = [step.kind for step in decoder.steps()]
-    operations = sum(by_kind[kind].operations for kind in kinds)
+    by_kind = launches_by_kind(decoder.steps())
+    operations = sum(launches.operations for launches in by_kind.values())
     note = f"{operations} of torch's" if operations else ""
-    count = sum(by_kind[kind].count for kind in kinds)
+    count = sum(launches.count for launches in by_kind.values())
     bench.results.add(name, name, "kernels per token", count, "", note)
     device = bench.paper_device
     counts = {kind: launches.count for kind, launches in by_kind.items()}
@@ -121,21 +127,11 @@ def predicted(bench: Bench, decoder: Decoder, name: str) -> None:
         occupancy(bench, by_kind, name)
 
 
-def launches_by_kind(decoder: Decoder) -> dict[str, Launches]:
-    """What one instruction of each kind launches."""
-    found: dict[str, Launches] = {}
-    for step in decoder.steps():
-        if step.kind not in found:
-            with counted() as found[step.kind]:
-                step.run()
-    return found
-
-
 def occupancy(bench: Bench, by_kind: dict[str, Launches], name: str) -> None:
-    """Of the kernels that ran, from what the driver says of them."""
+    """Of the kernels that ran, the last of each name and kind, from what the driver says of them."""
     device = bench.paper_device
     for kind, launches in by_kind.items():
-        for kernel, grid, loaded in launches.kernels:
+        for kernel, grid, loaded in {name: (name, *rest) for name, *rest in launches.kernels}.values():
             k = paper.Compiled(
                 kind, kernel, grid, loaded.metadata.num_warps, loaded.metadata.shared, loaded.n_regs,
                 4 * loaded.n_spills,
@@ -181,16 +177,38 @@ def first_token(bench: Bench, decoder: Decoder, name: str) -> None:
     ids = random_ids(sizes.prompt, decoder.executor.vocabulary)
     needed, roof = paper.operations(decoder.program, sizes.prompt), bench.matmul
     for chunk in (sizes.prompt, sizes.chunk):
-
-        def run(chunk: int = chunk) -> None:
-            decoder.take_in(ids, chunk)
-
-        run()
-        seconds = median(wall_seconds(run, 1) for _ in range(sizes.prompts))
-        share, where = needed / seconds / roof, f"{sizes.prompt} tokens in forwards of {chunk}"
-        add(name, name, f"first token, {where}", 1e3 * seconds, "ms", f"{sizes.prompt / seconds:.0f} tok/s")
+        seconds, how = prompt_seconds(bench, decoder, name, ids, chunk)
+        share, note = needed / seconds / roof, f"{sizes.prompt / seconds:.0f} tok/s, {how}"
+        add(name, name, f"first token, {prompt_label(bench, chunk)}", 1e3 * seconds, "ms", note)
         measure = FIRST if chunk == sizes.prompt else f"{FIRST}, forwards of {chunk}"
         add(name, name, measure, share, "", f"{needed / seconds / 1e12:.0f} TFLOP/s")
+
+
+def prompt_label(bench: Bench, chunk: int) -> str:
+    return f"{bench.sizes.prompt} tokens in forwards of {chunk}"
+
+
+def prompt_seconds(bench: Bench, decoder: Decoder, name: str, ids: Ids, chunk: int) -> tuple[float, str]:
+    """Of a prompt as a session runs it, and how that is: on a GPU from graphs, beside which it is launched;
+    both have the same logits."""
+    with decoder.launching():
+        launched, expected = timed_prompt(bench, decoder, ids, chunk)
+    if not bench.clock.on_gpu:
+        return launched, "launched: no graph here"
+    decoder.take_in(ids, chunk)  # the second one captures
+    replayed, found = timed_prompt(bench, decoder, ids, chunk)
+    where, add, differing = prompt_label(bench, chunk), bench.results.add, int((found != expected).sum())
+    passed = decoder.has_prompt_graph(chunk) and differing == 0 and bool(np.isfinite(found).all())
+    add(name, name, f"graph equals eager, {where}", differing, "logits differ", passed=passed)
+    add(name, name, f"first token launched eagerly, {where}", 1e3 * launched, "ms")
+    return replayed, "from graphs"
+
+
+def timed_prompt(bench: Bench, decoder: Decoder, ids: Ids, chunk: int) -> tuple[float, NDArray[np.float32]]:
+    """Seconds of one, after another to warm up, and its logits."""
+    logits = decoder.take_in(ids, chunk)
+    run = partial(decoder.take_in, ids, chunk)
+    return median(wall_seconds(run, 1) for _ in range(bench.sizes.prompts)), logits
 
 
 def profile(bench: Bench, decoder: Decoder, name: str) -> None:
@@ -223,7 +241,7 @@ def attention(bench: Bench, names: tuple[str, ...] = LONG_CACHES) -> None:
         made[name] = LongAttention.make(
             name, heads, kv_heads, dim, sizes.long_context, sizes.long_layers, bench.device
         )
-        runs[name] = bench.clock.graphed(made[name].launcher(bench.processors))
+        runs[name] = bench.clock.graphed(made[name].launcher(made[name].tilings(bench.processors)[0]))
     rounds = []
     for _ in range(sizes.rounds):
         roof = bench.roof.sample()
@@ -239,6 +257,32 @@ def attention(bench: Bench, names: tuple[str, ...] = LONG_CACHES) -> None:
         if name != "f16":
             faster = median(times["f16"] / times[name] for _, times in rounds)
             add("attention", kind, FASTER, faster, "")
+    for name, layer in made.items():
+        other_tilings(bench, f"{name} KV", layer)
+
+
+def other_tilings(bench: Bench, kind: str, layer: LongAttention) -> None:
+    """All tilings of a long context in turns, and how far off the last one, of shared tiles."""
+    found = layer.tilings(bench.processors)
+    if len(found) == 1:
+        return
+    runs, results = [bench.clock.graphed(layer.launcher(tiles)) for tiles in found], []
+    for run in runs:
+        run()
+        results.append(layer.out.double())
+    rounds = [
+        [bench.clock.seconds(run, bench.sizes.replays) for run in runs]
+        for _ in range(max(1, bench.sizes.rounds // 2))
+    ]
+    for tiles, result, *seconds in zip(found, results, *rounds):
+        off = float((result - results[-1]).abs().max() / results[-1].abs().max())
+        shape = f"tiles of {tiles.columns}, {tiles.warps} warps, {tiles.splits} splits"
+        if tiles.parts:
+            shape = f"by warps, {shape}, {tiles.resident} programs, {tiles.ahead} ahead"
+        bench.results.add(
+            "attention", kind, shape, 1e6 * median(seconds) / bench.sizes.long_layers, "us",
+            f"{off:.1e} of the largest number off", passed=off < 0.02,
+        )  # fmt: skip
 
 
 def torch_compile(bench: Bench) -> None:
@@ -275,6 +319,39 @@ def torch_compile(bench: Bench) -> None:
     bench.results.add("peer", PEER_FORMAT, f"{PEER}, with ids in and logits out", times, "", note)
 
 
+VARIANTS = {
+    f"without handover ({HANDOVER}=0)": {HANDOVER: "0"},
+    f"overlapped ({OVERLAP}=1)": {OVERLAP: "1"},
+}
+
+
+def variants(bench: Bench, name: str = "int4") -> None:
+    """Decoding with what can be switched, in turns with the default."""
+    sizes = bench.sizes
+    decoders = {"": opened(bench, name)}
+    for variant, switched in VARIANTS.items():
+        before = {variable: os.environ.get(variable) for variable in switched}
+        os.environ.update(switched)
+        options.cache_clear()
+        try:
+            decoders[variant] = opened(bench, name)
+        finally:
+            for variable, value in before.items():
+                os.environ.pop(variable) if value is None else os.environ.update({variable: value})
+            options.cache_clear()
+    for decoder in decoders.values():
+        decoder.hold(1, sizes.context)
+    rounds = []
+    for _ in range(sizes.rounds):
+        seconds = {v: bench.clock.seconds(d.replay, sizes.replays) for v, d in decoders.items()}
+        rounds.append(seconds)
+    for variant in VARIANTS:
+        found = 1 / median(seconds[variant] for seconds in rounds)
+        bench.results.add("variants", name, f"decode, {variant}", found, "tok/s")
+        times = median(seconds[""] / seconds[variant] for seconds in rounds)
+        bench.results.add("variants", name, f"decode, {variant}, times the default", times, "")
+
+
 # name -> what it does, seconds that it takes at least on an H200
 SECTIONS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "numerics": (check_numbers, 30),
@@ -282,6 +359,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "bf16": (lambda bench: measure_format(bench, "bf16"), 30),
     "int8": (lambda bench: measure_format(bench, "int8"), 20),
     "fp8": (lambda bench: measure_format(bench, "fp8"), 20),
-    "attention": (attention, 15),
+    "attention": (attention, 45),
+    "variants": (variants, 40),
     "peer": (torch_compile, 120),
 }

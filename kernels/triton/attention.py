@@ -1,4 +1,4 @@
-"""Attention over the quantized KV cache: one kernel for decode, verification and prefill, one that combines.
+"""Attention over the quantized KV cache: one kernel for decode, verification and prefill.
 
 A program takes a block of query rows, consecutive positions of one slot, with all query heads that share one
 kv head, and goes through one split of the context in tiles. Tiles and splits lie at absolute positions and
@@ -12,48 +12,49 @@ shares its block or its batch: tiles that a row does not see leave its sums exac
 so integers enter the tensor cores as they are, exact in f16, and what scales them is applied to scores and
 probabilities. int4 has several scales in a row and is scaled before. A cache of f32 is multiplied in f32.
 
-With one split a program writes its rows' output; with more (flash-decoding) it writes m, l and acc, which
-`combine` adds up in the order of the context.
+Up to 16 queries over f16, int8 and fp8 go another way: warps by themselves (attention_warps.py).
+
+Where every row is its slot's only one, which is decoding, that kernel is all there is: the program whose
+split holds the row's own position appends its key and value before it goes through its tiles, and with
+several splits (flash-decoding) the last one to leave its m, l and acc combines them. Rows that see each other
+are appended by `append` before, and `combine` adds up their splits.
 """
 
 from __future__ import annotations
-
-import math
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cache import LayerCache, data_columns, scale_planes
+from .append import (
+    AS_THEY_ARE,
+    Preparation,
+    check_new,
+    load_heads,
+    load_new,
+    prepared,
+    product,
+    store_new,
+    sum_of_pairs,
+)
+from .attention_tilings import Tiling
+from .attention_warps import attend_by_warps
+from .cache import LayerCache, cache_constants
 from .overlap import let_next_begin, options, wait_for_inputs
-from .quantize import Quantized, store_quantized
-
-LOG2E = tl.constexpr(math.log2(math.e))
-SPLIT = tl.constexpr(256)  # positions of the shortest split
-
-
-@triton.jit
-def _split_length(position, WINDOW: tl.constexpr, SPLITS: tl.constexpr):
-    """Positions of a split for a row at ``position``: SPLIT, doubled until SPLITS of them hold what it sees.
-
-    A window may begin and end within splits, so two of them are kept for its ends.
-    """
-    most: tl.constexpr = SPLITS - 2 if WINDOW else SPLITS
-    seen = position + 1
-    if WINDOW:
-        seen = tl.minimum(seen, WINDOW)
-    length = tl.full((), SPLIT, tl.int32)
-    while length * most < seen:
-        length *= 2
-    return length
-
-
-@triton.jit
-def _oldest(position, WINDOW: tl.constexpr):
-    """The first position that a row at ``position`` sees."""
-    return tl.maximum(position - WINDOW + 1, 0) if WINDOW else position * 0
+from .quantize import Quantized
+from .splits import (
+    LOG2E,
+    Partials,
+    combine,
+    combine_heads,
+    combine_step,
+    deliver_heads,
+    largest_with_sink,
+    oldest_seen,
+    splits_of,
+)
+from .target import INTERPRETED, fetch_lines
 
 
 @triton.jit
@@ -120,9 +121,18 @@ def _tiles(
     K_PLANES: tl.constexpr,
     V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, V_TYPE: tl.constexpr, V_BYTES: tl.constexpr,
     V_PLANES: tl.constexpr,
-    CAPPED: tl.constexpr,
+    CAPPED: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over the tiles [begin, end), of which positions from ``most`` on are not read."""
+    """The online softmax over the tiles [begin, end), of which positions from ``most`` on are not read.
+
+    With PARTS these are all of a program's tiles, and the sums that are passed are empty.
+    """
+    if PARTS:
+        return attend_by_warps(
+            query, position, begin, most, k, k_scales, v, v_scales, row, ring, scale, softcap,
+            N, PARTS, WINDOW, K_DIM, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_TYPE, V_BYTES, V_PLANES, CAPPED,
+            AHEAD,
+        )  # fmt: skip
     for start in range(begin, end, N):
         at = start + tl.arange(0, N)
         inside = at < most
@@ -174,17 +184,61 @@ def _tiles(
 
 
 @triton.jit
+def _anew(x):
+    """x, but not known to the compiler as x: what follows from it is computed again and not kept."""
+    if INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1
+        )  # fmt: skip
+
+
+@triton.jit
+def _fetch_rows(
+    data, scales, row, first, count, ring, STRIDE: tl.constexpr, PLANES: tl.constexpr,
+    THREADS: tl.constexpr,
+):  # fmt: skip
+    """Has L2 fetch ``count`` stored rows from ``first`` on, as far as a line of 128 bytes a thread goes,
+    and what scales them; rows and planes beyond their ends count as the last ones."""
+    thread = tl.arange(0, THREADS)
+    line: tl.constexpr = 1024 // data.dtype.element_ty.primitive_bitwidth
+    end = tl.minimum(first + count, ring) * STRIDE - 1
+    line_at = data + row * ring * STRIDE + tl.minimum(first * STRIDE + thread * line, end)
+    fetch_lines(line_at.to(tl.int64))
+    if PLANES:
+        piece: tl.constexpr = 1024 // scales.dtype.element_ty.primitive_bitwidth
+        plane = tl.minimum(thread // 8, PLANES - 1)
+        at = tl.minimum(first + thread % 8 * piece, tl.minimum(first + count, ring) - 1)
+        fetch_lines((scales + (row * PLANES + plane) * ring + at).to(tl.int64))
+
+
+@triton.jit
+def _queries(first_row, rows, head, GROUP: tl.constexpr, M: tl.constexpr):
+    """Of the queries of a tile [M]: row of the batch, head, and whether there is such a row in the block."""
+    at = tl.arange(0, M)
+    return first_row + at // GROUP, head * GROUP + at % GROUP, at // GROUP < rows
+
+
+@triton.jit
 def _attend_kernel(
-    q, k, k_scales, v, v_scales, sinks, out, m_out, l_out, acc_out, blocks, positions, slots,
-    q_stride, out_stride, ring, scale, softcap,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    SPLITS: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, ALWAYS_MASKED: tl.constexpr,
+    q, k, v, q_norm, k_norm, cos, sin, eps, k_data, k_scales, v_data, v_scales, sinks, out, out_q, out_scale,
+    m_parts, l_parts, acc_parts, arrived, blocks, positions, slots,
+    q_stride, k_stride, v_stride, out_stride, ring, scale, softcap,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, H: tl.constexpr,
+    SPLITS: tl.constexpr, STEP: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+    ALWAYS_MASKED: tl.constexpr, OUT_GROUP: tl.constexpr,
+    DIMS: tl.constexpr, INTERLEAVED: tl.constexpr, PASSES: tl.constexpr, FACTOR: tl.constexpr,
+    COPIES: tl.constexpr,
     K_DIM: tl.constexpr, K_BLOCK: tl.constexpr, K_TYPE: tl.constexpr, K_BYTES: tl.constexpr,
     K_PLANES: tl.constexpr,
     V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, V_TYPE: tl.constexpr, V_BYTES: tl.constexpr,
-    V_PLANES: tl.constexpr, OVERLAP: tl.constexpr,
+    V_PLANES: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One block, kv head and split. Query m of the tile is head m % GROUP of the block's row m // GROUP."""
+    """One block, kv head and split. Query m of the tile is head m % GROUP of the block's row m // GROUP.
+
+    With ``blocks`` None a block is one row, the only one of its slot, which is appended here.
+    """
     let_next_begin(OVERLAP)
     wait_for_inputs(OVERLAP)
     head = tl.program_id(1)
@@ -197,196 +251,129 @@ def _attend_kernel(
         first_row, rows = tl.program_id(0), 1
         slot = tl.load(slots + first_row)
         first = tl.load(positions + first_row)
+    query_row, query_head, there = _queries(first_row, rows, head, GROUP, M)
+    # asked for before it is known whether there is work: positions are under way meanwhile
+    raw, other, weight, other_weight, c, s = load_heads(
+        q + query_row.to(tl.int64) * q_stride + query_head * K_DIM, there, q_norm, cos, sin, query_row,
+        K_DIM, DIMS, INTERLEAVED, K_BLOCK,
+    )  # fmt: skip
+    if blocks is None:
+        new_key, new_other, new_weight, new_other_weight, new_c, new_s, new_value = load_new(
+            k, v, first_row.to(tl.int64), head, k_stride, v_stride, k_norm, cos, sin, DIMS, INTERLEAVED,
+            COPIES, K_DIM, K_BLOCK, V_DIM, V_BLOCK,
+        )  # fmt: skip
     if rows == 0:
         return
     last = first + rows - 1
-    oldest = _oldest(first, WINDOW)
-    begin, most, split = oldest, last + 1, 0
+    oldest = oldest_seen(first, WINDOW)
+    begin, most = oldest, last + 1
     if SPLITS > 1:
-        length = _split_length(first, WINDOW, SPLITS)
-        split = oldest // length + tl.program_id(2)
+        length, first_split, count = splits_of(first, WINDOW, SPLITS)
+        split = first_split + tl.program_id(2)
         begin = tl.maximum(oldest, split * length)
         most = tl.minimum(most, (split + 1) * length)
     if begin >= most:
         return
-    query_at = tl.arange(0, M)
-    of_row = query_at // GROUP
-    query_head = head * GROUP + query_at % GROUP
-    there = of_row < rows
-    position = first + tl.minimum(of_row, rows - 1)
-    column = tl.arange(0, K_BLOCK)
-    pointers = q + (first_row + of_row).to(tl.int64)[:, None] * q_stride
-    pointers += query_head[:, None] * K_DIM + column[None, :]
-    query = tl.load(pointers, there[:, None] & (column < K_DIM)[None, :], 0.0)
+    row = slot.to(tl.int64) * KV_HEADS + head
+    if M <= 16:  # the first two tiles are on their way while queries and a new row are prepared
+        tile = begin // N * N
+        tile_at = tile % ring if WINDOW else tile
+        ahead = tl.minimum(most - tile, 2 * N)
+        _fetch_rows(k_data, k_scales, row, tile_at, ahead, ring, K_BYTES, K_PLANES, 32 * COPIES)
+        _fetch_rows(v_data, v_scales, row, tile_at, ahead, ring, V_BYTES, V_PLANES, 32 * COPIES)
+    query = prepared(
+        raw, other, weight, other_weight, c, s, eps, q_norm is not None, K_DIM, DIMS, INTERLEAVED, PASSES,
+        FACTOR,
+    )  # fmt: skip
     if K_TYPE != "f32":
         query = query.to(tl.float16)
-    query_sum = tl.sum(query.to(tl.float32), 1)
+    if blocks is None:  # noqa: SIM102  (a constant: keys in blocks are appended already)
+        if most > first:
+            store_new(
+                new_key, new_other, new_weight, new_other_weight, new_c, new_s, new_value, eps,
+                k_data, k_scales, v_data, v_scales, row, first % ring, ring, k_norm is not None, DIMS,
+                INTERLEAVED, PASSES, FACTOR,
+                K_DIM, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_TYPE, V_BYTES, V_PLANES,
+            )  # fmt: skip
+            tl.debug_barrier()  # what this program wrote it reads as all others do
+    query_sum = sum_of_pairs(query.to(tl.float32))
+    position = first + tl.minimum(query_row - first_row, rows - 1)
     m = tl.full((M,), float("-inf"), tl.float32)
     l = tl.zeros((M,), tl.float32)
     shift = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, V_BLOCK), tl.float32)
-    row = slot.to(tl.int64) * KV_HEADS + head
     begin = begin // N * N
     # tiles before `open` and from `closed` on have positions that some row does not see
     open, closed = begin, most
     if not ALWAYS_MASKED:
         if WINDOW:
-            open = tl.maximum(begin, tl.minimum(tl.cdiv(_oldest(last, WINDOW), N) * N, most))
+            open = tl.maximum(begin, tl.minimum(tl.cdiv(oldest_seen(last, WINDOW), N) * N, most))
             m, l, shift, acc = _tiles(
                 m, l, shift, acc, query, query_sum, position, begin, open, most,
-                k, k_scales, v, v_scales, row, ring, scale, softcap, N, WINDOW, True,
+                k_data, k_scales, v_data, v_scales, row, ring, scale, softcap, N, WINDOW, True,
                 K_DIM, K_BLOCK, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_BLOCK, V_TYPE, V_BYTES, V_PLANES, CAPPED,
+                PARTS, AHEAD,
             )  # fmt: skip
         closed = tl.maximum(open, tl.minimum(first + 1, most) // N * N)
         m, l, shift, acc = _tiles(
             m, l, shift, acc, query, query_sum, position, open, closed, most,
-            k, k_scales, v, v_scales, row, ring, scale, softcap, N, WINDOW, False,
+            k_data, k_scales, v_data, v_scales, row, ring, scale, softcap, N, WINDOW, False,
             K_DIM, K_BLOCK, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_BLOCK, V_TYPE, V_BYTES, V_PLANES, CAPPED,
+            PARTS, AHEAD,
         )  # fmt: skip
         open = closed
     m, l, shift, acc = _tiles(
         m, l, shift, acc, query, query_sum, position, open, most, most,
-        k, k_scales, v, v_scales, row, ring, scale, softcap, N, WINDOW, True,
+        k_data, k_scales, v_data, v_scales, row, ring, scale, softcap, N, WINDOW, True,
         K_DIM, K_BLOCK, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_BLOCK, V_TYPE, V_BYTES, V_PLANES, CAPPED,
+        PARTS, AHEAD,
     )  # fmt: skip
     acc += shift[:, None]
-    v_column = tl.arange(0, V_BLOCK)
-    inside = there[:, None] & (v_column < V_DIM)[None, :]
+    # once more: no registers hold these meanwhile
+    working = 1
     if SPLITS > 1:
-        to = ((first_row + of_row) * (KV_HEADS * GROUP) + query_head).to(tl.int64) * SPLITS + split % SPLITS
-        tl.store(m_out + to, m, there)
-        tl.store(l_out + to, l, there)
-        tl.store(acc_out + to[:, None] * V_DIM + v_column[None, :], acc, inside)
+        length, first_split, working = splits_of(first, WINDOW, SPLITS)
+    if blocks is not None:
+        first_row = tl.load(blocks + tl.program_id(0) * 4)
+        rows = tl.load(blocks + tl.program_id(0) * 4 + 1)
+    query_row, query_head, there = _queries(first_row, rows, _anew(head), GROUP, M)
+    if SPLITS == 1 or (blocks is None and working == 1):
+        _deliver(
+            m, l, acc, sinks, query_row, query_head, there, out, out_stride, out_q, out_scale,
+            KV_HEADS * GROUP, V_DIM, OUT_GROUP,
+        )  # fmt: skip
     else:
-        total, weight = l, m * 0.0 + 1.0
-        if sinks is not None:
-            sink = tl.load(sinks + query_head, there, 0.0).to(tl.float32) * LOG2E
-            largest = tl.maximum(m, sink)
-            weight = tl.exp2(m - largest)
-            total = l * weight + tl.exp2(sink - largest)
-        acc = acc * (weight / total)[:, None]
-        to = (first_row + of_row).to(tl.int64)[:, None] * out_stride
-        to += query_head[:, None] * V_DIM + v_column[None, :]
-        tl.store(out + to, acc.to(out.dtype.element_ty), inside)
+        column = tl.arange(0, V_BLOCK)[None, :]
+        to = query_row.to(tl.int64) * SPLITS + (first_split + tl.program_id(2)) % SPLITS
+        to = to * (KV_HEADS * GROUP) + query_head
+        tl.store(m_parts + to, m, there)
+        tl.store(l_parts + to, l, there)
+        tl.store(acc_parts + to[:, None] * V_DIM + column, acc, there[:, None] & (column < V_DIM))
+        if blocks is None:
+            tl.debug_barrier()  # all of it is written before it counts
+            counter = arrived + first_row * KV_HEADS + head
+            if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == working - 1:
+                of_group = tl.arange(0, H)
+                combine_heads(
+                    m_parts, l_parts, acc_parts, sinks, first, first_row, head * GROUP + of_group,
+                    of_group < GROUP, out, out_stride, out_q, out_scale, KV_HEADS * GROUP, SPLITS, STEP,
+                    WINDOW, V_DIM, V_BLOCK, OUT_GROUP,
+                )  # fmt: skip
+                tl.store(counter, 0)
 
 
 @triton.jit
-def _combine_kernel(
-    m_in, l_in, acc_in, sinks, out, q, scale, positions, out_stride,
-    HEADS: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
-    V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
-    OVERLAP: tl.constexpr,
+def _deliver(
+    m, l, acc, sinks, token, head, there, out, out_stride, q, q_scale,
+    HEADS: tl.constexpr, V_DIM: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    let_next_begin(OVERLAP)
-    wait_for_inputs(OVERLAP)
-    t, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    position = tl.load(positions + t)
-    length = _split_length(position, WINDOW, SPLITS)
-    first = _oldest(position, WINDOW) // length
-    count = position // length - first + 1
-    at = (t * HEADS + head) * SPLITS
-    each = tl.arange(0, SPLITS)
-    m = tl.load(m_in + at + (first + each) % SPLITS, each < count, float("-inf"))
-    l = tl.load(l_in + at + (first + each) % SPLITS, each < count, 0.0)
-    largest = tl.max(m, 0)
-    if sinks is not None:
-        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
-        largest = tl.maximum(largest, sink)
-    total = tl.sum(tl.where(each < count, tl.exp2(m - largest) * l, 0.0), 0)
-    if sinks is not None:
-        total += tl.exp2(sink - largest)
-    column = tl.arange(0, V_BLOCK)
-    acc = tl.zeros((V_BLOCK,), tl.float32)
-    for start in range(0, count, STEP):
-        some = start + tl.arange(0, STEP)
-        where = at + (first + some) % SPLITS
-        weight = tl.exp2(tl.load(m_in + where, some < count, float("-inf")) - largest)
-        parts = tl.load(
-            acc_in + where[:, None] * V_DIM + column[None, :],
-            (some < count)[:, None] & (column < V_DIM)[None, :], 0.0,
-        )  # fmt: skip
-        acc += tl.sum(tl.where((some < count)[:, None], parts * weight[:, None], 0.0), 0)
-    to = out + t * out_stride + head * V_DIM + column
-    acc /= total
-    tl.store(to, acc.to(out.dtype.element_ty), column < V_DIM)
-    if GROUP:
-        store_quantized(acc, head * V_DIM + column, q, scale, t, HEADS * V_DIM, GROUP)
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How an attention is cut up; what it computes depends on it in rounding alone.
-
-    rows: most query rows of a block, a power of two; columns: positions of a tile, a power of two up to 256;
-    splits: most splits of the context, 1 or a power of two (at least 4 with a window); warps: of a program;
-    stages: tiles that are under way.
-    """
-
-    rows: int
-    columns: int
-    splits: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class Partials:
-    """What splits leave to be combined, f32: m and l [T, heads, splits], acc [T, heads, splits, v_dim]."""
-
-    m: Tensor
-    l: Tensor
-    acc: Tensor
-
-
-def partials_size(rows: int, heads: int, splits: int, v_dim: int) -> int:
-    """Floats that splits leave to be combined; none where there is one."""
-    return rows * heads * splits * (2 + v_dim) if splits > 1 else 0
-
-
-def cut_partials(space: Tensor, rows: int, heads: int, splits: int, v_dim: int) -> Partials:
-    """Room for the partials of a batch of ``rows`` rows, out of ``space`` [partials_size() or more] f32."""
-    count = rows * heads * splits
-    m, l, acc = space[: count * (2 + v_dim)].split([count, count, count * v_dim])
-    shape = (rows, heads, splits)
-    return Partials(m.view(shape), l.view(shape), acc.view(*shape, v_dim))
-
-
-def allocate_partials(
-    rows: int, heads: int, splits: int, v_dim: int, device: torch.device | str = "cuda"
-) -> Partials:
-    """The same in memory of its own."""
-    space = torch.empty(rows * heads * splits * (2 + v_dim), device=device)
-    return cut_partials(space, rows, heads, splits, v_dim)
-
-
-def tiling(cache: LayerCache, heads: int, rows: int, blocks: int, processors: int = 132) -> Tiling:
-    """For launches of up to ``blocks`` blocks that should hold up to ``rows`` rows each.
-
-    A block gets as many rows as fit into a tile of 16 queries, which tensor cores take at least, or where
-    more rows are asked for, of 128. Splits give each of the device's ``processors`` four programs, if there
-    are not enough blocks for that.
-    """
-    group = heads // cache.kv_heads
-    wide = max(cache.k.dim, cache.v.dim) > 128
-    floats = "f32" in (cache.k.dtype, cache.v.dtype)  # multiplied without tensor cores
-    most = 16 if rows * group <= 16 or floats else 64 if wide else 128
-    block_rows = 1
-    while 2 * block_rows * group <= most and block_rows < rows:
-        block_rows *= 2
-    programs, splits = blocks * cache.kv_heads, 1
-    while splits < 64 and programs * splits < 4 * processors and splits * SPLIT.value < cache.ring:
-        splits *= 2
-    if cache.window and splits == 2:
-        splits = 4
-    queries = max(16, triton.next_power_of_2(block_rows * group))
-    # smaller tiles where a thread's registers would not hold the scores and what scales them
-    columns = 16 if floats else 32 if wide or (queries > 64 and cache.k.scales is not None) else 64
-    if queries == 16 and not wide and not floats:
-        # int8 at 32k of context: 128 registers, so two programs and 64 KiB under way on each processor, which
-        # hide some 800 ns at 5 TB/s; 512 programs of Llama's 8 kv heads are two rounds of 132 x 2
-        return Tiling(block_rows, columns, splits, 8, 3)
-    warps = 8 if queries > 64 or (wide and queries > 16) or floats else 4
-    return Tiling(block_rows, columns, splits, warps, 2)
+    """Writes the result of rows of which one split has seen all, as if it were combined with no others."""
+    largest = largest_with_sink(m, sinks, head, there)
+    weight = tl.exp2(m - largest)
+    deliver_heads(
+        product(weight, l), product(acc, weight[:, None]), largest, sinks, token, head, there, out,
+        out_stride, q, q_scale, HEADS, V_DIM, GROUP,
+    )  # fmt: skip
 
 
 def blocks_of(positions: Tensor, slots: Tensor, rows: int) -> Tensor:
@@ -405,55 +392,52 @@ def blocks_of(positions: Tensor, slots: Tensor, rows: int) -> Tensor:
 
 def attend(
     q: Tensor, cache: LayerCache, positions: Tensor, slots: Tensor, scale: float, tiles: Tiling, out: Tensor,
-    softcap: float = 0.0, sinks: Tensor | None = None, blocks: Tensor | None = None,
+    preparation: Preparation = AS_THEY_ARE, softcap: float = 0.0, sinks: Tensor | None = None,
+    new: tuple[Tensor, Tensor] | None = None, blocks: Tensor | None = None,
     partials: Partials | None = None, quantized: Quantized | None = None,
 ) -> None:  # fmt: skip
     """softmax(scale q K^T) V of each row over what its position may see in its slot, itself included.
 
-    q: [T, heads * k_dim], prepared by `append`, f16 to lose nothing, or any float type; positions, slots:
-    [T] i32; out: [T, heads * v_dim] of any float type; sinks: [heads], logits that count in the softmax's
-    sum; blocks: [B, 4] i32 as `blocks_of` makes them for ``tiles.rows``, unused ones with 0 rows; None: each
-    row is a block of its own. partials: of T rows or more and ``tiles.splits`` splits, where these are not 1;
+    q: [T, heads * k_dim] of any float type; positions, slots: [T] i32; out: [T, heads * v_dim] of any float
+    type; sinks: [heads], logits that count in the softmax's sum. new: keys [T, kv_heads * k_dim] and values
+    [T, kv_heads * v_dim] of the rows, each its slot's only one, which are appended as `append` does; else
+    blocks: [B, 4] i32 as `blocks_of` makes them for ``tiles.rows``, unused ones with 0 rows, of rows that are
+    appended already. partials: of T rows or more and ``tiles.splits`` splits, where these are not 1;
     quantized: what else gets the result, as int8, where `can_quantize`.
     """
     heads, split = q.shape[1] // cache.k.dim, tiles.splits > 1
     group = heads // cache.kv_heads
     assert out.shape == (len(q), heads * cache.v.dim) and len(positions) == len(slots) == len(q)
-    assert not split or (partials is not None and partials.acc.shape[2:] == (tiles.splits, cache.v.dim))
+    assert (new is None) != (blocks is None), "rows are appended here or come in blocks"
+    room = (tiles.splits, heads, cache.v.dim)
+    assert not split or (partials is not None and partials.acc.shape[1:] == room)
     assert not (split and cache.window) or tiles.splits >= 4, "a window needs splits for its ends"
+    k, v = (None, None) if new is None else new
+    if k is not None and v is not None:
+        check_new(k, v, positions, slots, cache)
     programs = len(q) if blocks is None else len(blocks)
-    queries = max(16, triton.next_power_of_2((1 if blocks is None else tiles.rows) * group))
-    left = (partials.m, partials.l, partials.acc) if split and partials else (None, None, None)
+    queries = triton.next_power_of_2((1 if blocks is None else tiles.rows) * group)
+    queries = max(8 if tiles.parts else 16, queries)
+    left = (partials.m, partials.l, partials.acc, partials.arrived) if partials else (None,) * 4
+    to = (quantized.q, quantized.scale) if quantized and not (split and new is None) else (None, None)
+    constants = cache_constants(cache)
+    v_block = int(constants["V_BLOCK"])
     _attend_kernel[(programs, cache.kv_heads, tiles.splits)](
-        q, cache.k.data, cache.k.scales, cache.v.data, cache.v.scales, sinks, out, *left,
-        blocks, positions, slots, q.stride(0), out.stride(0), cache.ring, scale, softcap,
-        KV_HEADS=cache.kv_heads, GROUP=group, M=queries, N=tiles.columns, SPLITS=tiles.splits,
-        WINDOW=cache.window, CAPPED=softcap > 0, ALWAYS_MASKED=queries == 16, **_shape(cache),
-        num_warps=tiles.warps, num_stages=tiles.stages, **options(),
+        q, k, v, preparation.q_norm, preparation.k_norm, *preparation.angles, preparation.norm_eps,
+        cache.k.data, cache.k.scales, cache.v.data, cache.v.scales, sinks, out, *to, *left,
+        blocks, positions, slots, q.stride(0), 0 if k is None else k.stride(0),
+        0 if v is None else v.stride(0), out.stride(0), cache.ring, scale, softcap,
+        KV_HEADS=cache.kv_heads, GROUP=group, M=queries, N=tiles.columns, H=triton.next_power_of_2(group),
+        SPLITS=tiles.splits, STEP=combine_step(group, tiles.splits, v_block, tiles.warps),
+        WINDOW=cache.window, CAPPED=softcap > 0, ALWAYS_MASKED=queries <= 16 or new is not None,
+        OUT_GROUP=quantized.group if quantized else 0, COPIES=tiles.warps, PARTS=tiles.parts,
+        AHEAD=tiles.ahead, **preparation.constants(cache.k.dim), **constants,
+        num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers(queries), **options(),
     )  # fmt: skip
-    if split:
-        to = (None, None) if quantized is None else (quantized.q, quantized.scale)
-        _combine_kernel[(len(q), heads)](
-            *left, sinks, out, *to, positions, out.stride(0), GROUP=quantized.group if quantized else 0,
-            HEADS=heads, SPLITS=tiles.splits, WINDOW=cache.window, V_DIM=cache.v.dim,
-            V_BLOCK=triton.next_power_of_2(cache.v.dim), STEP=min(16, tiles.splits), num_warps=4,
-            **options(),
-        )  # fmt: skip
+    if blocks is not None and split and partials is not None:
+        combine(partials, positions, out, cache.window, v_block, tiles.warps, sinks, quantized)
 
 
-def can_quantize(cache: LayerCache, heads: int, tiles: Tiling, group: int) -> bool:
-    """Whether `attend` can write its result as int8 too: every head is combined, of whole groups."""
-    dim = cache.v.dim
-    whole = dim & (dim - 1) == 0 and dim % group == 0 and heads * dim % 64 == 0
-    return tiles.splits > 1 and whole
-
-
-def _shape(cache: LayerCache) -> dict[str, int | str]:
-    found: dict[str, int | str] = {}
-    for name, rows in (("K", cache.k), ("V", cache.v)):
-        found[f"{name}_DIM"] = rows.dim
-        found[f"{name}_BLOCK"] = max(64 if rows.dtype == "int4" else 16, triton.next_power_of_2(rows.dim))
-        found[f"{name}_TYPE"] = rows.dtype
-        found[f"{name}_BYTES"] = data_columns(rows.dtype, rows.dim)
-        found[f"{name}_PLANES"] = scale_planes(rows.dtype, rows.dim)
-    return found
+def can_quantize(cache: LayerCache, heads: int, group: int) -> bool:
+    """Whether `attend` can write its result as int8 too: heads are of whole groups, a row of whole blocks."""
+    return cache.v.dim % group == 0 and heads * cache.v.dim % 64 == 0

@@ -97,6 +97,19 @@ def allocate(
     return LayerCache(rows(k_dtype, k_dim), rows(v_dtype, v_dim), window)
 
 
+def cache_constants(cache: LayerCache) -> dict[str, int | str]:
+    """What kernels are compiled for; BLOCK: columns of a tile that holds a row, a power of two."""
+    found: dict[str, int | str] = {}
+    for name, rows in (("K", cache.k), ("V", cache.v)):
+        found[f"{name}_DIM"] = rows.dim
+        least = 2 * GROUP if rows.dtype == "int4" else 16
+        found[f"{name}_BLOCK"] = max(least, 1 << (rows.dim - 1).bit_length())
+        found[f"{name}_TYPE"] = rows.dtype
+        found[f"{name}_BYTES"] = data_columns(rows.dtype, rows.dim)
+        found[f"{name}_PLANES"] = scale_planes(rows.dtype, rows.dim)
+    return found
+
+
 def copy_slot(
     layers: Sequence[LayerCache], source: int, target: int, length: int, start: int = 0
 ) -> None:

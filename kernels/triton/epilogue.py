@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .handover import prepare
 from .overlap import let_next_begin, wait_for_inputs
 
 
@@ -47,7 +48,7 @@ def write(
     """Finishes sums y [B, T] and stores them at out[token, column]; token [T], column and mask [B], [B, T].
 
     With GLU the first half of y's rows are gates and the second their up projections, and column and mask
-    have half as many rows. The residual may be out itself.
+    have half as many rows. The residual may be out itself. Returns what was stored, in f32.
     """
     if GLU:
         halves = tl.reshape(y, [2, y.shape[0] // 2, y.shape[1]])
@@ -59,6 +60,7 @@ def write(
     if residual is not None:
         y += tl.load(residual + at * ldr + column[:, None], mask, 0.0).to(tl.float32)
     tl.store(out + at * ldo + column[:, None], y.to(out.dtype.element_ty), mask)
+    return y
 
 
 @triton.jit
@@ -95,23 +97,46 @@ def deliver(
 
 
 @triton.jit
+def _summed(work, splits, width, bias, token, tokens, row, mask):
+    """Partial products of weight rows ``row`` [BLOCK] for a token, in the order of splits, and the bias."""
+    y = tl.zeros(row.shape, tl.float32)
+    for split in range(splits):
+        at = (split * tokens + token).to(tl.int64) * width
+        y += tl.load(work + at + row, mask, 0.0).to(tl.float32)
+    if bias is not None:
+        y += tl.load(bias + row, mask, 0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
 def combine_kernel(
     work, splits, width, bias, residual, ldr, out, ldo, tokens, n_out, factor, softcap,
+    next_q, next_scale, next_floats, next_squares, next_weight, counters,
     GLU: tl.constexpr, ACTIVATION: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    NEXT_GROUP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Sums partial products work [splits, tokens, width] in the order of the splits, then the epilogue."""
+    """Sums partial products work [splits, tokens, width], then the epilogue; BLOCK: columns of out.
+
+    A program has whole groups of what the next product is handed over, so nothing needs to be counted.
+    """
     let_next_begin(OVERLAP)
     wait_for_inputs(OVERLAP)
-    token = tl.program_id(1) + tl.arange(0, 1)
-    rows, column = weight_rows(tl.program_id(0), n_out, GLU, BLOCK)
-    y = tl.zeros([BLOCK], tl.float32)
-    for split in range(splits):
-        at = (split * tokens + tl.program_id(1)).to(tl.int64) * width
-        y += tl.load(work + at + rows).to(tl.float32)
-    if bias is not None:
-        y += tl.load(bias + rows).to(tl.float32)
-    write(
-        y[:, None], out, ldo, residual, ldr, token, column, (column < n_out)[:, None], factor, softcap,
-        GLU, ACTIVATION, SOFTCAP,
-    )  # fmt: skip
+    token = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < n_out
+    y, up = _summed(work, splits, width, bias, token, tokens, column, mask), None
+    if GLU:
+        up = _summed(work, splits, width, bias, token, tokens, n_out + column, mask)
+    y = finish(y, up, factor, softcap, ACTIVATION, SOFTCAP)
+    at = token.to(tl.int64)
+    if residual is not None:
+        y += tl.load(residual + at * ldr + column, mask, 0.0).to(tl.float32)
+    tl.store(out + at * ldo + column, y.to(out.dtype.element_ty), mask)
+    if NEXT_GROUP:
+        count: tl.constexpr = BLOCK // NEXT_GROUP
+        group = tl.program_id(0) * count + tl.arange(0, count)
+        prepare(
+            tl.reshape(tl.where(mask, y, 0.0), [count, NEXT_GROUP]), token + group * 0, group,
+            group * NEXT_GROUP < n_out, n_out, next_q, next_scale, next_floats, next_squares, next_weight,
+            NEXT_GROUP,
+        )  # fmt: skip

@@ -28,7 +28,7 @@ class Config:
     for the kernel without tensor cores, which takes all; chunks: of a row, per step; splits: of a row's
     chunks, each to a program of its own; dense: dequantize the whole matrix and let cuBLAS multiply;
     integer: multiply int8 activations, by dp4a, of which `chunks` are quads, or with chunks 0 on the tensor
-    cores.
+    cores; registers: of a thread at most, 0 as the assembler likes.
     """
 
     rows: int
@@ -39,6 +39,7 @@ class Config:
     stages: int = 3
     dense: bool = False
     integer: bool = False
+    registers: int = 0
 
 
 # family of formats -> bucket -> config
@@ -121,12 +122,14 @@ def _choose_integer(matrix: Matrix, tokens: int, act_group: int) -> Config:
             splits *= 2
         return replace(INTEGER_TILE, splits=splits)
     config = INTEGER_TABLE[min(8, 1 << (tokens - 1).bit_length())]
+    # where a product also prepares the next one's input, the assembler would take half as many more registers
+    few = 64 if matrix.format in ("int4", "int8") else 0
     if tokens == 1 and quads(matrix) > INTEGER_LONG:
-        config = Config(8, 256, 1, warps=8, integer=True)
+        config = Config(8, 256, 1, warps=8, integer=True, registers=few)
     elif tokens == 1 and matrix.format == "int8":
         config = Config(4, 128, 1, warps=2, integer=True)
     elif tokens == 1 and matrix.n >= INTEGER_WIDE:
-        config = replace(config, rows=8)
+        config = replace(config, rows=8, registers=few)
     while config.rows > 2 and _programs(matrix, tokens, config) < 2 * MULTIPROCESSORS:
         config = replace(config, rows=config.rows // 2)
     return config
@@ -163,6 +166,7 @@ def candidates(matrix: Matrix, tokens: int, glu: bool = False, act_group: int = 
     found = [base]
     if base.dense:  # its neighbours are of the kernel that it stands for
         base = replace(base, dense=False)
+    base = replace(base, registers=0)
     for rows in (base.rows // 2, base.rows, base.rows * 2):
         for chunks in dict.fromkeys((base.chunks // 2, base.chunks, base.chunks * 2)):
             for warps in (base.warps, base.warps * 2):

@@ -24,6 +24,7 @@ from .dequantize import (
     part_values,
 )
 from .epilogue import deliver, weight_rows
+from .handover import hand_over, row_factor
 from .overlap import let_next_begin, wait_for_inputs
 
 # Tensors are [chunks, tokens, rows, inside a chunk]. Triton gives the last dimension to a thread, as far as
@@ -36,6 +37,44 @@ def load_part(x, ldx, token, tokens, chunk, inside, k, part: tl.constexpr, FORMA
     column = first_column(chunk, part, FORMAT) + inside
     mask = (column < k) & (token < tokens)
     return tl.load(x + token * ldx + column, mask, 0.0, eviction_policy="evict_last").to(tl.float32)
+
+
+@triton.jit
+def halves(x):
+    """The two halves of the last dimension, which a thread has whole."""
+    last: tl.constexpr = x.shape[3] // 2
+    parted = tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2], 2, last])
+    return tl.split(tl.permute(parted, (0, 1, 2, 4, 3)))
+
+
+@triton.jit
+def part_sums(
+    raw, third, magic, x, ldx, token, tokens, chunk, k, part: tl.constexpr, FORMAT: tl.constexpr
+):  # fmt: skip
+    """Sums of the products of a part of the chunks, [C, T, B, 1], and those of x alone, [C, T, 1, 1].
+
+    A thread loads 4 activations of 32 bits at once, where it has 8 weights: these are taken half by half, or
+    every step would send them through shared memory to other threads.
+    """
+    if raw.shape[3] == 8 and x.dtype.element_ty.primitive_bitwidth == 32:
+        low, high = halves(raw)
+        sums, x_sums = _sums(low, third, magic, x, ldx, token, tokens, chunk, k, 0, part, FORMAT)
+        more, more_x = _sums(high, third, magic, x, ldx, token, tokens, chunk, k, 4, part, FORMAT)
+        return sums + more, x_sums + more_x
+    else:
+        return _sums(raw, third, magic, x, ldx, token, tokens, chunk, k, 0, part, FORMAT)
+
+
+@triton.jit
+def _sums(
+    raw, third, magic, x, ldx, token, tokens, chunk, k, first: tl.constexpr, part: tl.constexpr,
+    FORMAT: tl.constexpr,
+):  # fmt: skip
+    """The same of the columns of raw, of which the part has ``first`` before them."""
+    inside = first + tl.arange(0, raw.shape[3])[None, None, None, :]
+    x_part = load_part(x, ldx, token, tokens, chunk, inside, k, part, FORMAT)
+    values = part_values(raw, third, magic, inside, part, FORMAT)
+    return tl.sum(values * x_part, 3, keep_dims=True), tl.sum(x_part, 3, keep_dims=True)
 
 
 @triton.jit
@@ -58,7 +97,7 @@ def group_scale(
 
 @triton.jit
 def chunk_products(
-    x, ldx, raw, third, scale, zero, groups, magic, rows, chunk, token, tokens, k, last, inside,
+    x, ldx, raw, third, scale, zero, groups, magic, rows, chunk, token, tokens, k, last,
     FORMAT: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
 ):  # fmt: skip
     """The products of chunks, f32 [C, T, B, 1]."""
@@ -71,9 +110,9 @@ def chunk_products(
     sums = total
     x_sums = tl.zeros([chunk.shape[0], token.shape[1], 1, 1], tl.float32)
     for part in tl.static_range(PARTS):
-        x_part = load_part(x, ldx, token, tokens, chunk, inside, k, part, FORMAT)
-        sums += tl.sum(part_values(raw, third, magic, inside, part, FORMAT) * x_part, 3, keep_dims=True)
-        x_sums += tl.sum(x_part, 3, keep_dims=True)
+        more, more_x = part_sums(raw, third, magic, x, ldx, token, tokens, chunk, k, part, FORMAT)
+        sums += more
+        x_sums += more_x
         if GROUP == 32 and PARTS > 1 and part == PARTS // 2 - 1:
             total = s0 * (sums - z0 * x_sums)
             sums = tl.zeros_like(sums)
@@ -85,10 +124,12 @@ def chunk_products(
 @triton.jit
 def decode_kernel(
     x, ldx, data, stride, scale, zero, groups, magic, bias, residual, ldr, out, ldo, work, work_width,
-    tokens, n_out, k, chunks, split_chunks, factor, softcap,
+    tokens, n_out, k, chunks, split_chunks, factor, softcap, squares, square_count, eps, next_q, next_scale,
+    next_floats, next_squares, next_weight, counters,
     FORMAT: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr, GROUP: tl.constexpr,
     ZERO: tl.constexpr, GLU: tl.constexpr, ACTIVATION: tl.constexpr, SOFTCAP: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, OVERLAP: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, SQUARES: tl.constexpr,
+    NEXT_GROUP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out[t, :] for t < tokens <= TOKENS, or with `work` the sums of split program_id(1), at its place.
 
@@ -111,6 +152,9 @@ def decode_kernel(
     if FORMAT == "int3":
         third = load_third_bits(data, stride, rows4, stored)
     wait_for_inputs(OVERLAP)
+    rms = None
+    if SQUARES:
+        rms = row_factor(squares, square_count, eps, token, tokens, SQUARES)
     total = tl.zeros([CHUNKS, TOKENS, ROWS, 1], tl.float32)
     for at in range(first, end, CHUNKS):
         chunk = (at + tl.arange(0, CHUNKS))[:, None, None, None]
@@ -123,7 +167,7 @@ def decode_kernel(
             raw = next_raw
         total += chunk_products(
             x, ldx, raw, third, scale, zero, groups, magic, rows4, chunk, token4, tokens, k, chunks - 1,
-            inside, FORMAT, PARTS, GROUP, ZERO,
+            FORMAT, PARTS, GROUP, ZERO,
         )  # fmt: skip
         raw = next_raw
         if FORMAT == "int3":
@@ -131,7 +175,14 @@ def decode_kernel(
     y = tl.trans(tl.sum(tl.sum(total, 3), 0))
     if scale is not None and GROUP == 0:
         y *= tl.load(scale + rows).to(tl.float32)[:, None]
+    if rms is not None:
+        y *= rms[None, :]
     deliver(
         y, bias, residual, ldr, out, ldo, work, work_width, tl.program_id(1), token, tokens, rows, column,
         n_out, factor, softcap, GLU, ACTIVATION, SOFTCAP,
     )  # fmt: skip
+    if NEXT_GROUP:
+        hand_over(
+            out, ldo, tl.program_id(0), token, tokens, n_out, next_q, next_scale, next_floats, next_squares,
+            next_weight, counters, ROWS // 2 if GLU else ROWS, NEXT_GROUP,
+        )  # fmt: skip

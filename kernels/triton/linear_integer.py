@@ -22,11 +22,12 @@ import triton.language as tl
 
 from .dequantize import load_zeros
 from .epilogue import deliver, weight_rows
+from .handover import hand_over, row_factor
 from .matrix import ZEROS, Matrix
 from .overlap import let_next_begin, wait_for_inputs
+from .target import INTERPRETED
 
 UNITS = {"int8": 1, "int4": 16, "int3": 32, "int2": 64}
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 SIGNS = tl.constexpr(0x80808080 - 2**32)  # of four bytes: turns a number above zero point into a signed one
 NIBBLES = tl.constexpr(0xF0F0F0F0 - 2**32)
 CRUMBS = tl.constexpr(0xC0C0C0C0 - 2**32)
@@ -129,11 +130,12 @@ def quad_products(
 @triton.jit
 def integer_kernel(
     xq, ldx, xs, x_groups, words, stride, scale, zero, groups, bias, residual, ldr, out, ldo, work,
-    work_width, tokens, n_out, quads, split_quads, factor, softcap,
+    work_width, tokens, n_out, quads, split_quads, factor, softcap, squares, square_count, eps, next_q,
+    next_scale, next_floats, next_squares, next_weight, counters,
     FORMAT: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr,
     UNIT: tl.constexpr, MIDDLE: tl.constexpr, GLU: tl.constexpr, ACTIVATION: tl.constexpr,
     SOFTCAP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, QUADS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    SQUARES: tl.constexpr, NEXT_GROUP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """TOKENS rows of out, or with `work` the sums of split program_id(1), at their place.
 
@@ -153,6 +155,9 @@ def integer_kernel(
     if FORMAT == "int3":
         third = load_third_bits(words, stride, rows4, quad, end)
     wait_for_inputs(OVERLAP)
+    rms = None
+    if SQUARES:
+        rms = row_factor(squares, square_count, eps, token, tokens, SQUARES)
     total = tl.zeros([QUADS, TOKENS, ROWS, 1], tl.float32)
     for at in range(first, end, QUADS):
         quad = (at + tl.arange(0, QUADS))[:, None, None, None]
@@ -169,10 +174,17 @@ def integer_kernel(
     y = tl.trans(tl.sum(tl.sum(total, 3), 0)) * (1.0 / UNIT)
     if GROUP == 0:
         y *= tl.load(scale + rows).to(tl.float32)[:, None]
+    if rms is not None:
+        y *= rms[None, :]
     deliver(
         y, bias, residual, ldr, out, ldo, work, work_width, tl.program_id(1), token, tokens, rows, column,
         n_out, factor, softcap, GLU, ACTIVATION, SOFTCAP,
     )  # fmt: skip
+    if NEXT_GROUP:
+        hand_over(
+            out, ldo, tl.program_id(0), token, tokens, n_out, next_q, next_scale, next_floats, next_squares,
+            next_weight, counters, ROWS // 2 if GLU else ROWS, NEXT_GROUP,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -196,10 +208,12 @@ def nibbles(raw, part: tl.constexpr):
 @triton.jit
 def integer_tile_kernel(
     xq, ldx, xs, x_groups, data, stride, scale, zero, groups, bias, residual, ldr, out, ldo, work,
-    work_width, tokens, n_out, split_groups, factor, softcap,
+    work_width, tokens, n_out, split_groups, factor, softcap, squares, square_count, eps, next_q, next_scale,
+    next_floats, next_squares, next_weight, counters,
     FORMAT: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr,
     UNIT: tl.constexpr, MIDDLE: tl.constexpr, GLU: tl.constexpr, ACTIVATION: tl.constexpr,
-    SOFTCAP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
+    SOFTCAP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, SQUARES: tl.constexpr,
+    NEXT_GROUP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The same for more rows on the tensor cores, an activation group after the other; int8 and int4 alone.
 
@@ -218,6 +232,9 @@ def integer_tile_kernel(
     given = xq + token.to(tl.int64)[None, :] * ldx + first_of[:, None]
     there = (token < tokens)[None, :]
     wait_for_inputs(OVERLAP)
+    rms = None
+    if SQUARES:
+        rms = row_factor(squares, square_count, eps, token, tokens, SQUARES)
     y = tl.zeros([ROWS, TOKENS], tl.float32)
     for group in range(first, end):
         # bytes and activations are padded to blocks of 64 columns, which a last group may pass
@@ -243,10 +260,17 @@ def integer_tile_kernel(
     y *= 1.0 / UNIT
     if GROUP == 0:
         y *= tl.load(scale + rows).to(tl.float32)[:, None]
+    if rms is not None:
+        y *= rms[None, :]
     deliver(
         y, bias, residual, ldr, out, ldo, work, work_width, tl.program_id(1), token, tokens, rows, column,
         n_out, factor, softcap, GLU, ACTIVATION, SOFTCAP,
     )  # fmt: skip
+    if NEXT_GROUP:
+        hand_over(
+            out, ldo, tl.program_id(0), token, tokens, n_out, next_q, next_scale, next_floats, next_squares,
+            next_weight, counters, ROWS // 2 if GLU else ROWS, NEXT_GROUP,
+        )  # fmt: skip
 
 
 def constants(matrix: Matrix) -> dict[str, object]:

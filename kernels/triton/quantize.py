@@ -31,21 +31,50 @@ class Quantized:
 
 
 @triton.jit
+def largest_magnitude(x):
+    """max |x| of each row of x [R, N] f32; no number where one is none: as integers its bits are the most."""
+    return tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounded_groups(groups):
+    """groups [G, GROUP] f32 as whole numbers from -127 to 127, and their scales [G]."""
+    most = largest_magnitude(groups)
+    step = tl.where(most > 0, 127.0 / most, 0.0)
+    rounded = (groups * step[:, None] + ROUNDS) - ROUNDS
+    rounded = tl.where((most < float("inf"))[:, None], rounded, 0.0)
+    return rounded, most / 127.0 + most * 0.0  # what is no number stays so
+
+
+@triton.jit
 def store_quantized(value, column, q, scale, token, k, GROUP: tl.constexpr):
     """value [BLOCK] f32 of ``column`` [BLOCK], 0 beyond k, whose first column begins a group."""
     block: tl.constexpr = value.shape[0]
     columns = (k + 63) // 64 * 64
-    groups = tl.reshape(value, [block // GROUP, GROUP])
-    most = tl.max(tl.abs(groups), 1)
-    poison = tl.sum(groups * 0.0, 1)  # what is no number stays so
-    step = tl.where(most > 0, 127.0 / most, 0.0)
-    rounded = (groups * step[:, None] + ROUNDS) - ROUNDS
-    rounded = tl.where((poison == 0)[:, None], rounded, 0.0)
+    rounded, scales = rounded_groups(tl.reshape(value, [block // GROUP, GROUP]))
     bytes = tl.reshape(rounded.to(tl.int8), [block])
     tl.store(q + token * columns + column, bytes, column < columns)
     first = tl.min(column, 0) // GROUP + tl.arange(0, block // GROUP)
     count = (k + GROUP - 1) // GROUP
-    tl.store(scale + token * count + first, most / 127.0 + poison, first < count)
+    tl.store(scale + token * count + first, scales, first < count)
+
+
+@triton.jit
+def store_quantized_pieces(
+    value, token, column, there, q, scale, k, WIDTH: tl.constexpr, GROUP: tl.constexpr
+):  # fmt: skip
+    """value [H, BLOCK] f32: WIDTH columns each, whole groups, of rows ``token`` [H] from ``column`` [H] on;
+    k, the columns of a row, is a multiple of 64."""
+    pieces: tl.constexpr = value.shape[0]
+    groups: tl.constexpr = value.shape[1] // GROUP
+    rounded, scales = rounded_groups(tl.reshape(value, [pieces * groups, GROUP]))
+    to = token.to(tl.int64) * k + column
+    inside = tl.arange(0, groups * GROUP)[None, :]
+    bytes = tl.reshape(rounded.to(tl.int8), [pieces, groups * GROUP])
+    tl.store(q + to[:, None] + inside, bytes, there[:, None] & (inside < WIDTH))
+    group = tl.arange(0, groups)[None, :]
+    scales = tl.reshape(scales, [pieces, groups])
+    tl.store(scale + (to // GROUP)[:, None] + group, scales, there[:, None] & (group * GROUP < WIDTH))
 
 
 @triton.jit

@@ -15,13 +15,15 @@ from gristmill.kernels.triton.linear import plan, workspace_bytes
 from gristmill.kernels.triton.matrix import BITS, WORDS, merge, meta_matrix
 from gristmill.runtime.cuda.buffers import LOGIT_ROWS
 from gristmill.runtime.cuda.drawing import drawing_bytes
+from gristmill.runtime.cuda.graphs import MOST_CACHED
+from gristmill.runtime.cuda.residuals import added_in_place
 from gristmill.runtime.errors import GristmillError
 from gristmill.runtime.footprint import kv_rows
 from gristmill.runtime.program import LOGITS, Program, Segment
 
 CAPABILITY = (8, 0)  # Ampere: the first with bf16 on tensor cores
 RESERVE_BYTES = 512 << 20  # for kernels, cuBLAS and what attention keeps in between
-MOST_CAPTURED = 256  # rows; a batch of more is long enough that launching it hides behind running it
+MOST_CAPTURED = 256  # rows of a graph that is captured at load
 GRAPH_NODE_BYTES = 16 << 10  # of a kernel in a graph: its parameters and the driver's own; not measured
 DRAWING_LAUNCHES = 21  # of both ways to draw
 
@@ -76,9 +78,10 @@ def few_rows(max_slots: int, max_tokens: int) -> int:
 
 
 def graph_bytes(program: Program, max_slots: int) -> int:
-    """What the driver keeps for all captured graphs, by an estimate that is to be on the safe side."""
-    graphs = captured_rows(max_slots, program.limits.max_tokens).bit_length() + 1
-    kernels = 2 * len(program.instructions) + len(program.ropes) + DRAWING_LAUNCHES
+    """What the driver keeps for all graphs, those of load and as many as may come later, by an estimate that
+    is to be on the safe side."""
+    graphs = captured_rows(max_slots, program.limits.max_tokens).bit_length() + 1 + MOST_CACHED
+    kernels = 3 * len(program.instructions) + len(program.ropes) + DRAWING_LAUNCHES
     return graphs * kernels * GRAPH_NODE_BYTES
 
 
@@ -90,7 +93,9 @@ def buckets(max_tokens: int) -> list[int]:
 
 def product_bytes(program: Program, logit_rows: int) -> int:
     """What products keep in between: dequantized weights, partial sums and rounded activations of the largest
-    one, by the plans of the table; logit_rows: of which the logits are computed at once.
+    one, by the plans of the table, and the room for activations that are rounded before; at most, for where
+    those are and where sums go straight into the result, a product does without the one or the other.
+    logit_rows: of which the logits are computed at once.
     """
     shapes = set()
     for i in program.instructions:
@@ -100,13 +105,15 @@ def product_bytes(program: Program, logit_rows: int) -> int:
             forms = tuple(_form(segment, act_group) for segment in segments)
             most = logit_rows if i.out.value == LOGITS else program.limits.max_tokens
             shapes.add((forms, most, i.attribute("glu"), act_group, "order" in i.vectors))
-    size = 0
+    size = rounded = 0
     for forms, most, glu, act_group, order in shapes:
         matrices = merge([meta_matrix(*form) for form in forms])
         for rows in buckets(most):
             planned = plan(matrices, rows, glu, act_group=act_group)
             size = max(size, workspace_bytes(matrices, planned, order, torch.float32))
-    return size
+            if all(config.dense for config in planned.configs):
+                rounded = max(rounded, rows * matrices[0].k * planned.multiply.itemsize)
+    return size + rounded
 
 
 def _form(segment: Segment, act_group: int) -> tuple[str, int, int, int, bool]:
@@ -131,7 +138,7 @@ def needed_bytes(program: Program, max_len: int, max_slots: int, weight_bytes: i
     rows = few_rows(max_slots, program.limits.max_tokens)
     return (
         weight_bytes
-        + program.arena_bytes
+        + added_in_place(program).arena_bytes
         + 4 * rows * program.vocabulary
         + drawing_bytes(rows, program.vocabulary, max_len, max_slots)
         + graph_bytes(program, max_slots)

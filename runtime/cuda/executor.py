@@ -16,6 +16,7 @@ from gristmill.kernels.triton.attention import blocks_of
 from gristmill.kernels.triton.cache import allocate, copy_slot
 from gristmill.kernels.triton.linear_configs import Config
 from gristmill.runtime.cuda.buffers import Batch, Values
+from gristmill.runtime.cuda.compiling import compiled_together
 from gristmill.runtime.cuda.device import (
     buckets,
     captured_rows,
@@ -25,8 +26,9 @@ from gristmill.runtime.cuda.device import (
     refuse_out_of_memory,
 )
 from gristmill.runtime.cuda.drawing import MAX_VOCABULARY, Drawing, drawing_bytes
-from gristmill.runtime.cuda.graphs import captured
+from gristmill.runtime.cuda.graphs import GraphCache, captured
 from gristmill.runtime.cuda.launch import Between, Launcher, Taken
+from gristmill.runtime.cuda.residuals import added_in_place
 from gristmill.runtime.cuda.tuning import Timer, Tuned, tune_all, works
 from gristmill.runtime.cuda.weights import Weights
 from gristmill.runtime.decoding.draws import Draws
@@ -38,13 +40,15 @@ if TYPE_CHECKING:
     from gristmill.runtime.cuda.probe import CudaProbe
     from gristmill.runtime.session import Session
 
+SPARE_BLOCKS = 16  # of attention, empty ones end at once
 PROCESSORS_OF_CPU = 4  # what the interpreter pretends to have; kept small, for it runs one after the other
 
 
 class CudaExecutor:
     """What a Session needs, see runtime/session.py; on CPU tensors where Triton's interpreter runs kernels.
 
-    Batches of one row per slot and up to 256 rows are replayed from CUDA Graphs, the rest is launched.
+    Batches of one row per slot and up to 256 rows are replayed from CUDA Graphs that are captured at load,
+    others from the second one of a shape on, see `GraphCache`; the rest is launched.
     """
 
     threads = 1
@@ -58,6 +62,8 @@ class CudaExecutor:
         instructions, see runtime/parallel; `capture` then comes after all are connected, else it is done."""
         self.max_tokens, self.vocabulary = program.limits.max_tokens, program.vocabulary
         self.max_len, self.max_slots, self.device = max_len, max_slots, device
+        if between is None:
+            program = added_in_place(program)
         self._program = program
         self._buckets = buckets(self.max_tokens)
         self._few_rows = few_rows(max_slots, self.max_tokens)
@@ -82,7 +88,7 @@ class CudaExecutor:
         )  # fmt: skip
         self._blocks = {
             rows: torch.zeros(self.max_tokens, 4, dtype=torch.int32, device=device)
-            for rows in self._launcher.block_rows
+            for rows in set().union(*self._launcher.block_rows.values())
         }
         self.kv_bytes = kv_bytes(program, max_len, max_slots + 1)
         drawing = drawing_bytes(self._few_rows, self.vocabulary, max_len, max_slots)
@@ -94,6 +100,7 @@ class CudaExecutor:
         self._last: tuple[int, int, dict[int, Tensor] | None] = (0, 0, None)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._draw_graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._graph_cache: GraphCache | None = None
         self.wait: Callable[[], None] | None = None  # before results are taken, where that must not block
         self._shared = between is not None
         if device.type == "cuda" and not self._shared:
@@ -158,16 +165,30 @@ class CudaExecutor:
         with self._current(), refuse_out_of_memory(self.device, f"in a batch of {len(tokens)} rows", remedy):
             self._batch.fill({"tokens": tokens, "positions": positions, "slots": slots, "rows": rows})
             self._last = (count, wanted, None if alone else self._cut(len(tokens)))
-            if alone and wanted == count and count in self._graphs:
-                self._graphs[count].replay()
-                self._waiting(take)(0, count)
-            else:
-                self._drawing.record(count)
-                self._launcher.run(*self._last, self._waiting(take), len(rows))
+            self._run_last(self._waiting(take), len(rows))
             if self.wait is not None:
                 self.wait()
             if self.device.type == "cuda":  # nothing may be under way when the ids are filled again
                 torch.cuda.current_stream().synchronize()
+
+    def _run_last(self, take: Taken, asked: int) -> None:
+        """Replays or launches the batch that `_last` is about."""
+        rows, wanted, blocks = self._last
+        if blocks is None and wanted == rows and rows in self._graphs:
+            self._graphs[rows].replay()
+        elif self._graph_cache is not None and self._has_fixed_launches(rows, wanted, blocks):
+            launch = partial(self._launch_batch, rows, wanted, blocks)
+            self._graph_cache.run((rows, wanted, blocks is None), launch)
+        else:
+            self._launch_batch(rows, wanted, blocks, take, asked)
+            return
+        if wanted:
+            take(0, wanted)
+
+    def _has_fixed_launches(self, rows: int, wanted: int, blocks: dict[int, Tensor] | None) -> bool:
+        """Whether all batches of these buckets launch the same: logits in one piece, and blocks that fit."""
+        fit = blocks is None or all(len(b) == _most_blocks(rows, size) for size, b in blocks.items())
+        return fit and wanted <= len(self._values.logits)
 
     def follow(
         self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray
@@ -260,12 +281,15 @@ class CudaExecutor:
         return next(bucket for bucket in [0, *self._buckets] if rows <= bucket)
 
     def _cut(self, count: int) -> dict[int, Tensor]:
-        """The blocks of the batch's own rows, on the device, by rows of a block."""
-        found = {}
-        for rows, room in self._blocks.items():
+        """The blocks of the batch's own rows, on the device, by rows of a block; empty ones make them as many
+        as most batches of the bucket have, so that these launch the same."""
+        bucket, found = self._bucket(count), {}
+        for rows in self._launcher.block_rows[bucket]:
             cut = blocks_of(self._batch.host("positions", count), self._batch.host("slots", count), rows)
-            found[rows] = room[: len(cut)]
-            found[rows].copy_(cut)
+            padded = torch.zeros(max(len(cut), _most_blocks(bucket, rows)), 4, dtype=torch.int32)
+            padded[: len(cut)] = cut
+            found[rows] = self._blocks[rows][: len(padded)]
+            found[rows].copy_(padded)
         return found
 
     def _current(self) -> AbstractContextManager[object]:
@@ -273,20 +297,39 @@ class CudaExecutor:
         return current(self.device)
 
     def capture(self) -> None:
-        """Graphs of the buckets that one row per slot can fill, largest first, all in one pool of memory."""
+        """Graphs of the buckets that one row per slot can fill, largest first, all in one pool of memory.
+
+        Other shapes get graphs as they come, except where devices share a program: a capture that failed on
+        one of them would leave the others waiting in theirs.
+        """
         most = self._bucket(captured_rows(self.max_slots, self.max_tokens))
+        counts = [bucket for bucket in reversed(self._buckets) if bucket <= most]
+        batches = {count: partial(self._launch_batch, count, count, None) for count in counts}
+        draws = {
+            (count, greedy): partial(self._drawing.launch, 0, count, greedy)
+            for count in counts
+            for greedy in ((True, False) if self.draws_tokens else ())
+        }
+        with compiled_together():
+            for launch in (*batches.values(), *draws.values()):
+                launch()
         pool = torch.cuda.graph_pool_handle()
-        for count in reversed([bucket for bucket in self._buckets if bucket <= most]):
+        for count in counts:
             self._batch.fill({"rows": np.arange(count, dtype=np.int32)})
             self._drawing.fill(Draws.greedy(0))
-            self._graphs[count] = captured(partial(self._launch_batch, count), pool, self._shared)
-            for greedy in (True, False) if self.draws_tokens else ():
-                launch = partial(self._drawing.launch, 0, count, greedy)
-                self._draw_graphs[count, greedy] = captured(launch, pool, self._shared)
+            self._graphs[count] = captured(batches[count], pool, self._shared)
+            for greedy in (True, False):
+                if draw := draws.get((count, greedy)):
+                    self._draw_graphs[count, greedy] = captured(draw, pool, self._shared)
+        if not self._shared:
+            self._graph_cache = GraphCache.on_device(pool)
 
-    def _launch_batch(self, count: int) -> None:
-        self._drawing.record(count)
-        self._launcher.run(count, count, None)
+    def _launch_batch(
+        self, rows: int, wanted: int, blocks: dict[int, Tensor] | None, take: Taken | None = None,
+        asked: int | None = None,
+    ) -> None:  # fmt: skip
+        self._drawing.record(rows)
+        self._launcher.run(rows, wanted, blocks, take, asked)
 
     def check(
         self, tokens: np.ndarray, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray
@@ -324,3 +367,9 @@ class CudaExecutor:
                 f"a slot has positions {span} apart in one forward, at most {self._shortest_ring - 1} are "
                 "possible; split the batch"
             )
+
+
+def _most_blocks(bucket: int, block_rows: int) -> int:
+    """Blocks that attention is launched for, unless a batch has more: those of one slot's rows, and as many
+    more as slots that share the bucket or the edges of blocks may add."""
+    return min(bucket, -(-bucket // block_rows) + SPARE_BLOCKS)

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from gristmill.kernels.triton.append import Rotary, append, rope_tables
-from gristmill.kernels.triton.attention import (
-    Tiling,
-    attend,
-    can_quantize,
-    cut_partials,
-    partials_size,
-    tiling,
-)
+from gristmill.kernels.triton.append import AS_THEY_ARE, Preparation, Rotary, append, rope_tables
+from gristmill.kernels.triton.attention import attend, can_quantize
+from gristmill.kernels.triton.attention_tilings import Tiling, tiling
 from gristmill.kernels.triton.cache import LayerCache
 from gristmill.kernels.triton.embedding import embedding
 from gristmill.kernels.triton.gather import gather_rows
-from gristmill.kernels.triton.linear import Plan, linear, plan, quantized_input, workspace_bytes
+from gristmill.kernels.triton.linear import linear
 from gristmill.kernels.triton.norms import layer_norm, rms_norm
 from gristmill.kernels.triton.pointwise import pointwise
 from gristmill.kernels.triton.quantize import Quantized
+from gristmill.kernels.triton.splits import Partials, cut_partials, partials_size
 from gristmill.runtime.cuda.buffers import Batch, Values
+from gristmill.runtime.cuda.products import Products
 from gristmill.runtime.cuda.tuning import Tuned
 from gristmill.runtime.cuda.weights import Weights
 from gristmill.runtime.program import LOGITS, Instruction, Program, View
@@ -59,42 +55,35 @@ class Launcher:
     ) -> None:  # fmt: skip
         self.program, self.weights, self.caches = program, weights, caches
         self.values, self.batch, self.processors = values, batch, processors
-        self._few_rows, self._tuned, self._between = few_rows, tuned, between
+        self._few_rows, self._between = few_rows, between
         device, most = batch.ids("tokens", 1).device, program.limits.max_tokens
         self._angles = [
             torch.zeros(2, most * (rope.dims // 2), device=device) for rope in program.ropes
         ]
-        self._plans: dict[tuple[int, int], Plan] = {}
         self._tilings: dict[tuple[int, int], Tiling] = {}
-        size, floats, queries = 1, 1, 1
+        floats, counters, queries = 1, 1, 1
         for index, i in enumerate(program.instructions):
-            for rows in buckets:
-                if i.op == "linear":
-                    piece = min(rows, len(values.logits)) if i.out.value == LOGITS else rows
-                    size = max(size, self._plan(index, i, piece))
-                elif i.op == "attention":
-                    floats = max(floats, self._tile(index, i, rows))
-                    queries = max(queries, rows * i.attribute("heads") * caches[i.attribute("cache")].k.dim)
-        self._workspace = torch.zeros(size, dtype=torch.uint8, device=device)
-        self._int8_inputs = dict(self._find_int8_inputs())
+            for rows in buckets if i.op == "attention" else ():
+                floats = max(floats, self._tile(index, i, rows))
+                cache = caches[i.attribute("cache")]
+                counters = max(counters, rows * cache.kv_heads)
+                queries = max(queries, rows * i.attribute("heads") * cache.k.dim)
+        self.products = Products(
+            program, weights, buckets, len(values.logits), tuned, between.values if between else lambda _: (),
+            self._attends_int8, device,
+        )  # fmt: skip
         self._partials = torch.zeros(floats, device=device)
         self._queries = torch.zeros(queries, device=device)
-        self.block_rows = {tile.rows for tile in self._tilings.values()}
+        self._arrived = torch.zeros(counters, dtype=torch.int32, device=device)
+        self.block_rows = {
+            rows: {tile.rows for (_, of), tile in self._tilings.items() if of == rows} for rows in buckets
+        }
 
     @property
     def bytes(self) -> int:
         """Bytes of what kernels keep in between."""
-        return sum(t.nbytes for t in (self._workspace, self._partials, self._queries, *self._angles))
-
-    def _plan(self, index: int, i: Instruction, rows: int) -> int:
-        """Plans a product; bytes of workspace."""
-        assert i.weight is not None
-        segments = self.weights.matrices[i.weight]
-        glu = i.attribute("glu")
-        act_group = i.attribute("act_group")
-        configs = self._tuned.configs(segments, rows, glu, act_group) if self._tuned else None
-        chosen = self._plans[index, rows] = plan(segments, rows, glu, configs, act_group=act_group)
-        return workspace_bytes(segments, chosen, "order" in i.vectors, torch.float32)
+        kept = (self._partials, self._arrived, self._queries, *self._angles)
+        return self.products.bytes + sum(tensor.nbytes for tensor in kept)
 
     def _tile(self, index: int, i: Instruction, rows: int) -> int:
         """Tiles an attention; floats of partials."""
@@ -107,6 +96,10 @@ class Launcher:
             tiles = tiling(cache, heads, rows, -(-rows // block_rows), self.processors)
         self._tilings[index, rows] = tiles
         return partials_size(rows, heads, tiles.splits, cache.v.dim)
+
+    def _attends_int8(self, index: int, group: int) -> bool:
+        i = self.program.instructions[index]
+        return can_quantize(self.caches[i.attribute("cache")], i.attribute("heads"), group)
 
     def run(
         self, rows: int, wanted: int, blocks: dict[int, Tensor] | None, taken: Taken | None = None,
@@ -198,84 +191,76 @@ class Launcher:
         )  # fmt: skip
 
     def _rms_norm(self, index: int, i: Instruction) -> None:
+        if (index, self._count(i.out)) in self.products.dissolved:
+            return
         rms_norm(
             self._given(i, "in"), self._vector(i, "weight"), self._input(i, "residual"), i.attribute("eps"),
-            self._view(i.out), self._int8_beside(index),
+            self._out(index, i), self._int8_beside(index, i),
         )  # fmt: skip
 
     def _layer_norm(self, index: int, i: Instruction) -> None:
         layer_norm(
             self._given(i, "in"), self._vector(i, "weight"), self._vector(i, "bias"),
-            self._input(i, "residual"), i.attribute("eps"), self._view(i.out), self._int8_beside(index),
+            self._input(i, "residual"), i.attribute("eps"), self._out(index, i), self._int8_beside(index, i),
         )  # fmt: skip
 
-    def _int8_beside(self, index: int) -> Quantized | None:
-        """Where an instruction writes its result as int8 too, for the product that is next."""
-        after = index + 1
-        if after == len(self.program.instructions):
-            return None
-        return self._int8_inputs.get((after, self._count(self.program.instructions[after].out)))
+    def _out(self, index: int, i: Instruction) -> Tensor:
+        """Where an instruction writes its result: as the value, or as the next one's input in 16 bits."""
+        rounded = self.products.rounded_input(index + 1, self._count(i.out))
+        return self._view(i.out) if rounded is None else rounded
 
-    def _find_int8_inputs(self) -> Iterator[tuple[tuple[int, int], Quantized]]:
-        """By product and rows: where it looks for activations that the instruction before it writes."""
-        for (index, rows), chosen in self._plans.items():
-            i = self.program.instructions[index]
-            if i.weight is not None and self._is_written_before(index, rows, chosen.act_group):
-                given = quantized_input(self.weights.matrices[i.weight], chosen, self._workspace)
-                assert given is not None, "a plan with groups of activations has room for them"
-                yield (index, rows), given
-
-    def _is_written_before(self, index: int, rows: int, group: int) -> bool:
-        before, i = self.program.instructions[index - 1], self.program.instructions[index]
-        if self._between is not None and self._between.values(index - 1):
-            return False
-        if not index or not group or i.views["in"] != before.out or "order" in i.vectors:
-            return False
-        if i.out.value == LOGITS:  # computed in pieces
-            return False
-        if before.op != "attention":
-            return before.op in ("rms_norm", "layer_norm")
-        cache = self.caches[before.attribute("cache")]
-        return can_quantize(cache, before.attribute("heads"), self._tilings[index - 1, rows], group)
+    def _int8_beside(self, index: int, i: Instruction) -> Quantized | None:
+        """Where it writes its result as int8 too, for the product that is next."""
+        return self.products.int8_input(index + 1, self._count(i.out))
 
     def _linear(self, index: int, i: Instruction) -> None:
         assert i.weight is not None
-        out = self._view(i.out)
+        out, products = self._out(index, i), self.products
+        rounded = products.rounded_input(index, len(out))
         linear(
-            self._given(i, "in"), self.weights.matrices[i.weight], out,
-            p=self._plans[index, len(out)], workspace=self._workspace, bias=self._vector(i, "bias"),
+            self._given(i, "in") if rounded is None else rounded, self.weights.matrices[i.weight], out,
+            p=products.plans[index, len(out)], workspace=products.workspace, bias=self._vector(i, "bias"),
             residual=self._input(i, "residual"), order=self._vector(i, "order"),
             activation=i.attribute("activation"), glu=i.attribute("glu"), scale=i.attribute("scale"),
-            softcap=i.attribute("softcap"), at_hand=(index, len(out)) in self._int8_inputs,
+            softcap=i.attribute("softcap"), given=products.prepared.get((index, len(out))),
+            then=products.handovers.get((index, len(out))),
         )  # fmt: skip
 
     def _attention(self, index: int, i: Instruction) -> None:
-        cache, heads = self.caches[i.attribute("cache")], i.attribute("heads")
+        """One kernel, but where rows see each other: those are appended before, and many have their queries
+        prepared there."""
+        cache, tiles = self.caches[i.attribute("cache")], self._tilings[index, self._rows]
         positions, slots = self.batch.ids("positions", self._rows), self.batch.ids("slots", self._rows)
-        q, rope = self._given(i, "q"), self._rotary(i.attribute("rope"))
-        q_norm, k_norm = self._vector(i, "q_norm"), self._vector(i, "k_norm")
-        hadamard = i.attribute("hadamard")
-        prepared = None
-        if rope is not None or q_norm is not None or hadamard:
-            prepared = self._query_buffer(q, cache)
-        append(
-            None if prepared is None else q, self._given(i, "k"), self._given(i, "v"), positions, slots,
-            cache, prepared, q_norm, k_norm, i.attribute("norm_eps"), rope, hadamard,
+        q, new = self._given(i, "q"), (self._given(i, "k"), self._given(i, "v"))
+        preparation = Preparation(
+            self._vector(i, "q_norm"), self._vector(i, "k_norm"), i.attribute("norm_eps"),
+            self._rotary(i.attribute("rope")), i.attribute("hadamard"),
         )  # fmt: skip
-        tiles, partials = self._tilings[index, self._rows], None
-        if tiles.splits > 1:
-            partials = cut_partials(self._partials, self._rows, heads, tiles.splits, cache.v.dim)
+        blocks = None if self._blocks is None else self._blocks[tiles.rows]
+        if blocks is not None and self._rows <= self._few_rows:  # as `attend` appends rows by themselves
+            append(*new, positions, slots, cache, preparation, tiles.warps)
+        elif blocks is not None and preparation.of_queries:
+            queries = self._query_buffer(q, cache)
+            append(*new, positions, slots, cache, preparation, q=q, queries=queries)
+            q, preparation = queries, AS_THEY_ARE
+        elif blocks is not None:
+            append(*new, positions, slots, cache, preparation)
         attend(
-            q if prepared is None else prepared, cache, positions, slots, i.attribute("scale"), tiles,
-            self._view(i.out), i.attribute("softcap"), self._vector(i, "sinks"),
-            None if self._blocks is None else self._blocks[tiles.rows], partials,
-            self._int8_beside(index),
+            q, cache, positions, slots, i.attribute("scale"), tiles, self._out(index, i), preparation,
+            i.attribute("softcap"), self._vector(i, "sinks"), new if blocks is None else None, blocks,
+            self._parts(i, cache, tiles), self._int8_beside(index, i),
         )  # fmt: skip
 
     def _query_buffer(self, q: Tensor, cache: LayerCache) -> Tensor:
         """Room for prepared queries in the type that they are multiplied in."""
         dtype = torch.float32 if cache.k.dtype == "f32" else torch.float16
         return self._queries.view(dtype)[: q.numel()].view(q.shape)
+
+    def _parts(self, i: Instruction, cache: LayerCache, tiles: Tiling) -> Partials | None:
+        if tiles.splits == 1:
+            return None
+        sizes = (self._rows, i.attribute("heads"), cache.kv_heads, tiles.splits, cache.v.dim)
+        return cut_partials(self._partials, self._arrived, *sizes)
 
     def _rotary(self, rope: int) -> Rotary | None:
         if rope < 0:

@@ -113,11 +113,10 @@ def _compiled(module: str, seconds: float) -> str:
     return done.stdout
 
 
-def _compile_only(record: Callable[..., None]) -> None:
-    """Lets every launch of this process compile for sm_90, be recorded, and stop there."""
+def use_no_device() -> None:
+    """Lets Triton compile for sm_90 in this process; launches would fail."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
 
     no_device = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
@@ -125,6 +124,13 @@ def _compile_only(record: Callable[..., None]) -> None:
         get_current_stream=lambda device: 0,
     )
     driver.set_active(no_device)
+
+
+def _compile_only(record: Callable[..., None]) -> None:
+    """Lets every launch of this process compile for sm_90, be recorded, and stop there."""
+    from triton.runtime.jit import JITFunction
+
+    use_no_device()
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:

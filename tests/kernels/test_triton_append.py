@@ -8,24 +8,15 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton, which exists for Linux on x86-64")
 
-from interpreter import hadamard as hadamard_of
 from interpreter import quantize_cache
-from triton_caches import ring_rows, stored
+from triton_caches import prepared, ring_rows, rotary, stored
 from triton_device import DEVICE, generator, on_device  # noqa: F401  (the fixture is for all)
 
-from gristmill.kernels.reference.attention import rope as rope_of
-from gristmill.kernels.triton.append import Rotary, append, rope_tables
+from gristmill.kernels.triton.append import Preparation, append
 from gristmill.kernels.triton.cache import allocate, copy_slot, layer_bytes
 from gristmill.runtime.program import CACHE_TYPES, CacheSpec
 
 EPS = 1e-6
-
-
-def rotary(positions, dims, scale=1.0, interleaved=False):
-    inv_freq = 10000.0 ** (-torch.arange(0, dims, 2) / dims)
-    cos, sin = torch.empty(len(positions), dims // 2), torch.empty(len(positions), dims // 2)
-    rope_tables(positions, inv_freq, scale, cos, sin)
-    return inv_freq, Rotary(cos, sin, interleaved)
 
 
 def test_rope_tables_are_as_good_at_large_positions():
@@ -36,56 +27,46 @@ def test_rope_tables_are_as_good_at_large_positions():
     torch.testing.assert_close(table.sin.double(), angle.sin() * 1.25, rtol=0.0, atol=3e-7)
 
 
-def prepared(x, heads, norm, inv_freq, positions, interleaved, scale, block):
-    """[T, heads * D] → [T, heads, D] in float64."""
-    x = x.double().unflatten(1, (heads, -1))
-    if norm is not None:
-        x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * norm.double()
-    if inv_freq is not None:
-        style = "interleaved" if interleaved else "half"
-        x = rope_of(x.transpose(0, 1)[None], positions[None], inv_freq, style, scale)[0].transpose(0, 1)
-    return torch.from_numpy(hadamard_of(x.cpu().numpy(), block)).to(DEVICE) if block else x
-
-
-CASES = [  # heads, kv heads, head, rope columns, interleaved, scale, norms, Hadamard block
-    (4, 2, 8, 8, False, 1.0, False, 0),
-    (3, 3, 80, 20, False, 1.5, True, 16),
-    (2, 1, 96, 96, True, 1.0, False, 32),
-    (2, 1, 64, 0, False, 1.0, True, 64),
-    (2, 1, 5, 4, True, 1.0, False, 0),
+CASES = [  # kv heads, head, rope columns, interleaved, scale, norm, Hadamard block
+    (2, 8, 8, False, 1.0, False, 0),
+    (3, 80, 20, False, 1.5, True, 16),
+    (1, 96, 96, True, 1.0, False, 32),
+    (1, 64, 0, False, 1.0, True, 64),
+    (1, 5, 4, True, 1.0, False, 0),
+    (2, 128, 96, False, 1.0, True, 128),
 ]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_heads_are_normed_turned_and_appended(case):
-    heads, kv_heads, dim, dims, interleaved, scale, norms, block = case
+@pytest.mark.parametrize("warps", [1, 8])
+def test_heads_are_normed_turned_and_appended(case, warps):
+    kv_heads, dim, dims, interleaved, scale, normed, block = case
     torch.manual_seed(0)
     positions = torch.tensor([3, 4, 0, 7], dtype=torch.int32)
     slots = torch.tensor([1, 1, 0, 2], dtype=torch.int32)
-    whole = torch.randn(4, (heads + 2 * kv_heads) * dim + 3)
-    q, k, v = whole[:, 3:].split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
-    q_norm, k_norm = (torch.rand(dim) + 0.5, torch.rand(dim) + 0.5) if norms else (None, None)
+    k, v = torch.randn(4, 2 * kv_heads * dim + 3)[:, 3:].split(kv_heads * dim, 1)
+    norm = torch.rand(dim) + 0.5 if normed else None
     inv_freq, rope = rotary(positions, dims, scale, interleaved) if dims else (None, None)
     cache = allocate("f32", "f32", dim, dim, kv_heads, 3, 9, device=DEVICE)
-    queries = torch.full((4, heads * dim + 1), torch.nan)
-    append(q, k, v, positions, slots, cache, queries[:, 1:], q_norm, k_norm, EPS, rope, block)
-    settings = (inv_freq, positions, interleaved, scale, block)
-    wanted = prepared(q, heads, q_norm, *settings)
-    got = queries[:, 1:].double().unflatten(1, (heads, -1))
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=2e-6)
-    wanted = prepared(k, kv_heads, k_norm, *settings)
+    preparation = Preparation(None, norm, EPS, rope, block)
+    append(k, v, positions, slots, cache, preparation, warps)
+    settings = (norm, EPS, inv_freq, positions, interleaved, scale, block)
+    wanted = prepared(k, kv_heads, *settings)
     where = (slots.long(), slice(None), positions.long())
     torch.testing.assert_close(stored(cache.k)[where], wanted, rtol=1e-5, atol=2e-6)
     assert torch.equal(cache.v.data[where], v.unflatten(1, (kv_heads, -1)))
+    queries = torch.full((4, k.shape[1] + 1), torch.nan)[:, 1:]
+    append(k, v, positions, slots, cache, Preparation(norm, norm, EPS, rope, block), warps, k, queries)
+    torch.testing.assert_close(queries.double(), wanted.flatten(1), rtol=1e-5, atol=2e-6)
     cache.k.data[where], cache.v.data[where] = 0, 0
     assert not cache.k.data.any() and not cache.v.data.any()  # nothing else was written
 
 
-def appended(x, dtype):
+def appended(x, dtype, warps=1):
     """What a cache of one head gives back for rows x [T, D]."""
     cache = allocate(dtype, dtype, x.shape[1], x.shape[1], 1, 1, len(x), device=DEVICE)
     positions = torch.arange(len(x), dtype=torch.int32)
-    append(None, x, x, positions, torch.zeros_like(positions), cache)
+    append(x, x, positions, torch.zeros_like(positions), cache, warps=warps)
     keys, values = stored(cache.k)[0, 0], stored(cache.v)[0, 0]
     torch.testing.assert_close(keys, values, rtol=0.0, atol=0.0, equal_nan=True)
     return keys
@@ -93,12 +74,13 @@ def appended(x, dtype):
 
 @pytest.mark.parametrize("dtype", CACHE_TYPES)
 @pytest.mark.parametrize("dim", [1, 8, 31, 80, 128])
-def test_rows_are_rounded_as_the_cpu_rounds_them(dtype, dim):
+@pytest.mark.parametrize("warps", [1, 8])
+def test_rows_are_rounded_as_the_cpu_rounds_them(dtype, dim, warps):
     torch.manual_seed(dim)
     x = torch.randn(4, dim)
     x[0], x[1] = 0.0, 7.25
     x[3, dim // 2] *= 30
-    got = appended(x, dtype)
+    got = appended(x, dtype, warps)
     for row, back in zip(x.cpu(), got.cpu(), strict=True):
         wanted = quantize_cache(row.numpy(), dtype) if row.any() else np.zeros(dim)
         # a number in the middle of two may go either way, and two grids may be as good as each other
@@ -120,9 +102,9 @@ def test_e4m3_rounds_to_nearest_even():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_number_that_is_none_spoils_its_row_alone(dtype, bad):
     x = torch.randn(3, 40, generator=generator(0))
-    clean = appended(x, dtype)
+    clean = appended(x, dtype, 4)
     x[1, 3] = bad
-    got = appended(x, dtype)
+    got = appended(x, dtype, 4)
     assert not got[1, 3].isfinite()
     assert torch.equal(got[::2], clean[::2])
 
@@ -134,7 +116,7 @@ def test_a_ring_wraps_and_a_prefix_is_copied():
     torch.manual_seed(0)
     for position in range(7):
         x = torch.randn(1, 16) + position * 10
-        append(None, x, x, torch.tensor([position]).int(), torch.tensor([1]).int(), cache)
+        append(x, x, torch.tensor([position]).int(), torch.tensor([1]).int(), cache)
     means = stored(cache.k)[1].mean((0, 2))
     assert [round(float(m) / 10) for m in means] == [5, 6, 2, 3, 4]
     copy_slot([cache], 1, 0, 2)

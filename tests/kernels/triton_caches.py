@@ -1,13 +1,17 @@
-"""What tests of the device's KV cache share: a cache read back, and contexts of random rows in it."""
+"""What tests of the device's KV cache share: a cache read back, contexts of random rows in it, and how heads
+are prepared before they are multiplied or stored."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+from interpreter import hadamard
 from torch import Tensor
 from triton_device import DEVICE, generator
 
+from gristmill.kernels.reference.attention import rope
+from gristmill.kernels.triton.append import Rotary, rope_tables
 from gristmill.kernels.triton.cache import CacheRows, allocate
 from gristmill.runtime.footprint import kv_rows
 from gristmill.runtime.program import CacheSpec
@@ -31,6 +35,30 @@ def stored(rows: CacheRows) -> Tensor:
     q = torch.stack([blocks & 15, blocks >> 4], 4).flatten(3)[..., : rows.dim]
     group = torch.arange(rows.dim) // 32
     return scales[..., 2 * group] * q.double() + scales[..., 2 * group + 1]
+
+
+def rotary(
+    positions: Tensor, dims: int, scale: float = 1.0, interleaved: bool = False
+) -> tuple[Tensor, Rotary]:
+    """inv_freq [dims / 2], and the tables of the positions that a kernel makes of it."""
+    inv_freq = 10000.0 ** (-torch.arange(0, dims, 2) / dims)
+    cos, sin = torch.empty(len(positions), dims // 2), torch.empty(len(positions), dims // 2)
+    rope_tables(positions, inv_freq, scale, cos, sin)
+    return inv_freq, Rotary(cos, sin, interleaved)
+
+
+def prepared(
+    x: Tensor, heads: int, norm: Tensor | None, eps: float, inv_freq: Tensor | None, positions: Tensor,
+    interleaved: bool, scale: float, block: int,
+) -> Tensor:  # fmt: skip
+    """[T, heads * D] normed, turned and rotated, [T, heads, D] in f64."""
+    x = x.double().unflatten(1, (heads, -1))
+    if norm is not None:
+        x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * norm.double()
+    if inv_freq is not None:
+        style = "interleaved" if interleaved else "half"
+        x = rope(x.transpose(0, 1)[None], positions[None], inv_freq, style, scale)[0].transpose(0, 1)
+    return torch.from_numpy(hadamard(x.cpu().numpy(), block)).to(DEVICE) if block else x
 
 
 @dataclass(frozen=True)
