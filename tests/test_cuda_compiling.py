@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,42 +14,27 @@ pytest.importorskip("triton", reason="needs triton, which exists for Linux on x8
 
 from triton_device import ahead_of_time
 
-SCRIPT = """
-from functools import partial
+SCRIPT = Path(__file__).parent / "kernels" / "compile_together.py"
 
-import triton
-from compile_sm90 import _compile_only, use_no_device
-from triton_linear_launches import call
 
-from gristmill.kernels.triton.matrix import meta_matrix
-from gristmill.runtime.cuda.compiling import compiled_together
-
-launches = [
-    partial(call, meta_matrix("int4", 512, 1024, 128), 1, act_group=128, handover=False),
-    partial(call, meta_matrix("fp8", 512, 1024), 2),
-    partial(call, meta_matrix("bf16", 512, 1024), 16),
-]
-use_no_device()
-with compiled_together():
-    for launch in launches * 2:
-        launch()
-compiled, asked = [], []
-triton.knobs.runtime.jit_cache_hook = lambda **about: asked.append(about["repr"])
-_compile_only(lambda kernel, grid, log: compiled.append(kernel.name))
-for launch in launches:
-    launch()
-print(sorted(compiled), len(asked))
-"""
+def compiled(how: str, folder: Path) -> tuple[dict[str, list[str]], int]:
+    """PTX by kernel, and how many kernels were not there when they were launched."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "TRITON_CACHE_DIR": str(folder / how), "TRITON_DISABLE_LINE_INFO": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), how], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    kernels, missing = json.loads(done.stdout)
+    return kernels, missing
 
 
 @ahead_of_time
 def test_launches_find_what_was_compiled_together(tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
-    environment |= {
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "TRITON_CACHE_DIR": str(tmp_path),
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, timeout=300
-    )
-    kernels = ["decode_kernel", "integer_kernel", "quantize_kernel", "tensor_core_kernel"]
-    assert (done.returncode, done.stdout) == (0, f"{kernels} 0\n"), done.stderr
+    together, missing = compiled("together", tmp_path)
+    assert missing == 1, "all but the one that does not compile"
+    alone, missing = compiled("alone", tmp_path)
+    assert missing > 8 and together == alone

@@ -7,7 +7,7 @@ int4 keep the best of 16 grids by squared error, fp8 scales the row's largest nu
 
 A key or a value is held in COPIES equal copies [COPIES, D], one of each warp, so that sums over it stay
 within the warp; each copy tries its share of the grids, and the first one is written. Products that a sum
-follows are rounded by themselves (`product`), so that both kernels that append write the same bits.
+follows are rounded by themselves (`rounded_product`), so that both kernels that append write the same bits.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def rope_tables(positions: Tensor, inv_freq: Tensor, scale: float, cos: Tensor, 
 
 
 @triton.jit
-def product(a, b):
+def rounded_product(a, b):
     """a * b, rounded before anything is added to it: a multiply and an add would become one instruction."""
     return tl.fma(a, b, 0.0)
 
@@ -111,7 +111,7 @@ def _hadamard(x, PASSES: tl.constexpr, FACTOR: tl.constexpr):
     for i in tl.static_range(PASSES):
         other = tl.gather(x, tl.broadcast_to(at ^ (1 << i), x.shape), 1)
         x = tl.where((at >> i & 1) != 0, other - x, x + other)
-    return product(x, FACTOR)
+    return rounded_product(x, FACTOR)
 
 
 @triton.jit
@@ -122,9 +122,9 @@ def prepared(
     """Heads from `load_heads` normed, turned by their angles (arXiv 2104.09864, eq. 34) and rotated:
     [R, BLOCK] f32, zero beyond DIM."""
     if NORMED:
-        inverse = (1.0 / tl.sqrt_rn(sum_of_pairs(product(value, value)) / DIM + eps))[:, None]
-        value = product(value * inverse, weight)
-        other = product(other * inverse, other_weight)
+        inverse = (1.0 / tl.sqrt_rn(sum_of_pairs(rounded_product(value, value)) / DIM + eps))[:, None]
+        value = rounded_product(value * inverse, weight)
+        other = rounded_product(other * inverse, other_weight)
     if DIMS:
         partner, pair, second = _turning(DIMS, INTERLEAVED, value.shape[1])
         value = tl.fma(value, c, tl.where(second != 0, other, -other) * s)
@@ -170,7 +170,7 @@ def _ranked_grids(x, inside, LEVELS: tl.constexpr, NARROWEST: tl.constexpr, HALF
         step, offset = _grid(i, most, least, LEVELS, NARROWEST, HALF)
         nearest = _on_grid(x, step, offset, LEVELS)
         missed = tl.fma(nearest, step[:, :, None], offset[:, :, None]) - x
-        error = tl.sum(tl.where(inside, product(missed, missed), 0.0), 2)
+        error = tl.sum(tl.where(inside, rounded_product(missed, missed), 0.0), 2)
         this = error.to(tl.int32, bitcast=True).to(tl.int64) * GRIDS + i  # floats that are positive, in order
         rank = tl.minimum(rank, tl.where((step > TINY) & (error < float("inf")), this, NO_GRID))
     return most, least, poison, rank

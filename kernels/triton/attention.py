@@ -34,7 +34,7 @@ from .append import (
     load_heads,
     load_new,
     prepared,
-    product,
+    rounded_product,
     store_new,
     sum_of_pairs,
 )
@@ -129,7 +129,7 @@ def _tiles(
     """
     if PARTS:
         return attend_by_warps(
-            query, position, begin, most, k, k_scales, v, v_scales, row, ring, scale, softcap,
+            query, query_sum, position, begin, most, k, k_scales, v, v_scales, row, ring, scale, softcap,
             N, PARTS, WINDOW, K_DIM, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_TYPE, V_BYTES, V_PLANES, CAPPED,
             AHEAD,
         )  # fmt: skip
@@ -371,8 +371,8 @@ def _deliver(
     largest = largest_with_sink(m, sinks, head, there)
     weight = tl.exp2(m - largest)
     deliver_heads(
-        product(weight, l), product(acc, weight[:, None]), largest, sinks, token, head, there, out,
-        out_stride, q, q_scale, HEADS, V_DIM, GROUP,
+        rounded_product(weight, l), rounded_product(acc, weight[:, None]), largest, sinks, token, head,
+        there, out, out_stride, q, q_scale, HEADS, V_DIM, GROUP,
     )  # fmt: skip
 
 

@@ -384,7 +384,7 @@ def _walk(
 
 @triton.jit
 def attend_by_warps(
-    query, position, begin, most, k, k_scales, v, v_scales, row, ring, scale, softcap,
+    query, query_sum, position, begin, most, k, k_scales, v, v_scales, row, ring, scale, softcap,
     N: tl.constexpr, PARTS: tl.constexpr, WINDOW: tl.constexpr,
     K_DIM: tl.constexpr, K_TYPE: tl.constexpr, K_BYTES: tl.constexpr, K_PLANES: tl.constexpr,
     V_DIM: tl.constexpr, V_TYPE: tl.constexpr, V_BYTES: tl.constexpr, V_PLANES: tl.constexpr,
@@ -413,7 +413,6 @@ def attend_by_warps(
         K_TYPE, K_ROW, V_TYPE, V_ROW,
     )  # fmt: skip
     unit = scale if CAPPED else scale * LOG2E
-    query_sum = tl.sum(query.to(tl.float32), 1)
     queries = _queries(query, PARTS, K_DIM, K_TYPE)
     tl.debug_barrier()  # once, not for every tile
     m = tl.full((PARTS, M), float("-inf"), tl.float32)

@@ -48,7 +48,7 @@ def write(
     """Finishes sums y [B, T] and stores them at out[token, column]; token [T], column and mask [B], [B, T].
 
     With GLU the first half of y's rows are gates and the second their up projections, and column and mask
-    have half as many rows. The residual may be out itself. Returns what was stored, in f32.
+    have half as many rows. The residual may be out itself.
     """
     if GLU:
         halves = tl.reshape(y, [2, y.shape[0] // 2, y.shape[1]])
@@ -60,7 +60,6 @@ def write(
     if residual is not None:
         y += tl.load(residual + at * ldr + column[:, None], mask, 0.0).to(tl.float32)
     tl.store(out + at * ldo + column[:, None], y.to(out.dtype.element_ty), mask)
-    return y
 
 
 @triton.jit

@@ -200,6 +200,8 @@ def can_hand_over(p: Plan, n: int, glu: bool, group: int) -> bool:
     """Whether `linear` with n columns of out can prepare the next product's input by such groups."""
     if not all(c.integer or _is_decode(c) for c in p.configs):
         return False
+    if not p.partial and len(p.configs) > 1:  # kernels of their own, none of which sees all columns
+        return False
     rows = COMBINED if p.partial else p.configs[0].rows
     columns = rows // 2 if glu else rows
     return (columns % group if p.partial else group % columns) == 0 and is_whole(group, n)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .append import product
+from .append import rounded_product
 from .overlap import let_next_begin, options, wait_for_inputs
 from .quantize import Quantized, store_quantized_pieces
 
@@ -58,7 +58,7 @@ def splits_of(position, WINDOW: tl.constexpr, SPLITS: tl.constexpr):
 @triton.jit
 def _sink(sinks, head, there):
     """The sink's logit of each ``head`` [H] in base 2."""
-    return product(tl.load(sinks + head, there, 0.0).to(tl.float32), LOG2E)
+    return rounded_product(tl.load(sinks + head, there, 0.0).to(tl.float32), LOG2E)
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def combine_heads(
     m = tl.load(m_parts + all_parts, known, float("-inf"), cache_modifier=".cg")
     l = tl.load(l_parts + all_parts, known, 0.0, cache_modifier=".cg")
     largest = largest_with_sink(tl.max(m, 0), sinks, head, there)
-    total = tl.sum(product(tl.exp2(m - largest[None, :]), l), 0)
+    total = tl.sum(rounded_product(tl.exp2(m - largest[None, :]), l), 0)
     column = tl.arange(0, V_BLOCK)[None, None, :]
     acc = tl.zeros((head.shape[0], V_BLOCK), tl.float32)
     for start in range(0, count, STEP):
@@ -114,7 +114,7 @@ def combine_heads(
         )  # fmt: skip
         m_of_some = tl.load(m_parts + where, inside, float("-inf"), cache_modifier=".cg")
         weight = tl.exp2(m_of_some - largest[None, :])
-        acc += tl.sum(product(parts, weight[:, :, None]), 0)
+        acc += tl.sum(rounded_product(parts, weight[:, :, None]), 0)
     deliver_heads(
         total, acc, largest, sinks, token + head * 0, head, there, out, out_stride, q, q_scale, HEADS, V_DIM,
         GROUP,

@@ -310,6 +310,8 @@ class CudaExecutor:
             for count in counts
             for greedy in ((True, False) if self.draws_tokens else ())
         }
+        self._batch.fill({})
+        self._drawing.fill(Draws.greedy(0))
         with compiled_together():
             for launch in (*batches.values(), *draws.values()):
                 launch()

@@ -129,7 +129,8 @@ class CudaProbe:
         self, roofs: Roofs, forward: Forward, repeats: int, filled: int | None = None,
         seconds: float = math.inf,
     ) -> Profile:  # fmt: skip
-        """Profile a forward kind by kind; the seconds of a kind are shared out evenly to its instructions.
+        """Profile a forward kind by kind; the seconds of a kind are shared out evenly to its instructions,
+        those that others do for it included (norms of few rows).
 
         Raises GristmillError where it does not fit into the session.
         """

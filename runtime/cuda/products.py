@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,6 +34,8 @@ from gristmill.kernels.triton.quantize import Quantized
 from gristmill.runtime.cuda.tuning import Tuned
 from gristmill.runtime.cuda.weights import Weights
 from gristmill.runtime.program import LOGITS, Instruction, Program, View
+
+LEAST_GROUP = 32  # columns of int8 activations that share a scale
 
 
 class Products:
@@ -69,11 +70,14 @@ class Products:
         self.prepared: dict[tuple[int, int], Prepared] = {}
         self.handovers: dict[tuple[int, int], Handover] = {}
         self.dissolved: set[tuple[int, int]] = set()  # norms that products on both sides have taken over
+        # which handovers share: each leaves them at zero
+        widths = {index: self._instruction(index).out.width for index in indices}
+        counts = [counters(p, widths[index], LEAST_GROUP) for (index, _), p in self.plans.items()]
+        self.counters = torch.zeros(max(counts, default=0), dtype=torch.int32, device=device)
         for (index, rows), segments, p in keys:
             if takes_prepared(p) and self._is_alone(index - 1, index):
                 space = self._inputs[indices.index(index) % 2]
                 self._prepare(index, rows, p, segments, space)
-        self._give_counters()
 
     @property
     def bytes(self) -> int:
@@ -150,6 +154,8 @@ class Products:
         """Whether the instruction before a product writes its input, for cuBLAS and nobody else."""
         if not self._is_alone(index - 1, index) or self._instruction(index - 1).out.value in self._kept:
             return False
+        if self._instruction(index).out.value == LOGITS:  # computed in pieces
+            return False
         if not all(config.dense for config in self.plans[index, rows].configs):
             return False
         before = self._instruction(index - 1)
@@ -166,10 +172,10 @@ class Products:
             weight = self._weights.vectors[before.vectors["weight"]] if "weight" in before.vectors else None
             to = prepared_input(segments, p, space, True, before.attribute("eps"))
             self.dissolved.add((index - 1, rows))
-            self.handovers[index - 2, rows] = Handover(to, group_of(p), weight, space)
+            self.handovers[index - 2, rows] = Handover(to, group_of(p), weight, self.counters)
         elif p.act_group and self._hands_over(index - 1, rows, p):
             to = prepared_input(segments, p, space)
-            self.handovers[index - 1, rows] = Handover(to, group_of(p), None, space)
+            self.handovers[index - 1, rows] = Handover(to, group_of(p), None, self.counters)
         elif p.act_group and self._writes_int8(index - 1, p.act_group):
             to = prepared_input(segments, p, space)
         else:
@@ -194,13 +200,3 @@ class Products:
         return op in ("rms_norm", "layer_norm") or (
             op == "attention" and self._attends_int8(index, group)
         )
-
-    def _give_counters(self) -> None:
-        """All handovers share them: each leaves them at zero."""
-        counts = [
-            counters(self.plans[key], self._instruction(key[0]).out.width, handover.group)
-            for key, handover in self.handovers.items()
-        ]
-        self.counters = torch.zeros(max(counts, default=0), dtype=torch.int32, device=self._device)
-        for key, handover in self.handovers.items():
-            self.handovers[key] = replace(handover, counters=self.counters)
