@@ -342,6 +342,25 @@ def test_damaged_programs_and_weights_are_refused(tmp_path: Path) -> None:
         cuda_executor.CudaExecutor(Program.from_json(program.json), [weights], DEVICE, 64, 3)
 
 
+def test_fp8_is_refused_where_a_device_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = (8, 6)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    programs = {
+        what: Program.from_json(llama(dataclasses.replace(CASES["f32"], **changes)).json)
+        for what, changes in (
+            ("weights in fp8", {"form": Format("fp8")}), ("a KV cache in fp8", {"cache_v": "fp8"}),
+        )
+    }  # fmt: skip
+    for what, program in programs.items():
+        with pytest.raises(GristmillError, match=f"capability 8.6, and fp8 needs 8.9.* {what}: compile"):
+            cuda_device.refuse_fp8(program, DEVICE)
+    cuda_device.refuse_fp8(Program.from_json(llama(CASES["int4_int8"]).json), DEVICE)
+    capability = (8, 9)
+    for program in programs.values():
+        cuda_device.refuse_fp8(program, DEVICE)
+
+
 def test_what_a_machine_lacks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = tiny_artifact(tmp_path / "a")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

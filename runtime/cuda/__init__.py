@@ -23,8 +23,8 @@ def require_device(index: int | None = None) -> None:
 def open_executor(program: Program, weights: Path, max_len: int, max_slots: int) -> CudaExecutor:
     """An executor on the current CUDA device, its graphs captured.
 
-    Raises GristmillError where torch or triton is missing, without a device that will do, and where the
-    device has too little free memory.
+    Raises GristmillError where torch or triton is missing, without a device that will do, for fp8 where the
+    device has none, and where it has too little free memory.
     """
     device = device_for(program, weights, max_len, max_slots)
     from gristmill.runtime.cuda.device import refuse_out_of_memory
@@ -40,8 +40,9 @@ def device_for(program: Program, weights: Path, max_len: int, max_slots: int) ->
     device = _open_device()
     import torch
 
-    from gristmill.runtime.cuda.device import refuse_too_large
+    from gristmill.runtime.cuda.device import refuse_fp8, refuse_too_large
 
+    refuse_fp8(program, device)
     refuse_too_large(program, max_len, max_slots, weights.stat().st_size, torch.cuda.mem_get_info(device)[0])
     return device
 

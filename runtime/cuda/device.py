@@ -22,6 +22,7 @@ from gristmill.runtime.footprint import kv_rows
 from gristmill.runtime.program import LOGITS, Program, Segment
 
 CAPABILITY = (8, 0)  # Ampere: the first with bf16 on tensor cores
+FP8_CAPABILITY = (8, 9)  # Ada: the first that converts e4m3 numbers
 RESERVE_BYTES = 512 << 20  # for kernels, cuBLAS and what attention keeps in between
 MOST_CAPTURED = 256  # rows of a graph that is captured at load
 GRAPH_NODE_BYTES = 16 << 10  # of a kernel in a graph: its parameters and the driver's own; not measured
@@ -49,6 +50,22 @@ def open_device(index: int | None = None) -> torch.device:
             f"{found[0]}.{found[1]}, expected {CAPABILITY[0]}.{CAPABILITY[1]} or more; load with device 'cpu'"
         )
     return device
+
+
+def refuse_fp8(program: Program, device: torch.device) -> None:
+    """Raises GristmillError where the program has weights or caches that the device cannot read."""
+    found = torch.cuda.get_device_capability(device)
+    if found >= FP8_CAPABILITY:
+        return
+    caches = {dtype for cache in program.caches for dtype in (cache.k_dtype, cache.v_dtype)}
+    weights = {segment.format for segments in program.weights.values() for segment in segments}
+    what = [name for name, formats in (("weights", weights), ("a KV cache", caches)) if "fp8" in formats]
+    if what:
+        raise GristmillError(
+            f"device 'cuda' ({torch.cuda.get_device_name(device)}) has compute capability "
+            f"{found[0]}.{found[1]}, and fp8 needs {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} or more; this "
+            f"artifact has {' and '.join(what)} in fp8: compile with int8, or load with device 'cpu'"
+        )
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:

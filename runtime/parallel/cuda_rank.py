@@ -39,6 +39,7 @@ class CudaRank:
         self.exchanges = DeviceExchanges(self.made.exchanges)
         own = self.made.program
         if device.type == "cuda":
+            devices.refuse_fp8(own, device)
             free = torch.cuda.mem_get_info(device)[0]
             devices.refuse_too_large(own, share.max_len, share.max_slots, bytes_of_all([own]), free)
         doing = f"loading {share.max_slots} slots of {share.max_len}"
