@@ -331,10 +331,16 @@ def test_metrics_count_what_was_done(server: Running) -> None:
     after = {name: value(name) - before[name] for name in names}
     assert after["gristmill_generated_tokens_total"] == 22
     assert after["gristmill_time_to_first_token_seconds_count"] == 2
-    assert 0 < after["gristmill_inter_token_seconds_count"] <= 20
+    assert after["gristmill_inter_token_seconds_count"] <= 20
     assert after["gristmill_prefix_hits_total"] >= 1 and after["gristmill_batch_rows_sum"] >= 22
     assert value("gristmill_kv_rows_in_use") == 0 < value("gristmill_kv_rows_kept")
     assert value("gristmill_ready") == 1 and value("gristmill_queued") == 0
+
+    def has_gaps() -> bool:
+        server.complete("a prompt of its own", max_tokens=11)
+        return value("gristmill_inter_token_seconds_count") > 0
+
+    assert any(has_gaps() for _ in range(20)), "a busy machine may hand over a short answer as a whole"
 
 
 def test_many_streams_equal_their_single_runs(tmp_path: Path) -> None:
