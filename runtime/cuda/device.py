@@ -54,13 +54,10 @@ def open_device(index: int | None = None) -> torch.device:
 
 def refuse_fp8(program: Program, device: torch.device) -> None:
     """Raises GristmillError where the program has weights or caches that the device cannot read."""
-    found = torch.cuda.get_device_capability(device)
-    if found >= FP8_CAPABILITY:
-        return
     caches = {dtype for cache in program.caches for dtype in (cache.k_dtype, cache.v_dtype)}
     weights = {segment.format for segments in program.weights.values() for segment in segments}
     what = [name for name, formats in (("weights", weights), ("a KV cache", caches)) if "fp8" in formats]
-    if what:
+    if what and (found := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
         raise GristmillError(
             f"device 'cuda' ({torch.cuda.get_device_name(device)}) has compute capability "
             f"{found[0]}.{found[1]}, and fp8 needs {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} or more; this "
