@@ -221,6 +221,51 @@ def _queries(first_row, rows, head, GROUP: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
+def _context(
+    query, query_sum, position, first, last, begin, most,
+    k_data, k_scales, v_data, v_scales, row, ring, scale, softcap,
+    N: tl.constexpr, WINDOW: tl.constexpr, ALWAYS_MASKED: tl.constexpr,
+    K_DIM: tl.constexpr, K_BLOCK: tl.constexpr, K_TYPE: tl.constexpr, K_BYTES: tl.constexpr,
+    K_PLANES: tl.constexpr,
+    V_DIM: tl.constexpr, V_BLOCK: tl.constexpr, V_TYPE: tl.constexpr, V_BYTES: tl.constexpr,
+    V_PLANES: tl.constexpr,
+    CAPPED: tl.constexpr, PARTS: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """m, l [M] and acc [M, V_BLOCK] of rows at ``first`` to ``last`` over the positions [begin, most)."""
+    m = tl.full((query.shape[0],), float("-inf"), tl.float32)
+    l = tl.zeros((query.shape[0],), tl.float32)
+    shift = tl.zeros((query.shape[0],), tl.float32)
+    acc = tl.zeros((query.shape[0], V_BLOCK), tl.float32)
+    begin = begin // N * N
+    # tiles before `open` and from `closed` on have positions that some row does not see
+    open, closed = begin, most
+    if not ALWAYS_MASKED:
+        if WINDOW:
+            open = tl.maximum(begin, tl.minimum(tl.cdiv(oldest_seen(last, WINDOW), N) * N, most))
+            m, l, shift, acc = _tiles(
+                m, l, shift, acc, query, query_sum, position, begin, open, most,
+                k_data, k_scales, v_data, v_scales, row, ring, scale, softcap, N, WINDOW, True,
+                K_DIM, K_BLOCK, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_BLOCK, V_TYPE, V_BYTES, V_PLANES, CAPPED,
+                PARTS, AHEAD,
+            )  # fmt: skip
+        closed = tl.maximum(open, tl.minimum(first + 1, most) // N * N)
+        m, l, shift, acc = _tiles(
+            m, l, shift, acc, query, query_sum, position, open, closed, most,
+            k_data, k_scales, v_data, v_scales, row, ring, scale, softcap, N, WINDOW, False,
+            K_DIM, K_BLOCK, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_BLOCK, V_TYPE, V_BYTES, V_PLANES, CAPPED,
+            PARTS, AHEAD,
+        )  # fmt: skip
+        open = closed
+    m, l, shift, acc = _tiles(
+        m, l, shift, acc, query, query_sum, position, open, most, most,
+        k_data, k_scales, v_data, v_scales, row, ring, scale, softcap, N, WINDOW, True,
+        K_DIM, K_BLOCK, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_BLOCK, V_TYPE, V_BYTES, V_PLANES, CAPPED,
+        PARTS, AHEAD,
+    )  # fmt: skip
+    return m, l, acc + shift[:, None]
+
+
+@triton.jit
 def _attend_kernel(
     q, k, v, q_norm, k_norm, cos, sin, eps, k_data, k_scales, v_data, v_scales, sinks, out, out_q, out_scale,
     m_parts, l_parts, acc_parts, arrived, blocks, positions, slots,
@@ -298,37 +343,12 @@ def _attend_kernel(
             tl.debug_barrier()  # what this program wrote it reads as all others do
     query_sum = sum_of_pairs(query.to(tl.float32))
     position = first + tl.minimum(query_row - first_row, rows - 1)
-    m = tl.full((M,), float("-inf"), tl.float32)
-    l = tl.zeros((M,), tl.float32)
-    shift = tl.zeros((M,), tl.float32)
-    acc = tl.zeros((M, V_BLOCK), tl.float32)
-    begin = begin // N * N
-    # tiles before `open` and from `closed` on have positions that some row does not see
-    open, closed = begin, most
-    if not ALWAYS_MASKED:
-        if WINDOW:
-            open = tl.maximum(begin, tl.minimum(tl.cdiv(oldest_seen(last, WINDOW), N) * N, most))
-            m, l, shift, acc = _tiles(
-                m, l, shift, acc, query, query_sum, position, begin, open, most,
-                k_data, k_scales, v_data, v_scales, row, ring, scale, softcap, N, WINDOW, True,
-                K_DIM, K_BLOCK, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_BLOCK, V_TYPE, V_BYTES, V_PLANES, CAPPED,
-                PARTS, AHEAD,
-            )  # fmt: skip
-        closed = tl.maximum(open, tl.minimum(first + 1, most) // N * N)
-        m, l, shift, acc = _tiles(
-            m, l, shift, acc, query, query_sum, position, open, closed, most,
-            k_data, k_scales, v_data, v_scales, row, ring, scale, softcap, N, WINDOW, False,
-            K_DIM, K_BLOCK, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_BLOCK, V_TYPE, V_BYTES, V_PLANES, CAPPED,
-            PARTS, AHEAD,
-        )  # fmt: skip
-        open = closed
-    m, l, shift, acc = _tiles(
-        m, l, shift, acc, query, query_sum, position, open, most, most,
-        k_data, k_scales, v_data, v_scales, row, ring, scale, softcap, N, WINDOW, True,
+    m, l, acc = _context(
+        query, query_sum, position, first, last, begin, most,
+        k_data, k_scales, v_data, v_scales, row, ring, scale, softcap, N, WINDOW, ALWAYS_MASKED,
         K_DIM, K_BLOCK, K_TYPE, K_BYTES, K_PLANES, V_DIM, V_BLOCK, V_TYPE, V_BYTES, V_PLANES, CAPPED,
         PARTS, AHEAD,
     )  # fmt: skip
-    acc += shift[:, None]
     # once more: no registers hold these meanwhile
     working = 1
     if SPLITS > 1:
