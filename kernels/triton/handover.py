@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .matrix import padded
-from .quantize import Quantized, rounded_groups
+from .quantize import Quantized, store_groups
 
 FLOAT_GROUP = 128  # columns whose squares are added up, where nothing is quantized
 VARIABLE = "GRISTMILL_HANDOVER"
@@ -117,11 +117,7 @@ def prepare(
     if floats is not None:
         tl.store(floats + token[:, None] * n + column, x, inside)
     if q is not None:
-        rounded, step = rounded_groups(x)
-        stored = (n + 63) // 64 * 64
-        at = q + token[:, None] * stored + column
-        tl.store(at, rounded.to(tl.int8), there[:, None] & (column < stored))
-        tl.store(scale + token * groups + group, step, there)
+        store_groups(x, group, token, there, q, scale, n)
 
 
 @triton.jit

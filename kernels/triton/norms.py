@@ -41,7 +41,7 @@ def _norm_kernel(
         value = value + tl.load(residual + row * residual_stride + columns, inside, 0.0).to(tl.float32)
     tl.store(out + row * out_stride + columns, value.to(out.dtype.element_ty), inside)
     if GROUP:
-        store_quantized(tl.where(inside, value, 0.0), columns, q, scale, row, WIDTH, GROUP)
+        store_quantized(tl.where(inside, value, 0.0), 0, q, scale, row, WIDTH, GROUP)
 
 
 def rms_norm(

@@ -47,16 +47,26 @@ def rounded_groups(groups):
 
 
 @triton.jit
-def store_quantized(value, column, q, scale, token, k, GROUP: tl.constexpr):
-    """value [BLOCK] f32 of ``column`` [BLOCK], 0 beyond k, whose first column begins a group."""
-    block: tl.constexpr = value.shape[0]
+def store_groups(groups, group, token, there, q, scale, k):
+    """groups [A, GROUP] f32, zero beyond k: those numbered ``group`` [A] of rows ``token`` [A] int64, where
+    ``there`` [A]."""
+    GROUP: tl.constexpr = groups.shape[1]
+    rounded, scales = rounded_groups(groups)
     columns = (k + 63) // 64 * 64
-    rounded, scales = rounded_groups(tl.reshape(value, [block // GROUP, GROUP]))
-    bytes = tl.reshape(rounded.to(tl.int8), [block])
-    tl.store(q + token * columns + column, bytes, column < columns)
-    first = tl.min(column, 0) // GROUP + tl.arange(0, block // GROUP)
+    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    to = q + token[:, None] * columns + column
+    tl.store(to, rounded.to(tl.int8), there[:, None] & (column < columns))
     count = (k + GROUP - 1) // GROUP
-    tl.store(scale + token * count + first, scales, first < count)
+    tl.store(scale + token * count + group, scales, there & (group < count))
+
+
+@triton.jit
+def store_quantized(value, first, q, scale, token, k, GROUP: tl.constexpr):
+    """value [BLOCK] f32, 0 beyond k, of row ``token`` from the column ``first`` on, which begins a group."""
+    count: tl.constexpr = value.shape[0] // GROUP
+    group = first // GROUP + tl.arange(0, count)
+    groups = tl.reshape(value, [count, GROUP])
+    store_groups(groups, group, token.to(tl.int64) + group * 0, group >= 0, q, scale, k)
 
 
 @triton.jit
@@ -84,13 +94,14 @@ def quantize_kernel(
     """A part of a row; with ``order`` of x[:, order]."""
     let_next_begin(OVERLAP)
     token = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0) * BLOCK
+    column = first + tl.arange(0, BLOCK)
     source = column
     if order is not None:
         source = tl.load(order + column, column < k, 0)
     wait_for_inputs(OVERLAP)
     value = tl.load(x + token * ldx + source, column < k, 0.0).to(tl.float32)
-    store_quantized(value, column, q, scale, token, k, GROUP)
+    store_quantized(value, first, q, scale, token, k, GROUP)
 
 
 def quantize(x: Tensor, to: Quantized, order: Tensor | None = None) -> None:

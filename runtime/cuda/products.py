@@ -74,10 +74,10 @@ class Products:
         widths = {index: self._instruction(index).out.width for index in indices}
         counts = [counters(p, widths[index], LEAST_GROUP) for (index, _), p in self.plans.items()]
         self.counters = torch.zeros(max(counts, default=0), dtype=torch.int32, device=device)
+        spaces = {index: self._inputs[n % 2] for n, index in enumerate(indices)}
         for (index, rows), segments, p in keys:
             if takes_prepared(p) and self._is_alone(index - 1, index):
-                space = self._inputs[indices.index(index) % 2]
-                self._prepare(index, rows, p, segments, space)
+                self._prepare(index, rows, p, segments, spaces[index])
 
     @property
     def bytes(self) -> int:
